@@ -1,0 +1,26 @@
+"""Two-stage discrete image models: a VQ-VAE and a PixelCNN prior over its codes.
+
+`load` returns the network in a checkpoint, `VQVAE` and `PixelCNN` are the two networks, `sample` draws codes
+from a prior and `ImageDataModule` feeds both stages. They are imported when first used, so that importing the
+package costs milliseconds and not the seconds of torch.
+"""
+
+import importlib
+from typing import Any
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "ImageDataModule": "vqvae_lightning.data.images",
+    "PixelCNN": "vqvae_lightning.networks.pixelcnn",
+    "VQVAE": "vqvae_lightning.networks.autoencoder",
+    "load": "vqvae_lightning.checkpoints",
+    "sample": "vqvae_lightning.networks.sampling",
+}
+__all__ = ["ImageDataModule", "PixelCNN", "VQVAE", "load", "sample"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOME[name]), name)

@@ -1,0 +1,174 @@
+"""How every command starts and how it ends: configs found, warnings quiet, errors in one line."""
+
+import logging
+import os
+import shlex
+import sys
+import traceback
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from vqvae_lightning.configs import CONF_DIR, register_resolvers
+from vqvae_lightning.errors import DivergenceError, InputError, Interrupted
+
+# Lightning's and torch's notices about choices that are right here and that a user can do nothing about.
+QUIET = (
+    ".*does not have many workers.*",  # images are in memory: a worker would only copy them
+    ".*exists and is not empty.*",  # checkpoints of the run that is being resumed
+    ".*log directory.*",
+    ".*isinstance.treespec, LeafSpec.*",  # torch's own deprecation, met inside Lightning
+    ".*in eval mode at the start of training.*",  # the averaged weights, or a frozen network
+    ".*Trainer already configured with model summary.*",
+    ".*You are resuming from a checkpoint that was saved before the epoch ended.*",  # ours can
+    ".*lr_scheduler.step.*",  # first step after resuming: the schedule was restored before it
+    ".*GPU available but not used.*",
+)
+
+
+def app(config_name: str) -> Callable[[Callable[[Any], Any]], Callable[[], None]]:
+    """Make a command out of a function of the composed config.
+
+    Args:
+        config_name: Primary config in `conf/`; `--config-name` chooses another.
+
+    Returns:
+        A decorator. What the function returns is the objective of a sweep.
+    """
+
+    def decorate(function: Callable[[Any], Any]) -> Callable[[], None]:
+        def command() -> None:
+            import hydra
+
+            register_resolvers()
+            full = os.environ.get("HYDRA_FULL_ERROR")
+            # Hydra prints its own account of an error unless this is set; `_explain` makes one line of it.
+            os.environ["HYDRA_FULL_ERROR"] = "1"
+            main = hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name=config_name)
+            try:
+                main(_guarded(function))()
+            except Interrupted as stop:
+                sys.stderr.write(f"{stop}\n")
+                sys.exit(130)
+            except KeyboardInterrupt:
+                sys.stderr.write("Interrupted before anything was saved.\n")
+                sys.exit(130)
+            except Exception as error:
+                if full:
+                    raise
+                line = _explain(error)
+                if line is None:
+                    traceback.print_exc()
+                    sys.exit(1)
+                sys.stderr.write(f"error: {line}\n")
+                sys.exit(1)
+
+        command.__doc__ = function.__doc__
+        return command
+
+    return decorate
+
+
+def started(name: str, cfg: Any) -> Any:
+    """The config of the run that `cfg` starts, or of the one that it resumes.
+
+    Args:
+        name: The command, for `config.yaml` and for the line that says how to repeat the run.
+        cfg: The composed config.
+
+    Raises:
+        InputError: If `resume` comes with other overrides: a run goes on as it began.
+    """
+    from hydra.core.hydra_config import HydraConfig
+    from omegaconf import OmegaConf, open_dict
+
+    hydra = HydraConfig.get()
+    if cfg.resume is None:
+        chosen = hydra.job.config_name
+        config = "" if chosen in ("vqvae", "pipeline") else f"--config-name {chosen} "
+        cfg.command = f"{name} {config}{shlex.join(hydra.overrides.task)}".strip()
+        return cfg
+    others = [text for text in hydra.overrides.task if not text.startswith("resume=")]
+    if others:
+        raise InputError(
+            f"resume={cfg.resume} goes on with the config in that folder; drop {' '.join(others)}"
+        )
+    stored = OmegaConf.load(Path(cfg.resume) / "config.yaml")
+    # The folder may have been moved since.
+    moved = _moved(OmegaConf.to_container(stored), str(stored.folder), str(cfg.folder))
+    renewed = OmegaConf.create(moved)
+    OmegaConf.set_struct(renewed, True)
+    with open_dict(renewed):
+        renewed.resume = cfg.resume
+    return renewed
+
+
+def _moved(value: Any, old: str, new: str) -> Any:
+    if isinstance(value, dict):
+        return {key: _moved(child, old, new) for key, child in value.items()}
+    if isinstance(value, list):
+        return [_moved(child, old, new) for child in value]
+    if isinstance(value, str) and (value == old or value.startswith(f"{old}/")):
+        return new + value[len(old) :]
+    return value
+
+
+@contextmanager
+def stoppable(name: str, cfg: Any) -> Iterator[None]:
+    """Let an interruption end with the command that goes on from it."""
+    try:
+        yield
+    except Interrupted as stop:
+        raise Interrupted(f"{stop} Go on with: {name} resume={cfg.folder}") from stop
+
+
+def print_result(title: str, result: dict[str, Any], paths: list[Path]) -> None:
+    """End a command: a short table of its figures and where things lie."""
+    from rich.table import Table
+
+    from vqvae_lightning.progress import console
+
+    table = Table(title=title, title_justify="left")
+    for column, side in (("figure", "left"), ("value", "right"), ("unit", "left")):
+        table.add_column(column, justify=side)  # type: ignore[arg-type]
+    for key, entry in result["metrics"].items():
+        table.add_row(key, f"{entry['value']:.5g}", entry["unit"])
+    console.print(table)
+    for path in paths:
+        console.print(str(path), soft_wrap=True, highlight=False)
+
+
+def _guarded(function: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    def run(cfg: Any) -> Any:
+        for message in QUIET:
+            warnings.filterwarnings("ignore", message=message)
+        for name in ("pytorch_lightning.utilities.rank_zero", "pytorch_lightning.accelerators.cuda"):
+            logging.getLogger(name).setLevel(logging.WARNING)
+        return function(cfg)
+
+    return run
+
+
+def _explain(error: BaseException) -> str | None:
+    """The error in one line for a user, or None for one that is ours to mend."""
+    from hydra.errors import HydraException
+    from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
+
+    chain = [error]
+    while (below := chain[-1].__cause__ or chain[-1].__context__) is not None:
+        chain.append(below)
+    for link in chain:
+        if isinstance(link, InputError | DivergenceError):
+            return str(link)
+    for link in chain:
+        if isinstance(link, ConfigKeyError) and link.parent_node is not None:
+            parent = link.full_key.rpartition(".")[0] if link.full_key else ""
+            names = ", ".join(sorted(map(str, link.parent_node)))
+            return f"unknown key {link.full_key}; accepted in {parent or 'the config'}: {names}"
+        if isinstance(link, MissingMandatoryValue):
+            return f"{link.full_key} must be given: {link.full_key}=VALUE"
+    if isinstance(error, HydraException | OmegaConfBaseException | PermissionError | OSError):
+        return " ".join(str(error).split())
+    return None

@@ -1,0 +1,268 @@
+"""What happens around the steps: progress, pictures, seeds, a clean stop, the metrics file."""
+
+import csv
+import signal
+import threading
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.callbacks import Callback, ProgressBar
+from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger, WandbLogger
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor
+
+from vqvae_lightning.data.codes import CodesDataModule
+from vqvae_lightning.data.images import ArrayDataModule
+from vqvae_lightning.errors import Interrupted
+from vqvae_lightning.networks.autoencoder import from_uint8
+from vqvae_lightning.networks.sampling import sample
+from vqvae_lightning.pictures import grid, pairs, save_png
+from vqvae_lightning.progress import RateColumn, console
+
+PICTURED = 20  # images in a picture of reconstructions
+
+
+class MetricsFile(CSVLogger):
+    """Lightning's CSV logger, writing `metrics.csv` straight into the run folder and keeping it on resume.
+
+    Args:
+        save_dir: The run folder.
+        flush_logs_every_n_steps: As in `CSVLogger`.
+    """
+
+    def __init__(self, save_dir: str, flush_logs_every_n_steps: int = 100) -> None:
+        super().__init__(
+            save_dir, name="", version="", flush_logs_every_n_steps=flush_logs_every_n_steps
+        )
+        path = Path(save_dir) / "metrics.csv"
+        self._earlier: list[dict[str, Any]] = []
+        if path.is_file():
+            with path.open(newline="") as file:
+                self._earlier = [
+                    {key: value for key, value in row.items() if value}
+                    for row in csv.DictReader(file)
+                ]
+
+    def log_metrics(self, metrics: Any, step: int | None = None) -> None:
+        """Log; before the first row of a resumed run, put back the rows of the steps before it."""
+        if self._earlier and step is not None:
+            rows = [row for row in self._earlier if int(row["step"]) < step]
+            self._earlier = []
+            self.experiment.metrics = rows
+            self.save()
+        super().log_metrics(metrics, step)
+
+
+class StepProgress(ProgressBar):
+    """One bar over all of training, in images, with images per second and the newest losses.
+
+    Without a terminal it prints a line after each validation instead.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._progress: Progress | None = None
+        self._enabled = True
+
+    def disable(self) -> None:
+        """Show nothing: called on all ranks but the first."""
+        self._enabled = False
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Show the bar at the step that training starts from."""
+        if not self._enabled:
+            return
+        steps = trainer.estimated_stepping_batches
+        datamodule: ArrayDataModule = trainer.datamodule  # type: ignore[attr-defined]
+        self._images = datamodule.batch_size * trainer.accumulate_grad_batches
+        name = type(pl_module).__name__.removesuffix("Task").lower()
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("step {task.fields[step]}/{task.fields[steps]}"),
+            RateColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[metrics]}"),
+        )
+        self._progress = Progress(*columns, console=console, transient=True)
+        self._task = self._progress.add_task(
+            name,
+            total=None if steps == float("inf") else steps * self._images,
+            completed=trainer.global_step * self._images,
+            step=trainer.global_step,
+            steps=steps,
+            metrics="",
+        )
+        self._progress.start()
+        self._since = time.perf_counter(), trainer.global_step
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Advance, once in ten steps: drawing is not free."""
+        if self._progress is not None and trainer.global_step % 10 == 0:
+            self._progress.update(
+                self._task,
+                completed=trainer.global_step * self._images,
+                step=trainer.global_step,
+                metrics=self._text(trainer),
+            )
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Print a line where a bar would not be seen."""
+        if not self._enabled or trainer.sanity_checking or console.is_terminal:
+            return
+        if self._progress is None:
+            return
+        now, (then, first) = time.perf_counter(), self._since
+        self._since = now, trainer.global_step
+        speed = (trainer.global_step - first) * self._images / (now - then)
+        console.print(
+            f"step {trainer.global_step}/{trainer.estimated_stepping_batches}  {speed:,.0f} images/s  "
+            f"{self._text(trainer)}",
+            highlight=False,
+        )
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Remove the bar."""
+        if self._progress is not None:
+            self._progress.stop()
+            self._progress = None
+
+    def on_exception(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
+    ) -> None:
+        """Remove the bar, so that the message is not drawn over."""
+        if self._progress is not None:
+            self._progress.stop()
+            self._progress = None
+
+    def _text(self, trainer: pl.Trainer) -> str:
+        metrics: Mapping[str, Tensor] = trainer.progress_bar_metrics  # type: ignore[assignment]
+        return "  ".join(f"{name} {float(value):.4g}" for name, value in metrics.items())
+
+
+class SeedSteps(Callback):
+    """Seed torch before each training step with the run's seed, the step and the rank.
+
+    Dropout and noise are then a function of the step: a resumed run draws what an uninterrupted one would have,
+    and neither pictures nor validation change what follows.
+
+    Args:
+        seed: The run's seed.
+    """
+
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Seed."""
+        # 1024 apart, so that no two ranks of two steps share a seed.
+        torch.manual_seed((self.seed * 1_000_003 + trainer.global_step) * 1024 + trainer.global_rank)
+
+
+class CleanStop(Callback):
+    """Ctrl-C: finish the step, save `last.ckpt`, and say how to go on; a second Ctrl-C stops at once.
+
+    Args:
+        path: The checkpoint to write.
+    """
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self._asked = False
+        self._previous: Any = None
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Watch for Ctrl-C."""
+        if threading.current_thread() is threading.main_thread():
+            self._previous = signal.signal(signal.SIGINT, self._ask)
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Save and stop, if asked to."""
+        if self._asked:
+            trainer.save_checkpoint(self.path)
+            raise Interrupted(f"Interrupted after step {trainer.global_step}; saved {self.path}.")
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Stop watching."""
+        if self._previous is not None:
+            signal.signal(signal.SIGINT, self._previous)
+            self._previous = None
+
+    def _ask(self, number: int, frame: Any) -> None:
+        if self._asked:
+            raise KeyboardInterrupt
+        self._asked = True
+
+
+class ReconstructionPictures(Callback):
+    """Validation images above their reconstructions, after each validation.
+
+    Args:
+        folder: Where the PNGs go; every logger gets them too.
+    """
+
+    def __init__(self, folder: str) -> None:
+        self.folder = Path(folder)
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        """Draw; in evaluation mode, so the codebook does not move."""
+        if trainer.sanity_checking or not trainer.is_global_zero:
+            return
+        data = trainer.datamodule.datasets["val"].data  # type: ignore[attr-defined]
+        images = from_uint8(data[:PICTURED].to(pl_module.device))
+        with torch.no_grad():
+            reconstructed = pl_module.net(images).reconstruction
+        log_picture(trainer, "reconstructions", pairs(images, reconstructed), self.folder)
+
+
+class SamplePictures(Callback):
+    """Samples of the prior, decoded, after each validation; a column per class where there are classes.
+
+    Args:
+        folder: Where the PNGs go; every logger gets them too.
+        seed: Of the samples, the same each time, so that pictures can be compared.
+        rows: Samples per class.
+    """
+
+    def __init__(self, folder: str, seed: int, rows: int = 4) -> None:
+        self.folder = Path(folder)
+        self.seed = seed
+        self.rows = rows
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        """Draw."""
+        if trainer.sanity_checking or not trainer.is_global_zero:
+            return
+        net, data = pl_module.net, trainer.datamodule  # type: ignore[attr-defined]
+        assert isinstance(data, CodesDataModule)
+        columns = min(net.num_classes or 10, 10)
+        count = columns * self.rows
+        labels = torch.arange(count) % columns if net.num_classes else None
+        generator = torch.Generator().manual_seed(self.seed)
+        codes = sample(net, (count, *data.grid), labels, generator=generator)
+        with torch.no_grad():
+            images = data.vqvae.to(codes.device).decode(codes)
+        log_picture(trainer, "samples", grid(images, columns), self.folder)
+
+
+def log_picture(trainer: pl.Trainer, name: str, picture: Tensor, folder: Path) -> None:
+    """Write a picture (3, H, W) uint8 to `folder` and to every logger that takes pictures."""
+    step = trainer.global_step
+    save_png(picture, folder / f"{name}_{step:07d}.png")
+    for logger in trainer.loggers:
+        if isinstance(logger, TensorBoardLogger):
+            logger.experiment.add_image(f"val/{name}", picture, step)
+        elif isinstance(logger, WandbLogger):
+            logger.log_image(f"val/{name}", [picture.movedim(0, -1).numpy()], step=step)
+
+

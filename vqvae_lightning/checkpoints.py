@@ -1,0 +1,95 @@
+"""Networks out of checkpoints, without Lightning and without running anybody's code."""
+
+import hashlib
+import pickle
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from vqvae_lightning.configs import build, check_targets
+from vqvae_lightning.errors import InputError
+from vqvae_lightning.networks.autoencoder import VQVAE
+from vqvae_lightning.networks.pixelcnn import PixelCNN
+
+KINDS: dict[str, type[nn.Module]] = {"vqvae": VQVAE, "prior": PixelCNN}
+
+
+class Loaded(NamedTuple):
+    """What `load` returns."""
+
+    net: Any
+    """A `VQVAE` or `PixelCNN` in evaluation mode, without gradients."""
+    config: dict[str, Any]
+    """The whole resolved config of its run."""
+
+
+def load(path: str | Path, kind: str | None = None) -> Loaded:
+    """The network in a checkpoint, rebuilt from the config that the checkpoint holds.
+
+    Args:
+        path: A checkpoint of `vqvae-train` or `vqvae-pipeline`.
+        kind: `vqvae` or `prior` if only one will do.
+
+    Raises:
+        InputError: If the file is missing, truncated, not one of ours, of another kind, or names a class outside
+            `vqvae_lightning`.
+    """
+    if not Path(path).is_file():
+        raise InputError(f"checkpoint {path} does not exist.")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        config = checkpoint["hyper_parameters"]
+        weights = checkpoint["state_dict"]
+        settings = config["model"]["net"]
+    except (RuntimeError, pickle.UnpicklingError, EOFError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise InputError(f"checkpoint {path} is damaged or no checkpoint: {reason}") from error
+    except (KeyError, TypeError) as error:
+        raise InputError(f"checkpoint {path} was not written by vqvae_lightning.") from error
+    check_targets(settings, ("vqvae_lightning.",))
+    net = build(settings)
+    found = next((name for name, cls in KINDS.items() if isinstance(net, cls)), "unknown")
+    if kind is not None and found != kind:
+        raise InputError(f"checkpoint {path} holds a {found}, not a {kind}.")
+    prefix = "net."
+    own = {k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)}
+    try:
+        net.load_state_dict(own)
+    except RuntimeError as error:
+        raise InputError(
+            f"checkpoint {path}: its weights do not fit its config: {error}"
+        ) from error
+    return Loaded(net.eval().requires_grad_(False), config)
+
+
+def load_pair(prior_path: str | Path, vqvae_path: str | Path | None = None) -> tuple[Loaded, Loaded]:
+    """A prior and the VQ-VAE whose codes it was trained on.
+
+    Args:
+        prior_path: The prior's checkpoint.
+        vqvae_path: The VQ-VAE's, if it is no longer where the prior's config says.
+
+    Raises:
+        InputError: If the VQ-VAE's weights are not those that the prior was trained with, besides what `load` raises.
+    """
+    prior = load(prior_path, "prior")
+    vqvae_path = vqvae_path or prior.config["vqvae_checkpoint"]
+    vqvae = load(vqvae_path, "vqvae")
+    found, wanted = weights_hash(vqvae.net), prior.config["vqvae_hash"]
+    if found != wanted:
+        raise InputError(
+            f"prior {prior_path} was trained on the codes of VQ-VAE {wanted}, but vqvae_checkpoint={vqvae_path} "
+            f"is {found}: its codes mean something else."
+        )
+    return prior, vqvae
+
+
+def weights_hash(net: nn.Module) -> str:
+    """16 hexadecimal digits that change with any weight or buffer of `net`."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(net.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()[:16]

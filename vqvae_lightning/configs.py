@@ -1,0 +1,102 @@
+"""Where the configs are, and the only place that turns a config into objects."""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from vqvae_lightning.errors import InputError
+
+_PACKAGE = Path(__file__).parent
+CONF_DIR = _PACKAGE / "conf" if (_PACKAGE / "conf").is_dir() else _PACKAGE.parent / "conf"
+"""The configs: inside the package in a wheel, beside it in a checkout."""
+
+_ALLOWED = ("vqvae_lightning.", "torch.", "torchvision.", "torchmetrics.", "pytorch_lightning.")
+
+
+def build(config: Any, **arguments: Any) -> Any:
+    """Instantiate the `_target_` of `config`, its nested ones first.
+
+    Args:
+        config: An OmegaConf node or plain dictionary; containers reach the constructors as plain Python.
+        **arguments: Constructor arguments that are objects, or known only at run time.
+
+    Raises:
+        InputError: If a constructor refuses its arguments, or a `_target_` is outside the allowed packages.
+    """
+    from hydra.errors import InstantiationException
+    from hydra.utils import instantiate
+
+    check_targets(config, _ALLOWED)
+    try:
+        return instantiate(config, _convert_="all", **arguments)
+    except InstantiationException as error:
+        key = re.search(r"full_key: (\S+)", str(error))
+        place = f"{key.group(1)}: " if key else ""
+        if isinstance(error.__cause__, InputError):
+            raise InputError(f"{place}{error.__cause__}") from error
+        cause = error.__cause__ or error
+        raise InputError(f"{place}{type(cause).__name__}: {cause}") from error
+
+
+def check_targets(config: Any, allowed: tuple[str, ...]) -> None:
+    """Refuse every `_target_` that does not start with one of `allowed`.
+
+    Raises:
+        InputError: Naming it: a `_target_` is code that will run.
+    """
+    from omegaconf import DictConfig, ListConfig, OmegaConf
+
+    if isinstance(config, DictConfig | ListConfig):
+        config = OmegaConf.to_container(config)
+    if isinstance(config, Mapping):
+        target = config.get("_target_")
+        if target is not None and not str(target).startswith(allowed):
+            raise InputError(
+                f"_target_ {target} is not allowed: it must start with {' or '.join(allowed)}"
+            )
+        config = list(config.values())
+    if isinstance(config, list):
+        for child in config:
+            check_targets(child, allowed)
+
+
+def plain(config: Any) -> dict[str, Any]:
+    """`config` resolved, as plain Python data that a checkpoint may hold.
+
+    Raises:
+        omegaconf.MissingMandatoryValue: If a value is still `???`.
+    """
+    from omegaconf import OmegaConf
+
+    container = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+    assert isinstance(container, dict)
+    return {str(key): value for key, value in container.items()}
+
+
+def register_resolvers() -> None:
+    """Make the interpolations of `conf/` known: `run_folder` and `fast_precision`."""
+    from omegaconf import OmegaConf
+
+    OmegaConf.register_new_resolver("run_folder", _run_folder, replace=True)
+    OmegaConf.register_new_resolver("fast_precision", _fast_precision, replace=True)
+
+
+def _run_folder(resume: str | None, fresh: str) -> str:
+    """`resume` if given, else `fresh`; checked here, before Hydra makes the folder."""
+    if resume is None:
+        return fresh
+    if not (Path(resume) / "config.yaml").is_file():
+        raise InputError(f"resume={resume} is not the folder of a run: it has no config.yaml.")
+    return resume
+
+
+def _fast_precision(accelerator: str) -> str:
+    """bf16-mixed where the device multiplies bfloat16 in hardware, else 32-true."""
+    import torch
+
+    if accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available():
+        return "bf16-mixed" if torch.cuda.get_device_capability() >= (8, 0) else "32-true"
+    flags = Path("/proc/cpuinfo")
+    native = flags.is_file() and re.search(r"\b(amx|avx512)_bf16\b", flags.read_text())
+    return "bf16-mixed" if accelerator in ("auto", "cpu") and native else "32-true"

@@ -1,0 +1,144 @@
+"""The second stage's data: the same splits as codes, encoded once and kept on disk."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import vqvae_lightning
+from vqvae_lightning.data.images import ArrayDataModule, ArrayDataset, Batch, ImageDataModule
+from vqvae_lightning.errors import InputError
+from vqvae_lightning.networks.autoencoder import VQVAE, from_uint8
+from vqvae_lightning.progress import progress_bar
+
+SPLITS = ("train", "val", "test")
+
+
+class CodesDataModule(ArrayDataModule):
+    """The codes of a data set under a trained VQ-VAE.
+
+    All splits are encoded once, into `folder`/<VQ-VAE hash>-<data fingerprint>: an array per split in the smallest
+    integer type that holds the codes, memory-mapped when read, and a header. The folder is written under another
+    name and then renamed: an interrupted run leaves nothing behind that a later one would read, and of two
+    processes that encode at once the first to finish wins.
+
+    Args:
+        images: The images; their batch size, seed and splits are used.
+        vqvae: In evaluation mode.
+        vqvae_hash: Of its weights, as `checkpoints.weights_hash` gives it.
+        folder: Where the codes are kept.
+        batch_size: Images per optimizer step, over all ranks together.
+
+    Attributes:
+        grid: Rows and columns of codes per image.
+    """
+
+    def __init__(
+        self, images: ImageDataModule, vqvae: VQVAE, vqvae_hash: str, folder: str, batch_size: int
+    ) -> None:
+        super().__init__(batch_size, images.eval_batch_size, images.seed)
+        images.setup()
+        self.images = images
+        self.vqvae = vqvae
+        self.vqvae_hash = vqvae_hash
+        self.grid = vqvae.grid(*images.image_shape[1:])
+        self.folder = Path(folder) / f"{vqvae_hash}-{images.fingerprint}"
+        if self.batch_size > len(images.datasets["train"]):
+            raise InputError(
+                f"batch_size={batch_size} is larger than the training split "
+                f"({len(images.datasets['train'])} images)."
+            )
+
+    @property
+    def num_codes(self) -> int:
+        """Values a code can take (K)."""
+        return self.vqvae.quantizer.num_codes
+
+    @property
+    def header(self) -> dict[str, Any]:
+        """What the stored codes must have been made from."""
+        return {
+            "num_codes": self.num_codes,
+            "grid": list(self.grid),
+            "images": {split: len(self.images.datasets[split]) for split in SPLITS},
+            "class_names": self.images.class_names,
+            "vqvae_hash": self.vqvae_hash,
+            "data_fingerprint": self.images.fingerprint,
+        }
+
+    def encode(self, device: torch.device) -> None:
+        """Make the codes, unless they are there.
+
+        Raises:
+            InputError: If the folder cannot be written.
+        """
+        if self.folder.is_dir():
+            return
+        partial = self.folder.with_name(f"{self.folder.name}.{os.getpid()}")
+        try:
+            partial.mkdir(parents=True)
+            total = sum(self.header["images"].values())
+            with progress_bar("encoding", total) as advance:
+                for split in SPLITS:
+                    parts = []
+                    for batch in self.images.batches(split):  # type: ignore[arg-type]
+                        parts.append(self._encode(batch, device))
+                        advance(len(batch.data))
+                    np.save(partial / f"{split}.npy", np.concatenate(parts))
+            written = {**self.header, "version": vqvae_lightning.__version__}
+            (partial / "header.json").write_text(json.dumps(written, indent=1))
+            if not self.folder.is_dir():
+                partial.rename(self.folder)
+        except OSError as error:
+            raise InputError(
+                f"codes cannot be written into {self.folder.parent}: {error}; set codes_dir."
+            ) from error
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+
+    def setup(self, stage: str | None = None) -> None:
+        """Map the stored codes.
+
+        Raises:
+            InputError: If they are damaged or belong to another VQ-VAE or data set.
+        """
+        if self.datasets:
+            return
+        found: dict[str, Any] = {}
+        try:
+            found = json.loads((self.folder / "header.json").read_text())
+            arrays = {s: np.load(self.folder / f"{s}.npy", mmap_mode="r") for s in SPLITS}
+        except (OSError, ValueError) as error:
+            raise InputError(
+                f"the codes in {self.folder} cannot be read ({error}): delete the folder to make them anew."
+            ) from error
+        for key, value in self.header.items():
+            if found.get(key) != value:
+                raise InputError(
+                    f"the codes in {self.folder} were made for {key}={found.get(key)}, this run has {value}: "
+                    "delete the folder to make them anew."
+                )
+        for split, array in arrays.items():
+            shape = (self.header["images"][split], *self.grid)
+            if array.shape != shape:
+                raise InputError(f"{self.folder}/{split}.npy has shape {array.shape}, not {shape}.")
+            self.datasets[split] = ArrayDataset(array, self.images.datasets[split].labels)
+
+    def histogram(self) -> Tensor:
+        """Hits per code in the training split, (K,) int64."""
+        flat = torch.from_numpy(np.asarray(self.datasets["train"].data).astype(np.int64)).flatten()
+        return flat.bincount(minlength=self.num_codes)
+
+    def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
+        """To int64, on the device."""
+        return Batch(batch.data.long(), batch.labels)
+
+    def _encode(self, batch: Batch, device: torch.device) -> np.ndarray[Any, np.dtype[Any]]:
+        with torch.inference_mode():
+            codes = self.vqvae.to(device).encode(from_uint8(batch.data.to(device)))
+        return codes.cpu().numpy().astype(np.min_scalar_type(self.num_codes - 1))

@@ -1,0 +1,39 @@
+"""Errors that a user can mend: the commands print them as one line, without a traceback."""
+
+
+class InputError(ValueError):
+    """A value, file or combination that the user gave cannot work.
+
+    The message names the config key, the bad value and the accepted ones.
+    """
+
+
+class DivergenceError(RuntimeError):
+    """A loss became NaN or infinite; the last good checkpoint is kept."""
+
+
+class Interrupted(RuntimeError):
+    """The user stopped the run (Ctrl-C); a checkpoint was written."""
+
+
+def check_positive(name: str, value: object) -> int:
+    """Return `value` if it is an integer of at least 1.
+
+    Raises:
+        InputError: Otherwise, naming `name`.
+    """
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise InputError(f"{name}={value} must be an integer of at least 1.")
+    return value
+
+
+def check_range(name: str, value: object, low: float, high: float = float("inf")) -> float:
+    """Return `value` if it is a number in [low, high].
+
+    Raises:
+        InputError: Otherwise, naming `name`.
+    """
+    if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
+        limits = f"at least {low:g}" if high == float("inf") else f"between {low:g} and {high:g}"
+        raise InputError(f"{name}={value} must be a number {limits}.")
+    return value

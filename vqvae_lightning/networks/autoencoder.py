@@ -1,0 +1,200 @@
+"""Encoder, decoder and the VQ-VAE that joins them to a quantizer."""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vqvae_lightning.errors import InputError, check_positive
+from vqvae_lightning.quantizers.base import Quantizer, QuantizerOutput
+
+
+class ResidualStack(nn.Module):
+    """Residual blocks (ReLU, 3x3, ReLU, 1x1) at one resolution, closed by a ReLU, as in sonnet's example.
+
+    Args:
+        channels: Channels in and out.
+        blocks: Number of blocks; 0 leaves only the closing ReLU.
+        hidden: Channels inside a block.
+    """
+
+    def __init__(self, channels: int, blocks: int, hidden: int) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(
+            nn.Sequential(
+                nn.ReLU(),
+                nn.Conv2d(channels, hidden, 3, padding=1),
+                nn.ReLU(),
+                nn.Conv2d(hidden, channels, 1),
+            )
+            for _ in range(blocks)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, channels, H, W) to the same shape."""
+        for block in self.blocks:
+            x = x + block(x)
+        return F.relu(x)
+
+
+class Encoder(nn.Module):
+    """Images (B, channels, H, W) to vectors (B, code_dim, H / 2**downsamplings, W / 2**downsamplings).
+
+    Each downsampling is a 4x4 convolution of stride 2; the first has half the channels. Then a 3x3 convolution,
+    the residual stack and a 1x1 convolution to `code_dim`. Source: van den Oord et al. 2017 (arXiv:1711.00937),
+    section 4.1, in the layout of sonnet's example.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        hidden: int,
+        code_dim: int,
+        downsamplings: int,
+        residual_blocks: int,
+        residual_hidden: int,
+    ) -> None:
+        super().__init__()
+        widths = [channels, *_widths(hidden, downsamplings)]
+        layers: list[nn.Module] = []
+        for inside, outside in zip(widths, widths[1:], strict=False):
+            layers += [nn.Conv2d(inside, outside, 4, stride=2, padding=1), nn.ReLU()]
+        self.layers = nn.Sequential(
+            *layers,
+            nn.Conv2d(widths[-1], hidden, 3, padding=1),
+            ResidualStack(hidden, residual_blocks, residual_hidden),
+            nn.Conv2d(hidden, code_dim, 1),
+        )
+
+    def forward(self, images: Tensor) -> Tensor:
+        """See the class."""
+        return self.layers(images)  # type: ignore[no-any-return]
+
+
+class Decoder(nn.Module):
+    """Vectors (B, code_dim, H, W) to images (B, channels, H * 2**downsamplings, W * 2**downsamplings).
+
+    The encoder's mirror: a 3x3 convolution, the residual stack, 4x4 transposed convolutions of stride 2.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        hidden: int,
+        code_dim: int,
+        downsamplings: int,
+        residual_blocks: int,
+        residual_hidden: int,
+    ) -> None:
+        super().__init__()
+        widths = [hidden, *_widths(hidden, downsamplings)[-2::-1]]
+        layers: list[nn.Module] = []
+        for inside, outside in zip(widths, widths[1:], strict=False):
+            layers += [nn.ConvTranspose2d(inside, outside, 4, stride=2, padding=1), nn.ReLU()]
+        self.layers = nn.Sequential(
+            nn.Conv2d(code_dim, hidden, 3, padding=1),
+            ResidualStack(hidden, residual_blocks, residual_hidden),
+            *layers,
+            nn.ConvTranspose2d(widths[-1], channels, 4, stride=2, padding=1),
+        )
+
+    def forward(self, vectors: Tensor) -> Tensor:
+        """See the class."""
+        return self.layers(vectors)  # type: ignore[no-any-return]
+
+
+def _widths(hidden: int, downsamplings: int) -> list[int]:
+    """Channels after each downsampling: half for the first of several, where the images are largest."""
+    return [hidden // 2, *[hidden] * (downsamplings - 1)] if downsamplings > 1 else [hidden]
+
+
+class VQVAEOutput(NamedTuple):
+    """What `VQVAE` returns for images (B, C, H, W)."""
+
+    reconstruction: Tensor
+    """(B, C, H, W), in the images' range."""
+    quantized: QuantizerOutput
+
+
+class VQVAE(nn.Module):
+    """Autoencoder with a discrete bottleneck (van den Oord et al. 2017, arXiv:1711.00937).
+
+    Args:
+        quantizer: What turns vectors into codes; its `code_dim` is the encoder's output.
+        channels: Channels of the images.
+        hidden: Width of encoder and decoder; even.
+        downsamplings: Halvings of height and width; the images' sides divide by 2**downsamplings.
+        residual_blocks: Residual blocks on each side.
+        residual_hidden: Width inside a residual block.
+
+    Raises:
+        InputError: If a size is not a positive integer.
+    """
+
+    def __init__(
+        self,
+        quantizer: Quantizer,
+        channels: int,
+        hidden: int = 128,
+        downsamplings: int = 2,
+        residual_blocks: int = 2,
+        residual_hidden: int = 32,
+    ) -> None:
+        super().__init__()
+        for name, value in (
+            ("channels", channels),
+            ("hidden", hidden),
+            ("downsamplings", downsamplings),
+            ("residual_hidden", residual_hidden),
+        ):
+            check_positive(name, value)
+        if hidden % 2:
+            raise InputError(f"hidden={hidden} must be even: the first layer has half of it.")
+        self.channels = channels
+        self.downsamplings = downsamplings
+        self.quantizer = quantizer
+        sizes = (channels, hidden, quantizer.code_dim, downsamplings)
+        self.encoder = Encoder(*sizes, residual_blocks, residual_hidden)
+        self.decoder = Decoder(*sizes, residual_blocks, residual_hidden)
+
+    def forward(self, images: Tensor) -> VQVAEOutput:
+        """Reconstruct images (B, C, H, W) in [-1, 1]; in training mode the quantizer takes them in."""
+        self.grid(images.shape[-2], images.shape[-1])
+        quantized = self.quantizer(self.encoder(images))
+        return VQVAEOutput(self.decoder(quantized.vectors), quantized)
+
+    def encode(self, images: Tensor) -> Tensor:
+        """Codes (B, h, w) int64 of images (B, C, H, W) in [-1, 1]; never learns."""
+        self.grid(images.shape[-2], images.shape[-1])
+        return self.quantizer.encode(self.encoder(images))
+
+    def decode(self, codes: Tensor) -> Tensor:
+        """Images (B, C, H, W), about in [-1, 1], of codes (B, h, w)."""
+        return self.decoder(self.quantizer.decode(codes))  # type: ignore[no-any-return]
+
+    def grid(self, height: int, width: int) -> tuple[int, int]:
+        """Rows and columns of codes for images of this size.
+
+        Raises:
+            InputError: If a side does not divide by 2**downsamplings.
+        """
+        factor = 2**self.downsamplings
+        if height % factor or width % factor:
+            near = [max(factor, round(side / factor) * factor) for side in (height, width)]
+            most = next(d for d in range(self.downsamplings, -1, -1) if not (height | width) % 2**d)
+            raise InputError(
+                f"image size {height}x{width} does not divide by 2**downsamplings = {factor}: "
+                f"set dataset.source.size=[{near[0]},{near[1]}], or model.net.downsamplings to at most {most}."
+            )
+        return height // factor, width // factor
+
+
+def to_uint8(images: Tensor) -> Tensor:
+    """Images in about [-1, 1] as uint8, rounded and clipped: what a viewer sees and what is scored."""
+    return images.float().add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8)
+
+
+def from_uint8(images: Tensor) -> Tensor:
+    """Images of 0 to 255 as float32 in [-1, 1], the networks' range."""
+    return images.float().div(127.5).sub(1)

@@ -1,0 +1,156 @@
+"""Gated PixelCNN over grids of codes."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vqvae_lightning.errors import InputError, check_positive, check_range
+
+
+def gate(x: Tensor) -> Tensor:
+    """tanh(a) * sigmoid(b) of the two halves of the channels (equation 2); dim 1 holds the channels."""
+    a, b = x.chunk(2, dim=1)
+    return torch.tanh(a) * torch.sigmoid(b)
+
+
+class GatedLayer(nn.Module):
+    """One layer of vertical and horizontal stack (van den Oord et al. 2016, arXiv:1606.05328, figure 2).
+
+    Causal by the shape of its kernels, without masks: `vertical` covers rows up to one's own, `horizontal` columns
+    up to one's own. The first layer leaves its own row and its own column out (mask A), so in every later layer
+    both may include their own: what stands there knows only earlier codes, and no position stays unseen.
+
+    Args:
+        channels: Channels of both stacks.
+        kernel: Width of the receptive field of a full (unmasked) kernel, odd.
+        first: Whether this is the layer that sees the codes themselves.
+        num_classes: Classes that shift the gates; 0 for an unconditional model.
+        dropout: Share of the horizontal stack's gate outputs dropped in training.
+    """
+
+    def __init__(
+        self, channels: int, kernel: int, first: bool, num_classes: int, dropout: float
+    ) -> None:
+        super().__init__()
+        self.reach = kernel // 2
+        self.extent = self.reach + (0 if first else 1)  # rows above, and columns to the left, seen
+        self.first = first
+        self.vertical = nn.Conv2d(channels, 2 * channels, (self.extent, kernel))
+        self.horizontal = nn.Conv2d(channels, 2 * channels, (1, self.extent))
+        self.vertical_to_horizontal = nn.Conv2d(channels, 2 * channels, 1)
+        self.residual = nn.Conv2d(channels, channels, 1)
+        self.skip = nn.Conv2d(channels, channels, 1)
+        self.label = nn.Embedding(num_classes, 4 * channels) if num_classes else None
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(
+        self, vertical: Tensor, horizontal: Tensor, labels: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Next vertical and horizontal stack and the skip output, all (B, channels, H, W)."""
+        height, width = vertical.shape[-2:]
+        for_vertical, for_horizontal = self.shifts(labels)
+        # One row (column) too many comes out of the first layer, whose window ends before its own: cut it off.
+        above = F.pad(vertical, (self.reach, self.reach, self.reach, 0))
+        left = F.pad(horizontal, (self.reach, 0))
+        vertical = gate(self.vertical(above)[:, :, :height] + for_vertical)
+        mixed = self.horizontal(left)[..., :width] + self.vertical_to_horizontal(vertical)
+        gated = self.dropout(gate(mixed + for_horizontal))
+        residual = self.residual(gated)
+        return vertical, residual if self.first else horizontal + residual, self.skip(gated)
+
+    def shifts(self, labels: Tensor | None) -> tuple[Tensor | float, Tensor | float]:
+        """What the class adds to the two gates, each (B, 2 * channels, 1, 1)."""
+        if self.label is None:
+            return 0.0, 0.0
+        for_vertical, for_horizontal = self.label(labels)[..., None, None].chunk(2, dim=1)
+        return for_vertical, for_horizontal
+
+
+class PixelCNN(nn.Module):
+    """Gated PixelCNN: p(codes | label) as a product over positions in raster order (arXiv:1606.05328).
+
+    Codes enter by an embedding, so their numbering has no meaning to the model.
+
+    Args:
+        num_codes: Values a position can take (K).
+        height: Rows of the grid it is meant for; it runs on any size.
+        width: Columns of that grid.
+        num_classes: Classes to condition on; 0 for an unconditional model.
+        channels: Channels of the stacks.
+        layers: Gated layers, the first one included.
+        first_kernel: Kernel of the first layer, odd.
+        kernel: Kernel of the others, odd.
+        dropout: Share of gate outputs dropped in training.
+
+    Raises:
+        InputError: If a value is outside its range.
+    """
+
+    def __init__(
+        self,
+        num_codes: int,
+        height: int,
+        width: int,
+        num_classes: int = 0,
+        channels: int = 64,
+        layers: int = 8,
+        first_kernel: int = 7,
+        kernel: int = 3,
+        dropout: float = 0.1,
+    ) -> None:
+        super().__init__()
+        for name, value in (
+            ("num_codes", num_codes),
+            ("height", height),
+            ("width", width),
+            ("channels", channels),
+            ("layers", layers),
+        ):
+            check_positive(name, value)
+        for name, value in (("first_kernel", first_kernel), ("kernel", kernel)):
+            if check_positive(name, value) % 2 == 0 or value == 1:
+                raise InputError(f"{name}={value} must be odd and at least 3.")
+        check_range("num_classes", num_classes, 0)
+        check_range("dropout", dropout, 0, 1)
+        self.num_codes = num_codes
+        self.height, self.width = height, width
+        self.num_classes = num_classes
+        self.embedding = nn.Embedding(num_codes, channels)
+        self.layers = nn.ModuleList(
+            GatedLayer(channels, kernel if i else first_kernel, i == 0, num_classes, dropout)
+            for i in range(layers)
+        )
+        self.head = nn.Sequential(
+            nn.ReLU(), nn.Conv2d(channels, channels, 1), nn.ReLU(), nn.Conv2d(channels, num_codes, 1)
+        )
+
+    @property
+    def receptive_field(self) -> int:
+        """Rows above, and columns to either side, that a position sees."""
+        return sum(layer.reach for layer in self.layers)
+
+    @property
+    def layers_needed(self) -> int:
+        """Layers with which every position of the grid sees all earlier ones."""
+        missing = max(self.height, self.width) - 1 - self.layers[0].reach
+        return 1 + max(0, -(-missing // (self.layers[1].reach if len(self.layers) > 1 else 1)))
+
+    def forward(self, codes: Tensor, labels: Tensor | None = None) -> Tensor:
+        """Logits (B, K, H, W) of each code given the earlier ones; `codes` (B, H, W), `labels` (B,)."""
+        self.check_labels(labels)
+        vertical = horizontal = self.embedding(codes).movedim(-1, 1)
+        total: Tensor | float = 0.0
+        for layer in self.layers:
+            vertical, horizontal, skip = layer(vertical, horizontal, labels)
+            total = total + skip
+        return self.head(total)  # type: ignore[no-any-return]
+
+    def check_labels(self, labels: Tensor | None) -> None:
+        """Refuse labels of an unconditional model and missing labels of a conditional one.
+
+        Raises:
+            InputError: Saying which.
+        """
+        if (labels is None) != (self.num_classes == 0):
+            says = "needs a label per image" if self.num_classes else "takes no labels"
+            raise InputError(f"this prior has num_classes={self.num_classes} and {says}.")

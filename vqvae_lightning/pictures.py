@@ -1,0 +1,45 @@
+"""Grids of images as PNG files."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torchvision.utils import make_grid
+
+from vqvae_lightning.networks.autoencoder import to_uint8
+
+
+def pairs(originals: Tensor, reconstructions: Tensor, columns: int = 10) -> Tensor:
+    """Rows of originals, each with its reconstructions in the row below.
+
+    Args:
+        originals: (N, C, H, W) in [-1, 1].
+        reconstructions: Likewise.
+        columns: Pairs per row.
+
+    Returns:
+        (3, height, width) uint8.
+    """
+    rows = zip(originals.split(columns), reconstructions.split(columns), strict=True)
+    return grid([half for row in rows for half in row], columns)
+
+
+def grid(rows: Sequence[Tensor] | Tensor, columns: int = 10) -> Tensor:
+    """Images in [-1, 1] as one picture (3, height, width) uint8, at least about 400 pixels wide."""
+    images = rows if isinstance(rows, Tensor) else torch.cat(list(rows))
+    levels = to_uint8(images.detach().cpu())
+    factor = max(1, round(40 / levels.shape[-1]))
+    levels = levels.repeat_interleave(factor, -1).repeat_interleave(factor, -2)
+    return make_grid(levels, nrow=columns, padding=2, pad_value=255)
+
+
+def save_png(picture: Tensor, path: Path) -> Path:
+    """Write (3, H, W) uint8 beside `path` and rename it, so that no half picture is ever seen."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    Image.fromarray(picture.movedim(0, -1).numpy()).save(partial, format="PNG", optimize=True)
+    partial.rename(path)
+    return path

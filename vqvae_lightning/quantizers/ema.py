@@ -1,0 +1,71 @@
+"""A codebook that follows the encoder by moving averages."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vqvae_lightning.quantizers.base import VectorQuantizer, all_reduce
+
+
+class EMAQuantizer(VectorQuantizer):
+    """Vector quantizer whose codebook follows the encoder by moving averages.
+
+    Each of the B*H*W vectors of `z` is replaced by its nearest codebook row (Euclidean). After each optimizer
+    step, `update` moves the rows towards the mean of the vectors assigned to them, summed over all ranks and all
+    accumulated batches; no gradient reaches them. Source: van den Oord et al. 2017 (arXiv:1711.00937),
+    appendix A.1. The averages start from the codebook with one hit per code, so that a code without hits stays
+    where it is; counts that start at zero throw unused rows far away and collapse the codebook.
+
+    Args:
+        num_codes: Rows of the codebook (K in the paper).
+        code_dim: Channels of `z` (D).
+        epsilon: Added to each count in the division only (Laplace smoothing); unit: vectors.
+        **options: As for `VectorQuantizer`.
+
+    Raises:
+        InputError: If a value is outside its range.
+    """
+
+    sums: Tensor
+    new_counts: Tensor
+    new_sums: Tensor
+
+    def __init__(
+        self, num_codes: int, code_dim: int, epsilon: float = 1e-5, **options: Any
+    ) -> None:
+        super().__init__(num_codes, code_dim, **options)
+        self.epsilon = epsilon
+        rows = self.first_rows()
+        self.register_buffer("codebook", rows)
+        self.register_buffer("sums", rows.clone())
+        # Hits and sums of the batches since the last update; a checkpoint never falls between the two.
+        self.register_buffer("new_counts", torch.zeros(num_codes), persistent=False)
+        self.register_buffer("new_sums", torch.zeros(num_codes, code_dim), persistent=False)
+
+    def losses(self, rows: Tensor, chosen: Tensor) -> dict[str, Tensor]:
+        """Commitment |z - sg[e]|^2, the mean over all elements; the codebook needs no term."""
+        return {"commitment": F.mse_loss(rows, chosen.detach())}
+
+    def observe(self, flat: Tensor, codes: Tensor) -> None:
+        """Add one batch to the hits and sums per code."""
+        self.new_counts += codes.bincount(minlength=self.num_codes)
+        self.new_sums.index_add_(0, codes, flat)
+
+    def learn(self) -> None:
+        """Equations 6 to 8 of appendix A.1, with statistics of all ranks."""
+        fresh = all_reduce(torch.cat([self.new_counts[:, None], self.new_sums], dim=1))
+        self.counts.lerp_(fresh[:, 0], 1 - self.decay)
+        self.sums.lerp_(fresh[:, 1:], 1 - self.decay)
+        self.new_counts.zero_()
+        self.new_sums.zero_()
+        total = self.counts.sum()
+        share = (self.counts + self.epsilon) / (total + self.num_codes * self.epsilon)
+        self.codebook.copy_(self.sums / (share * total)[:, None])
+
+    def place(self, rows: Tensor, where: Tensor, count: Tensor) -> None:
+        """Move rows, with counts and sums to match: an update that follows must not undo it."""
+        self.codebook.copy_(torch.where(where[:, None], rows, self.codebook))
+        self.counts.copy_(torch.where(where, count, self.counts))
+        self.sums.copy_(torch.where(where[:, None], rows * count, self.sums))

@@ -1,0 +1,59 @@
+"""A codebook that learns by gradient."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vqvae_lightning.errors import check_range
+from vqvae_lightning.quantizers.base import VectorQuantizer, all_reduce
+
+
+class LossQuantizer(VectorQuantizer):
+    """Vector quantizer whose codebook is a parameter that the optimizer moves.
+
+    The codebook term pulls each chosen row towards its encoder vectors, the commitment term the vectors towards
+    their row; each moves only its own side. Source: van den Oord et al. 2017 (arXiv:1711.00937), equation 3.
+    Hits per code are averaged too, but only to find dead codes.
+
+    Args:
+        num_codes: Rows of the codebook (K in the paper).
+        code_dim: Channels of `z` (D).
+        codebook: Weight of the codebook term; 1 in the paper.
+        **options: As for `VectorQuantizer`.
+
+    Raises:
+        InputError: If a value is outside its range.
+    """
+
+    new_counts: Tensor
+
+    def __init__(
+        self, num_codes: int, code_dim: int, codebook: float = 1.0, **options: Any
+    ) -> None:
+        super().__init__(num_codes, code_dim, **options)
+        self.weights["codebook"] = check_range("codebook", codebook, 0)
+        self.codebook = nn.Parameter(self.first_rows())
+        self.register_buffer("new_counts", torch.zeros(num_codes), persistent=False)
+
+    def losses(self, rows: Tensor, chosen: Tensor) -> dict[str, Tensor]:
+        """|sg[z] - e|^2 and |z - sg[e]|^2, each the mean over all elements."""
+        return {
+            "codebook": F.mse_loss(chosen, rows.detach()),
+            "commitment": F.mse_loss(rows, chosen.detach()),
+        }
+
+    def observe(self, flat: Tensor, codes: Tensor) -> None:
+        """Add one batch to the hits per code."""
+        self.new_counts += codes.bincount(minlength=self.num_codes)
+
+    def learn(self) -> None:
+        """Average the hits per code; the rows have moved with the optimizer."""
+        self.counts.lerp_(all_reduce(self.new_counts), 1 - self.decay)
+        self.new_counts.zero_()
+
+    def place(self, rows: Tensor, where: Tensor, count: Tensor) -> None:
+        """Move rows and set their counts."""
+        self.codebook.copy_(torch.where(where[:, None], rows, self.codebook))
+        self.counts.copy_(torch.where(where, count, self.counts))

@@ -1,0 +1,111 @@
+"""What a run writes down: its config, and `result.json` with every figure, its unit and how it came about."""
+
+import json
+import os
+import platform
+import subprocess
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+UNITS = {
+    "accuracy": "share of codes predicted",
+    "bits_per_code": "bits/code",
+    "bits_per_dim": "bits/dim",
+    "code_entropy_bits": "bits/code",
+    "codebook": "squared latent value",
+    "codebook_use": "share of codes",
+    "codebook_weighted": "share of loss",
+    "commitment": "squared latent value",
+    "commitment_weighted": "share of loss",
+    "dead_codes": "codes",
+    "histogram_bits_per_dim": "bits/dim",
+    "images": "images",
+    "learning_rate": "1",
+    "loss": "1",
+    "mse": "squared pixel value in [0, 1]",
+    "mse_unrounded": "squared pixel value in [0, 1]",
+    "nats_per_code": "nats/code",
+    "nmse": "mse / variance of training pixels",
+    "perplexity": "codes",
+    "perplexity_batch32": "codes, mean over batches of 32 images",
+    "position_nats_per_code": "nats/code, histogram per position",
+    "prior_bits_per_dim": "bits/dim",
+    "psnr_db": "dB",
+    "psnr_per_image_db": "dB, mean over images",
+    "real_accuracy": "share of images",
+    "reconstruction_accuracy": "share of images",
+    "reconstruction_bits_per_dim": "bits/dim",
+    "reconstruction_fid": "squared distance of classifier features",
+    "revived_codes": "codes",
+    "sample_accuracy": "share of images",
+    "sample_fid": "squared distance of classifier features",
+    "ssim": "1",
+    "total_bits_per_dim": "bits/dim",
+    "unigram_nats_per_code": "nats/code",
+    "uniform_bits_per_dim": "bits/dim",
+}
+"""Unit of each logged name, by its last part."""
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write beside `path`, then rename: a reader sees the old text or the new, never a half."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    partial.write_text(text)
+    partial.rename(path)
+
+
+def write_config(cfg: Any, folder: Path) -> None:
+    """`config.yaml`: the whole resolved config."""
+    from omegaconf import OmegaConf
+
+    write_text(folder / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
+
+
+def read_result(folder: Path) -> dict[str, Any] | None:
+    """The `result.json` of a finished run or stage; None if there is none."""
+    path = folder / "result.json"
+    return json.loads(path.read_text()) if path.is_file() else None
+
+
+def write_result(folder: Path, metrics: dict[str, float], **facts: Any) -> dict[str, Any]:
+    """Write `result.json`.
+
+    Args:
+        folder: Of the run or stage.
+        metrics: Name to value; the units come from `UNITS`.
+        **facts: What else belongs to the result: seed, split, number of images, seconds.
+
+    Returns:
+        What was written.
+    """
+    named = {k: {"value": v, "unit": UNITS[k.rpartition("/")[2]]} for k, v in metrics.items()}
+    result = {"metrics": named, **facts, **circumstances()}
+    write_text(folder / "result.json", json.dumps(result, indent=1))
+    return result
+
+
+def circumstances() -> dict[str, Any]:
+    """Commit of the checkout (if it is one), library versions and machine."""
+    import torch
+
+    here = Path(__file__).parent
+    git = ["git", "-C", str(here), "rev-parse", "--show-toplevel", "HEAD"]
+    found = subprocess.run(git, capture_output=True, text=True, check=False).stdout.split()
+    # Only of a checkout of this project, not of one that a virtual environment happens to lie in.
+    commit = found[1] if len(found) == 2 and Path(found[0]) == here.parent else None
+    names = ("vqvae-lightning", "torch", "torchvision", "pytorch-lightning", "hydra-core")
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {
+        "commit": commit,
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in names}},
+        "machine": {"processor": _processor(), "threads": torch.get_num_threads(), "gpu": gpu},
+    }
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.is_file() else []
+    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(named, platform.processor() or platform.machine())

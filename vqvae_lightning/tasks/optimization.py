@@ -1,0 +1,73 @@
+"""What both tasks need of an optimizer: its schedule, and a stop when a loss is no longer a number."""
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+from vqvae_lightning.errors import DivergenceError, InputError, check_range
+
+OptimizerFactory = Callable[[Iterable[nn.Parameter]], Optimizer]
+
+
+class WarmupCosine:
+    """Learning rate that rises linearly and then falls along half a cosine (arXiv:1608.03983, without restarts).
+
+    Args:
+        warmup_steps: Optimizer steps until the full rate.
+        final: Share of the full rate left at the end.
+
+    Raises:
+        InputError: If a value is outside its range.
+    """
+
+    def __init__(self, warmup_steps: int = 50, final: float = 0.03) -> None:
+        self.warmup_steps = check_range("warmup_steps", warmup_steps, 0)
+        self.final = check_range("final", final, 0, 1)
+
+    def __call__(self, step: int, total: float) -> float:
+        """The factor on the rate after `step` of `total` steps."""
+        if step < self.warmup_steps:
+            return (step + 1) / (self.warmup_steps + 1)
+        done = min(1.0, (step - self.warmup_steps) / max(1.0, total - self.warmup_steps))
+        return self.final + (1 - self.final) * (1 + math.cos(math.pi * done)) / 2
+
+
+def optimization(
+    parameters: Iterable[nn.Parameter],
+    optimizer: OptimizerFactory,
+    schedule: WarmupCosine | None,
+    total_steps: float,
+) -> Any:
+    """What `configure_optimizers` returns: the optimizer, and the schedule by step if there is one.
+
+    Raises:
+        InputError: If there is a schedule and training has no end that it could run towards.
+    """
+    built = optimizer(parameters)
+    if schedule is None:
+        return built
+    if math.isinf(total_steps):
+        raise InputError(
+            "model.schedule needs an end: set trainer.max_steps or trainer.max_epochs, or model.schedule=null."
+        )
+    rate = LambdaLR(built, lambda step: schedule(step, total_steps))
+    return {"optimizer": built, "lr_scheduler": {"scheduler": rate, "interval": "step"}}
+
+
+def require_finite(step: int, loss: Tensor, terms: dict[str, Tensor]) -> None:
+    """Stop the run if `loss` is NaN or infinite, before the optimizer can spread it to the weights.
+
+    Raises:
+        DivergenceError: Naming the step and the terms.
+    """
+    if not torch.isfinite(loss):
+        bad = ", ".join(f"{k}={v.item()}" for k, v in terms.items() if not torch.isfinite(v))
+        raise DivergenceError(
+            f"step {step}: the loss is {loss.item()} ({bad or 'the sum of its terms'}); stopped before it reached the "
+            "weights. Lower model.optimizer.lr, or set trainer.gradient_clip_val."
+        )

@@ -1,0 +1,94 @@
+"""Stage 2: train a prior over the codes of a VQ-VAE."""
+
+import math
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vqvae_lightning.data.images import Batch
+from vqvae_lightning.networks.pixelcnn import PixelCNN
+from vqvae_lightning.tasks.optimization import (
+    OptimizerFactory,
+    WarmupCosine,
+    optimization,
+    require_finite,
+)
+
+
+class PriorTask(pl.LightningModule):
+    """Maximum likelihood of codes under a PixelCNN (van den Oord et al. 2016, arXiv:1606.05328).
+
+    Beside its own nats per code stands that of the unigram model, the histogram of the training codes with one
+    added to each count: what a prior must beat to have learnt anything about how codes go together.
+
+    Args:
+        net: The network.
+        optimizer: Makes the optimizer out of the parameters.
+        schedule: Factor on the learning rate; None keeps it constant.
+    """
+
+    unigram: Tensor
+
+    def __init__(
+        self, net: PixelCNN, optimizer: OptimizerFactory, schedule: WarmupCosine | None = None
+    ) -> None:
+        super().__init__()
+        self.net = net
+        self.optimizer_factory = optimizer
+        self.schedule = schedule
+        self.register_buffer("unigram", torch.zeros(net.num_codes), persistent=False)
+
+    def setup(self, stage: str) -> None:
+        """Take the unigram model from the training codes."""
+        counts = self.trainer.datamodule.histogram().float() + 1  # type: ignore[attr-defined]
+        self.unigram.copy_(torch.log(counts / counts.sum()))
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """One step on codes; logs every `trainer.log_every_n_steps`."""
+        logits, labels = self._logits(batch), batch.data
+        loss = F.cross_entropy(logits, labels)
+        require_finite(self.global_step, loss, {"nats_per_code": loss})
+        if (self.global_step + 1) % self.trainer.log_every_n_steps == 0:
+            self.log("train/nats_per_code", loss, prog_bar=True)
+            self.log("train/bits_per_code", loss / math.log(2))
+            self.log("train/learning_rate", self.optimizers().param_groups[0]["lr"])  # type: ignore[union-attr]
+        return loss
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Add a batch to the metrics of the epoch."""
+        self._evaluate(batch, "val")
+
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
+        """Add a batch to the metrics of the epoch."""
+        self._evaluate(batch, "test")
+
+    def configure_optimizers(self) -> Any:
+        """The optimizer and its schedule."""
+        total = float(self.trainer.estimated_stepping_batches)
+        return optimization(self.net.parameters(), self.optimizer_factory, self.schedule, total)
+
+    def _logits(self, batch: Batch) -> Tensor:
+        labels = batch.labels if self.net.num_classes else None
+        return self.net(batch.data, labels).float()  # type: ignore[no-any-return]
+
+    def _evaluate(self, batch: Batch, split: str) -> None:
+        logits, codes = self._logits(batch), batch.data
+        nats = F.cross_entropy(logits, codes)
+        options: dict[str, Any] = {
+            "on_step": False,
+            "on_epoch": True,
+            "sync_dist": True,
+            "batch_size": len(codes),
+        }
+        self.log_dict(
+            {
+                f"{split}/bits_per_code": nats / math.log(2),
+                f"{split}/accuracy": (logits.argmax(1) == codes).float().mean(),
+                f"{split}/unigram_nats_per_code": -self.unigram[codes].mean(),
+            },
+            **options,
+        )
+        self.log(f"{split}/nats_per_code", nats, prog_bar=True, **options)

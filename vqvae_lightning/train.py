@@ -1,0 +1,108 @@
+"""vqvae-train: fit one task, test it, return the objective to the sweeper."""
+
+import time
+from pathlib import Path
+from typing import Any
+
+from vqvae_lightning.app import app, print_result, started, stoppable
+
+
+def train(cfg: Any) -> dict[str, Any]:
+    """Train the stage that `cfg` describes, or what is left of it, and test its best checkpoint.
+
+    Args:
+        cfg: The composed config of a stage (`conf/vqvae.yaml` or `conf/prior.yaml`); what the data decide
+            (channels, number of codes) is filled in.
+
+    Returns:
+        The contents of `result.json`.
+
+    Raises:
+        InputError: If the config, the data or a checkpoint cannot work; before any training.
+    """
+    import pytorch_lightning as pl
+    import torch
+
+    from vqvae_lightning.configs import build, plain
+    from vqvae_lightning.data import CodesDataModule
+    from vqvae_lightning.results import read_result, write_config, write_result
+
+    folder = Path(cfg.folder)
+    finished = read_result(folder)
+    if finished is not None:
+        return finished
+    start = time.perf_counter()
+    pl.seed_everything(cfg.seed, workers=True, verbose=False)
+    images = build(cfg.dataset)
+    images.prepare_data()
+    images.setup()
+    trainer = build(
+        cfg.trainer,
+        callbacks=[build(part) for part in cfg.callbacks.values() if part is not None],
+        logger=[build(part) for part in cfg.logger.values() if part is not None],
+        enable_progress_bar=cfg.callbacks.progress is not None,
+    )
+    data = images
+    if "vqvae_checkpoint" in cfg:
+        data = codes_of(cfg, images, trainer.strategy.root_device)
+        net = {"num_codes": data.num_codes, "num_classes": images.num_classes}
+        cfg.model.net.update({**net, "height": data.grid[0], "width": data.grid[1]})
+        cfg.vqvae_hash = data.vqvae_hash
+    else:
+        cfg.model.net.channels = images.image_shape[0]
+    task = build(cfg.model)
+    if not isinstance(data, CodesDataModule):
+        task.net.grid(*images.image_shape[1:])
+    task.save_hyperparameters(plain(cfg))
+    write_config(cfg, folder)
+
+    checkpoints = folder / "checkpoints"
+    last = checkpoints / "last.ckpt"
+    trainer.fit(task, datamodule=data, ckpt_path=str(last) if last.is_file() else None)
+    best = checkpoints / "best.ckpt"
+    if not best.is_file():
+        trainer.save_checkpoint(best)
+    callback = trainer.checkpoint_callback
+    scores = trainer.test(task, datamodule=data, ckpt_path=str(best), verbose=False)[0]
+    peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
+    return write_result(
+        folder,
+        seed=cfg.seed,
+        seconds=time.perf_counter() - start,
+        metrics={k: float(v) for k, v in scores.items()},
+        split="test",
+        images=len(data.datasets["test"]),
+        monitor=cfg.monitor,
+        objective=float(callback.best_model_score) if callback and callback.best_model_score else None,
+        steps=trainer.global_step,
+        checkpoint=str(best),
+        peak_gpu_bytes=peak,
+    )
+
+
+def codes_of(cfg: Any, images: Any, device: Any) -> Any:
+    """The codes of `images` under `cfg.vqvae_checkpoint`, encoded on `device` unless they are stored."""
+    from vqvae_lightning.checkpoints import load, weights_hash
+    from vqvae_lightning.data import CodesDataModule
+
+    path = Path(cfg.vqvae_checkpoint)
+    vqvae = load(path, "vqvae").net
+    folder = cfg.codes_dir or path.parent.parent / "codes"
+    codes = CodesDataModule(images, vqvae, weights_hash(vqvae), str(folder), cfg.batch_size)
+    codes.encode(device)
+    codes.setup()
+    return codes
+
+
+@app("vqvae")
+def main(cfg: Any) -> float | None:
+    """Train one stage."""
+    cfg = started("vqvae-train", cfg)
+    with stoppable("vqvae-train", cfg):
+        result = train(cfg)
+    print_result("test", result, [Path(cfg.folder)])
+    return result["objective"]  # type: ignore[no-any-return]
+
+
+if __name__ == "__main__":
+    main()
