@@ -10,14 +10,14 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.callbacks import Callback, ProgressBar
+from pytorch_lightning.callbacks import Callback, ProgressBar, WeightAveraging
 from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger, WandbLogger
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
 from vqvae_lightning.data.codes import CodesDataModule
 from vqvae_lightning.data.images import ArrayDataModule
-from vqvae_lightning.errors import Interrupted
+from vqvae_lightning.errors import Interrupted, check_range
 from vqvae_lightning.networks.autoencoder import from_uint8
 from vqvae_lightning.networks.sampling import sample
 from vqvae_lightning.pictures import grid, pairs, save_png
@@ -165,6 +165,37 @@ class SeedSteps(Callback):
         """Seed."""
         # 1024 apart, so that no two ranks of two steps share a seed.
         torch.manual_seed((self.seed * 1_000_003 + trainer.global_step) * 1024 + trainer.global_rank)
+
+
+class AveragedWeights(WeightAveraging):
+    """Exponential moving average of the weights; it is what is validated, saved and sampled.
+
+    Lightning's callback, with an average that starts short (the share kept after n steps is at most
+    (1 + n) / (10 + n), as in TensorFlow's ExponentialMovingAverage), so that the random first weights are soon
+    forgotten, and with the averaged weights, not the last ones, when a checkpoint is tested.
+
+    Args:
+        decay: Share of the old average kept per step.
+
+    Raises:
+        InputError: If it is outside [0, 1].
+    """
+
+    def __init__(self, decay: float = 0.998) -> None:
+        self.decay = check_range("decay", decay, 0, 1)
+        super().__init__(use_buffers=False, multi_avg_fn=self._average)
+
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Restore the last weights beside the averaged ones, to train on; not to test."""
+        if trainer.state.fn == "fit":
+            super().on_load_checkpoint(trainer, pl_module, checkpoint)
+
+    @torch.no_grad()
+    def _average(self, averaged: Any, current: Any, steps: Any) -> None:
+        kept = min(self.decay, (1 + int(steps)) / (10 + int(steps)))
+        torch._foreach_lerp_(list(averaged), list(current), 1 - kept)
 
 
 class CleanStop(Callback):

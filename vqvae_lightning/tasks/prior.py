@@ -36,7 +36,7 @@ class PriorTask(pl.LightningModule):
         self, net: PixelCNN, optimizer: OptimizerFactory, schedule: WarmupCosine | None = None
     ) -> None:
         super().__init__()
-        self.net = net
+        self.net = net.to(memory_format=torch.channels_last)
         self.optimizer_factory = optimizer
         self.schedule = schedule
         self.register_buffer("unigram", torch.zeros(net.num_codes), persistent=False)

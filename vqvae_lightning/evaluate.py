@@ -1,0 +1,115 @@
+"""vqvae-evaluate: figures of finished checkpoints on a held-out split."""
+
+import time
+from pathlib import Path
+from typing import Any
+
+from vqvae_lightning.app import app, print_result, started
+
+
+def evaluate(cfg: Any) -> dict[str, Any]:
+    """Evaluate a VQ-VAE, and its prior if there is one.
+
+    Args:
+        cfg: The composed config `conf/evaluate.yaml`.
+
+    Returns:
+        The contents of `result.json`; beside it lie `reconstructions.png`, `codes.npz` (histogram of the training
+        codes, codes of the pictured images) and, with a prior, `nearest.png`.
+
+    Raises:
+        InputError: If a checkpoint or the data cannot be used, or a prior belongs to another VQ-VAE.
+    """
+    import numpy as np
+    import pytorch_lightning as pl
+    import torch
+
+    from vqvae_lightning import evaluation
+    from vqvae_lightning.checkpoints import load, load_pair, weights_hash
+    from vqvae_lightning.configs import build, plain
+    from vqvae_lightning.data import CodesDataModule
+    from vqvae_lightning.errors import InputError
+    from vqvae_lightning.networks.autoencoder import from_uint8
+    from vqvae_lightning.pictures import pairs, save_png
+    from vqvae_lightning.results import read_result, write_config, write_result
+
+    folder = Path(cfg.folder)
+    finished = read_result(folder)
+    if finished is not None:
+        return finished
+    start = time.perf_counter()
+    if cfg.split not in ("train", "val", "test"):
+        raise InputError(f"split={cfg.split} must be one of train, val, test.")
+    write_config(cfg, folder)
+    pl.seed_everything(cfg.seed, workers=True, verbose=False)
+    prior = None
+    if cfg.prior_checkpoint is None:
+        if cfg.vqvae_checkpoint is None:
+            raise InputError("give vqvae_checkpoint=PATH, prior_checkpoint=PATH, or both.")
+        vqvae = load(cfg.vqvae_checkpoint, "vqvae")
+        vqvae_path = Path(cfg.vqvae_checkpoint)
+    else:
+        loaded, vqvae = load_pair(cfg.prior_checkpoint, cfg.vqvae_checkpoint)
+        prior = loaded.net
+        vqvae_path = Path(cfg.vqvae_checkpoint or loaded.config["vqvae_checkpoint"])
+    images = build(cfg.dataset or vqvae.config["dataset"])
+    images.prepare_data()
+    images.setup()
+    options = plain(cfg.trainer)
+    device = pl.Trainer(**options, logger=False, enable_checkpointing=False).strategy.root_device
+    codes_dir = cfg.codes_dir or vqvae_path.parent.parent / "codes"
+    codes = CodesDataModule(images, vqvae.net, weights_hash(vqvae.net), str(codes_dir), 1)
+    codes.encode(device)
+    codes.setup()
+    if prior is not None:
+        prior.to(device)
+
+    metrics = evaluation.reconstruction_metrics(codes, cfg.split, device)
+    metrics |= evaluation.likelihood_metrics(codes, prior, cfg.split, device)
+    shown = images.datasets[cfg.split].data[: cfg.pictured]
+    shown_codes = torch.as_tensor(codes.datasets[cfg.split].data[: cfg.pictured]).long()
+    decoded = evaluation.decode_images(codes.vqvae, shown_codes.to(device))
+    picture = pairs(from_uint8(shown), from_uint8(decoded))
+    save_png(picture, folder / "reconstructions.png")
+    arrays = {"histogram": codes.histogram(), "codes": shown_codes, "images": shown}
+    np.savez(folder / "codes.npz", **{k: v.numpy() for k, v in arrays.items()})
+    if prior is not None:
+        drawn, _, labels = evaluation.draw_images(
+            codes, prior, cfg.num_samples, cfg.seed, device, temperature=cfg.temperature
+        )
+        nearest = evaluation.nearest_training_images(images, drawn[:10])
+        save_png(pairs(from_uint8(drawn[:10]), from_uint8(nearest)), folder / "nearest.png")
+        if images.num_classes > 1:
+            task = build(
+                cfg.classifier,
+                net={"channels": images.image_shape[0], "num_classes": images.num_classes},
+            )
+            steps = {**options, "max_steps": cfg.classifier_steps}
+            judge = evaluation.train_classifier(task, images, steps, cfg.classifier_batch_size)
+            metrics |= evaluation.classifier_metrics(
+                judge, codes, cfg.split, drawn, labels, device
+            )
+    return write_result(
+        folder,
+        {f"{cfg.split}/{name}": value for name, value in metrics.items()},
+        seed=cfg.seed,
+        seconds=time.perf_counter() - start,
+        split=cfg.split,
+        images=len(codes.datasets[cfg.split]),
+        samples=0 if prior is None else cfg.num_samples,
+        vqvae_checkpoint=str(vqvae_path),
+        prior_checkpoint=cfg.prior_checkpoint,
+        data_fingerprint=images.fingerprint,
+    )
+
+
+@app("evaluate")
+def main(cfg: Any) -> None:
+    """Evaluate checkpoints."""
+    cfg = started("vqvae-evaluate", cfg)
+    folder = Path(cfg.folder)
+    print_result("evaluation", evaluate(cfg), [folder / "result.json", folder / "reconstructions.png"])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,310 @@
+"""Honest figures for a trained VQ-VAE and its prior, on images that neither has seen."""
+
+import copy
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from torch import Tensor, nn
+from torchmetrics import MeanSquaredError
+from torchmetrics.image import PeakSignalNoiseRatio, StructuralSimilarityIndexMeasure
+from torchmetrics.image.fid import FrechetInceptionDistance
+
+from vqvae_lightning.callbacks import SeedSteps, StepProgress
+from vqvae_lightning.data.codes import CodesDataModule
+from vqvae_lightning.data.images import ImageDataModule, SplitName
+from vqvae_lightning.metrics import CodebookUsage
+from vqvae_lightning.networks.autoencoder import from_uint8, to_uint8
+from vqvae_lightning.networks.likelihoods import discretised_logistic, fit_log_scale
+from vqvae_lightning.networks.pixelcnn import PixelCNN
+from vqvae_lightning.networks.sampling import sample, score
+from vqvae_lightning.progress import progress_bar
+from vqvae_lightning.tasks.classifier import ClassifierTask
+
+SCALE_IMAGES = 2048  # validation images that the decoder's scale is fitted on
+LN2 = math.log(2)
+
+
+@torch.inference_mode()
+def reconstruction_metrics(
+    codes: CodesDataModule, split: SplitName, device: torch.device
+) -> dict[str, float]:
+    """How well a split is reconstructed and how its codes use the codebook.
+
+    Errors are measured on uint8-rounded images in [0, 1], `mse_unrounded` apart. `perplexity` is of the whole
+    split's histogram; `perplexity_batch32`, the mean over batches of 32 images, is lower and only there to compare
+    with older work. `dead_codes` never occur in the training split.
+    """
+    squared, unrounded = MeanSquaredError().to(device), MeanSquaredError().to(device)
+    ssim = StructuralSimilarityIndexMeasure(data_range=1.0).to(device)
+    psnr = PeakSignalNoiseRatio(
+        data_range=1.0, dim=(1, 2, 3), reduction="elementwise_mean"
+    ).to(device)
+    usage = CodebookUsage(codes.num_codes).to(device)
+    batch_usage = CodebookUsage(codes.num_codes).to(device)
+    batch_perplexities: list[float] = []
+    psnr_sum, count = 0.0, 0
+    for levels, grid in _pairs(codes, split, device):
+        decoded = codes.vqvae.decode(grid).float()
+        rounded, truth = to_uint8(decoded).float() / 255, levels.float() / 255
+        squared.update(rounded, truth)
+        unrounded.update((decoded + 1) / 2, truth)
+        ssim.update(rounded, truth)
+        psnr_sum += float(psnr(rounded, truth)) * len(levels)
+        count += len(levels)
+        usage.update(grid)
+        for part in grid.split(32):
+            if len(part) == 32:
+                batch_perplexities.append(float(batch_usage(part)["perplexity"]))
+    error, used = float(squared.compute()), usage.compute()
+    return {
+        "mse": error,
+        "mse_unrounded": float(unrounded.compute()),
+        "nmse": error / codes.images.pixel_variance,
+        "psnr_db": -10 * math.log10(error),
+        "psnr_per_image_db": psnr_sum / count,
+        "ssim": float(ssim.compute()),
+        "perplexity": float(used["perplexity"]),
+        **(
+            {"perplexity_batch32": sum(batch_perplexities) / len(batch_perplexities)}
+            if batch_perplexities
+            else {}
+        ),
+        "code_entropy_bits": float(used["entropy_bits"]),
+        "codebook_use": float(used["use"]),
+        "dead_codes": float((codes.histogram() == 0).sum()),
+    }
+
+
+@torch.inference_mode()
+def likelihood_metrics(
+    codes: CodesDataModule, prior: PixelCNN | None, split: SplitName, device: torch.device
+) -> dict[str, float]:
+    """An upper bound on bits per dimension, term by term: -log2 p(x | z) - log2 p(z), per value of the image.
+
+    p(x | z) is a discretised logistic around the reconstruction with one scale per channel, fitted on validation
+    images; the bound holds because the encoder is deterministic. p(z) is uniform, the histogram of the training
+    codes, or the prior; given the label where the prior is conditional, so the total is then -log2 p(x | y).
+    """
+    dims = math.prod(codes.images.image_shape)
+    positions = math.prod(codes.grid)
+    histogram = (codes.histogram() + 1).float().to(device)
+    unigram = torch.log(histogram / histogram.sum())
+    by_position = _position_log_probabilities(codes).to(device)
+    log_scale = _scale(codes, device)
+    sums = dict.fromkeys(("pixels", "unigram", "position", "prior"), 0.0)
+    total = len(codes.datasets[split])
+    labels = codes.datasets[split].labels
+    with progress_bar("scoring", total) as advance:
+        done = 0
+        for levels, grid in _pairs(codes, split, device):
+            mean = (codes.vqvae.decode(grid).float() + 1) * 127.5
+            part = slice(done, done + len(levels))
+            done += len(levels)
+            sums["pixels"] -= float(discretised_logistic(levels, mean, log_scale).double().sum())
+            sums["unigram"] -= float(unigram[grid].double().sum())
+            chosen = by_position.expand(len(grid), -1, -1, -1).gather(1, grid[:, None])
+            sums["position"] -= float(chosen.double().sum())
+            if prior is not None:
+                own = labels[part].to(device) if labels is not None and prior.num_classes else None
+                sums["prior"] -= float(score(prior, grid, own).double().sum())
+            advance(len(levels))
+    per_code = {name: value / (total * positions) for name, value in sums.items()}
+    pixels = sums["pixels"] / (LN2 * total * dims)
+    rate = positions / (LN2 * dims)
+    metrics = {
+        "unigram_nats_per_code": per_code["unigram"],
+        "position_nats_per_code": per_code["position"],
+        "reconstruction_bits_per_dim": pixels,
+        "uniform_bits_per_dim": rate * math.log(codes.num_codes),
+        "histogram_bits_per_dim": rate * per_code["unigram"],
+    }
+    if prior is not None:
+        nats = per_code["prior"]
+        metrics = {"nats_per_code": nats, "bits_per_code": nats / LN2, **metrics}
+        metrics["prior_bits_per_dim"] = rate * nats
+        metrics["total_bits_per_dim"] = pixels + rate * nats
+    return metrics
+
+
+def train_classifier(
+    task: ClassifierTask, images: ImageDataModule, trainer_options: dict[str, Any], batch_size: int
+) -> nn.Module:
+    """The network of `task`, trained on the real training images.
+
+    Args:
+        task: Untrained.
+        images: Set up.
+        trainer_options: Of Lightning's Trainer; `max_steps` among them.
+        batch_size: Images per step.
+
+    Returns:
+        In evaluation mode, without gradients.
+    """
+    data = copy.copy(images)
+    data.batch_size = min(batch_size, len(data.datasets["train"]))
+    trainer = pl.Trainer(
+        callbacks=[StepProgress(), SeedSteps(images.seed)],
+        logger=False,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+        limit_val_batches=0,
+        **trainer_options,
+    )
+    trainer.fit(task, datamodule=data)
+    return task.net.eval().requires_grad_(False).to(trainer.strategy.root_device)
+
+
+@torch.inference_mode()
+def classifier_metrics(
+    classifier: Any,
+    codes: CodesDataModule,
+    split: SplitName,
+    samples: Tensor,
+    labels: Tensor | None,
+    device: torch.device,
+) -> dict[str, float]:
+    """What a classifier of real images makes of reconstructions and samples.
+
+    Args:
+        classifier: Trained on real training images.
+        codes: Codes and images.
+        split: Real images to compare with.
+        samples: (N, C, H, W) uint8.
+        labels: (N,) classes that the samples were drawn for; None for an unconditional prior.
+        device: To compute on.
+
+    Returns:
+        Share of real images, reconstructions and samples that are recognised as their class, and the Fréchet
+        distance (arXiv:1706.08500, equation 6) between real images and reconstructions, and samples, in the
+        classifier's features. The distance depends on the classifier: compare it within a run only.
+    """
+    distances = {
+        name: FrechetInceptionDistance(
+            feature=_Features(classifier), input_img_size=codes.images.image_shape
+        ).to(device)
+        for name in ("reconstruction", "sample")
+    }
+    right = {"real": 0, "reconstruction": 0, "sample": 0}
+    truth = codes.datasets[split].labels
+    assert truth is not None
+    done = 0
+    for levels, grid in _pairs(codes, split, device):
+        decoded = to_uint8(codes.vqvae.decode(grid))
+        part = truth[done : done + len(levels)].to(device)
+        done += len(levels)
+        for name, batch in (("real", levels), ("reconstruction", decoded)):
+            right[name] += int((classifier(from_uint8(batch)).argmax(1) == part).sum())
+        for distance in distances.values():
+            distance.update(levels, real=True)
+        distances["reconstruction"].update(decoded, real=False)
+    for start in range(0, len(samples), 256):
+        batch = samples[start : start + 256].to(device)
+        distances["sample"].update(batch, real=False)
+        if labels is not None:
+            guess = classifier(from_uint8(batch)).argmax(1)
+            right["sample"] += int((guess == labels[start : start + 256].to(device)).sum())
+    metrics = {
+        "real_accuracy": right["real"] / done,
+        "reconstruction_accuracy": right["reconstruction"] / done,
+    }
+    if labels is not None:
+        metrics["sample_accuracy"] = right["sample"] / len(samples)
+    return {**metrics, **{f"{k}_fid": float(v.compute()) for k, v in distances.items()}}
+
+
+class _Features(nn.Module):
+    """uint8 images to the classifier's features, as torchmetrics' FID calls its network."""
+
+    def __init__(self, classifier: Any) -> None:
+        super().__init__()
+        self.classifier = classifier
+
+    def forward(self, levels: Tensor) -> Tensor:
+        """(B, C, H, W) uint8 to (B, features)."""
+        return self.classifier.features(from_uint8(levels))  # type: ignore[no-any-return]
+
+
+def draw_images(
+    codes: CodesDataModule, prior: PixelCNN, count: int, seed: int, device: torch.device, **options: Any
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """`count` samples, the classes in turn.
+
+    Args:
+        codes: Give the grid and the decoder.
+        prior: In evaluation mode.
+        count: Images to draw.
+        seed: Of the draw.
+        device: To compute on.
+        **options: Of `sample`.
+
+    Returns:
+        Images (count, C, H, W) uint8, codes (count, h, w) and labels (count,), or None without classes; on the CPU.
+    """
+    labels = torch.arange(count) % prior.num_classes if prior.num_classes else None
+    generator = torch.Generator().manual_seed(seed)
+    with progress_bar("sampling", count) as advance:
+        drawn = sample(
+            prior.to(device),
+            (count, *codes.grid),
+            labels,
+            generator=generator,
+            on_batch=advance,
+            **options,
+        )
+    return decode_images(codes.vqvae.to(device), drawn), drawn.cpu(), labels
+
+
+@torch.inference_mode()
+def decode_images(vqvae: Any, codes: Tensor) -> Tensor:
+    """Images (N, C, H, W) uint8 on the CPU of codes (N, h, w), in batches."""
+    return torch.cat([to_uint8(vqvae.decode(part)).cpu() for part in codes.split(256)])
+
+
+def nearest_training_images(images: ImageDataModule, samples: Tensor) -> Tensor:
+    """For each sample (N, C, H, W) uint8, the training image at the smallest Euclidean distance."""
+    flat = samples.flatten(1).float()
+    best = torch.full((len(samples),), math.inf)
+    nearest = torch.zeros_like(samples)
+    for part in images.datasets["train"].data.split(8192):
+        distance, row = torch.cdist(flat, part.flatten(1).float()).min(1)
+        closer = distance < best
+        best[closer] = distance[closer]
+        nearest[closer] = part[row[closer]]
+    return nearest
+
+
+def _pairs(
+    codes: CodesDataModule, split: SplitName, device: torch.device
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Images (B, C, H, W) uint8 and their codes (B, h, w), batch by batch."""
+    codes.vqvae.to(device)
+    batches = zip(codes.images.batches(split), codes.batches(split), strict=True)
+    for images, grid in batches:
+        yield images.data.to(device), grid.data.to(device).long()
+
+
+def _scale(codes: CodesDataModule, device: torch.device) -> Tensor:
+    means, levels, count = [], [], 0
+    for images, grid in _pairs(codes, "val", device):
+        means.append((codes.vqvae.decode(grid).float() + 1) * 127.5)
+        levels.append(images)
+        count += len(images)
+        if count >= SCALE_IMAGES:
+            break
+    return fit_log_scale(torch.cat(levels), torch.cat(means))
+
+
+def _position_log_probabilities(codes: CodesDataModule) -> Tensor:
+    """log p of each code at each position by the training histogram with one added, (1, K, h, w)."""
+    counts = torch.ones(math.prod(codes.grid), codes.num_codes)
+    for batch in codes.batches("train"):
+        flat = batch.data.long().flatten(1).t()
+        counts.scatter_add_(1, flat, torch.ones_like(flat, dtype=torch.float32))
+    shares = torch.log(counts / counts.sum(1, keepdim=True))
+    return shares.t().reshape(1, codes.num_codes, *codes.grid)
+
+

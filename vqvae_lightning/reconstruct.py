@@ -1,0 +1,79 @@
+"""vqvae-reconstruct: images through a VQ-VAE's checkpoint and back."""
+
+from pathlib import Path
+from typing import Any
+
+from vqvae_lightning.app import app, print_result, started
+
+
+def reconstruct(cfg: Any) -> dict[str, Any]:
+    """Reconstruct images of a folder, or of the data set that the VQ-VAE was trained on.
+
+    Args:
+        cfg: The composed config `conf/reconstruct.yaml`.
+
+    Returns:
+        The contents of `result.json`; beside it lie `reconstructions.png` (originals above their reconstructions)
+        and `reconstructions.npz` (images and reconstructions uint8 (N, H, W, C), codes).
+
+    Raises:
+        InputError: If the checkpoint or the images cannot be used.
+    """
+    import numpy as np
+    import torch
+
+    from vqvae_lightning.checkpoints import load
+    from vqvae_lightning.configs import build
+    from vqvae_lightning.data import ImageFolderSource
+    from vqvae_lightning.devices import device_for
+    from vqvae_lightning.errors import check_positive
+    from vqvae_lightning.evaluation import decode_images
+    from vqvae_lightning.networks.autoencoder import from_uint8
+    from vqvae_lightning.pictures import pairs, save_png
+    from vqvae_lightning.progress import progress_bar
+    from vqvae_lightning.results import write_config, write_result
+
+    folder = Path(cfg.folder)
+    vqvae = load(cfg.vqvae_checkpoint, "vqvae")
+    device = device_for(cfg.accelerator)
+    net = vqvae.net.to(device)
+    if cfg.input is None:
+        data = build(vqvae.config["dataset"])
+        data.prepare_data()
+        data.setup()
+        images = data.datasets["test"].data[: check_positive("count", cfg.count)]
+    else:
+        source = ImageFolderSource(cfg.input, size=cfg.size, grey=net.channels == 1)
+        images = source.load().train.images
+    net.grid(*images.shape[2:])
+    write_config(cfg, folder)
+    parts = []
+    with progress_bar("encoding", len(images)) as advance, torch.inference_mode():
+        for part in images.split(256):
+            parts.append(net.encode(from_uint8(part.to(device))))
+            advance(len(part))
+    codes = torch.cat(parts)
+    decoded = decode_images(net, codes)
+    shown = pairs(from_uint8(images[: cfg.count]), from_uint8(decoded[: cfg.count]))
+    save_png(shown, folder / "reconstructions.png")
+    arrays = {
+        "images": images.movedim(1, -1),
+        "reconstructions": decoded.movedim(1, -1),
+        "codes": codes.cpu(),
+    }
+    np.savez_compressed(folder / "reconstructions.npz", **{k: v.numpy() for k, v in arrays.items()})
+    error = float(((decoded.float() - images.float()) / 255).square().mean())
+    metrics = {"images": float(len(images)), "mse": error}
+    return write_result(folder, metrics, vqvae_checkpoint=str(cfg.vqvae_checkpoint))
+
+
+@app("reconstruct")
+def main(cfg: Any) -> None:
+    """Reconstruct images."""
+    cfg = started("vqvae-reconstruct", cfg)
+    folder = Path(cfg.folder)
+    print_result("reconstructions", reconstruct(cfg), [folder / "reconstructions.png"])
+
+
+if __name__ == "__main__":
+    main()

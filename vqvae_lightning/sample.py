@@ -1,0 +1,93 @@
+"""vqvae-sample: new images out of a prior's checkpoint."""
+
+import time
+from pathlib import Path
+from typing import Any
+
+from vqvae_lightning.app import app, print_result, started
+
+
+def draw(cfg: Any) -> dict[str, Any]:
+    """Draw images.
+
+    Args:
+        cfg: The composed config `conf/sample.yaml`.
+
+    Returns:
+        The contents of `result.json`; beside it lie `samples.png` (a column per class) and `samples.npz` (images
+        uint8 (N, H, W, C), codes, labels).
+
+    Raises:
+        InputError: If a checkpoint cannot be used, or an option is outside its range.
+    """
+    import numpy as np
+    import torch
+
+    from vqvae_lightning.checkpoints import load_pair
+    from vqvae_lightning.devices import device_for
+    from vqvae_lightning.errors import InputError, check_positive
+    from vqvae_lightning.evaluation import decode_images
+    from vqvae_lightning.networks.autoencoder import from_uint8
+    from vqvae_lightning.networks.sampling import sample
+    from vqvae_lightning.pictures import grid, save_png
+    from vqvae_lightning.progress import progress_bar
+    from vqvae_lightning.results import read_result, write_config, write_result
+
+    folder = Path(cfg.folder)
+    finished = read_result(folder)
+    if finished is not None:
+        return finished
+    start = time.perf_counter()
+    count = check_positive("num_samples", cfg.num_samples)
+    loaded, vqvae = load_pair(cfg.prior_checkpoint, cfg.vqvae_checkpoint)
+    device = device_for(cfg.accelerator)
+    prior = loaded.net.to(device)
+    labels, columns = None, 10
+    if prior.num_classes:
+        chosen = list(cfg.labels) if cfg.labels is not None else list(range(prior.num_classes))
+        bad = [label for label in chosen if label not in range(prior.num_classes)]
+        if bad:
+            raise InputError(f"labels={bad} must be among 0 to {prior.num_classes - 1}.")
+        labels = torch.tensor(chosen)[torch.arange(count) % len(chosen)]
+        columns = min(len(chosen), 20)
+    elif cfg.labels is not None:
+        raise InputError(f"labels={list(cfg.labels)}: this prior has no classes; drop labels.")
+    write_config(cfg, folder)
+    generator = torch.Generator().manual_seed(cfg.seed)
+    with progress_bar("sampling", count) as advance:
+        codes = sample(
+            prior,
+            (count, prior.height, prior.width),
+            labels,
+            temperature=cfg.temperature,
+            top_k=cfg.top_k,
+            generator=generator,
+            batch_size=cfg.batch_size,
+            on_batch=advance,
+        )
+    images = decode_images(vqvae.net.to(device), codes)
+    shown = from_uint8(images[: 10 * columns])
+    save_png(grid(shown, columns), folder / "samples.png")
+    arrays = {"images": images.movedim(1, -1), "codes": codes.cpu()}
+    if labels is not None:
+        arrays["labels"] = labels
+    np.savez_compressed(folder / "samples.npz", **{k: v.numpy() for k, v in arrays.items()})
+    return write_result(
+        folder,
+        {"images": float(count)},
+        seed=cfg.seed,
+        seconds=time.perf_counter() - start,
+        prior_checkpoint=str(cfg.prior_checkpoint),
+    )
+
+
+@app("sample")
+def main(cfg: Any) -> None:
+    """Draw samples."""
+    cfg = started("vqvae-sample", cfg)
+    folder = Path(cfg.folder)
+    print_result("samples", draw(cfg), [folder / "samples.png", folder / "samples.npz"])
+
+
+if __name__ == "__main__":
+    main()
