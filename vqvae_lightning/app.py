@@ -82,7 +82,6 @@ def started(name: str, cfg: Any) -> Any:
         InputError: If `resume` comes with other overrides: a run goes on as it began.
     """
     from hydra.core.hydra_config import HydraConfig
-    from omegaconf import OmegaConf, open_dict
 
     hydra = HydraConfig.get()
     if cfg.resume is None:
@@ -95,13 +94,21 @@ def started(name: str, cfg: Any) -> Any:
         raise InputError(
             f"resume={cfg.resume} goes on with the config in that folder; drop {' '.join(others)}"
         )
-    stored = OmegaConf.load(Path(cfg.resume) / "config.yaml")
-    # The folder may have been moved since.
-    moved = _moved(OmegaConf.to_container(stored), str(stored.folder), str(cfg.folder))
-    renewed = OmegaConf.create(moved)
+    return stored_config(Path(cfg.folder))
+
+
+def stored_config(folder: Path) -> Any:
+    """The config that a run left in `folder`, with its paths following the folder if that was moved."""
+    from omegaconf import OmegaConf
+
+    stored = OmegaConf.load(folder / "config.yaml")
+    value = OmegaConf.to_container(stored)
+    # A stage's paths may lie beside its own folder, below the run's.
+    old, new = Path(stored.folder), folder.absolute()
+    while old.name == new.name and old != old.parent and old != new:
+        old, new = old.parent, new.parent
+    renewed = OmegaConf.create(_moved(value, str(old), str(new)))
     OmegaConf.set_struct(renewed, True)
-    with open_dict(renewed):
-        renewed.resume = cfg.resume
     return renewed
 
 

@@ -56,6 +56,9 @@ class MetricsFile(CSVLogger):
             self.save()
         super().log_metrics(metrics, step)
 
+    def log_hyperparams(self, params: Any = None) -> None:
+        """Nothing: `config.yaml` has them already."""
+
 
 class StepProgress(ProgressBar):
     """One bar over all of training, in images, with images per second and the newest losses.

@@ -1,6 +1,7 @@
 """Grids of images as PNG files."""
 
 import os
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -28,10 +29,10 @@ def pairs(originals: Tensor, reconstructions: Tensor, columns: int = 10) -> Tens
 
 
 def grid(rows: Sequence[Tensor] | Tensor, columns: int = 10) -> Tensor:
-    """Images in [-1, 1] as one picture (3, height, width) uint8, at least about 400 pixels wide."""
+    """Images in [-1, 1] as one picture (3, height, width) uint8, small ones enlarged to about 64 pixels each."""
     images = rows if isinstance(rows, Tensor) else torch.cat(list(rows))
     levels = to_uint8(images.detach().cpu())
-    factor = max(1, round(40 / levels.shape[-1]))
+    factor = max(1, round(64 / levels.shape[-1]))
     levels = levels.repeat_interleave(factor, -1).repeat_interleave(factor, -2)
     return make_grid(levels, nrow=columns, padding=2, pad_value=255)
 
@@ -43,3 +44,10 @@ def save_png(picture: Tensor, path: Path) -> Path:
     Image.fromarray(picture.movedim(0, -1).numpy()).save(partial, format="PNG", optimize=True)
     partial.rename(path)
     return path
+
+
+def copy_file(source: Path, target: Path) -> None:
+    """Copy beside `target`, then rename."""
+    partial = target.with_name(f".{target.name}.{os.getpid()}")
+    shutil.copyfile(source, partial)
+    partial.rename(target)

@@ -1,0 +1,136 @@
+"""vqvae-pipeline, the main job: from real images to new images, each stage resumable."""
+
+import time
+from pathlib import Path
+from typing import Any
+
+from vqvae_lightning.app import app, print_result, started, stored_config, stoppable
+
+STAGES = ("vqvae", "prior", "evaluation", "samples", "report")
+
+
+def stage_configs(cfg: Any) -> dict[str, Any]:
+    """The config of each stage, as its own command would compose it, in its own folder below the run's.
+
+    Stages that have begun keep the config that they left in their folder.
+    """
+    from omegaconf import OmegaConf
+
+    folder = Path(cfg.folder)
+    common = ("study", "seed", "data_dir", "resume", "command", "folder")
+    training = ("dataset", "logger", "model", "trainer", "callbacks", "monitor")
+    configs: dict[str, Any] = {}
+    for name in STAGES[:-1]:
+        if (folder / name / "config.yaml").is_file():
+            configs[name] = stored_config(folder / name)
+            continue
+        # Resolved with `folder` at its place in the tree, so that every path below it is the stage's.
+        placed = cfg.copy()
+        placed.folder = str(folder / name)
+        if name == "prior":
+            placed.prior.vqvae_checkpoint = str(folder / "vqvae" / "checkpoints" / "best.ckpt")
+        whole = OmegaConf.to_container(placed, resolve=True)
+        assert isinstance(whole, dict)
+        stage = {key: whole[key] for key in common}
+        if name in ("vqvae", "prior"):
+            stage |= {key: whole[key] for key in training}
+            stage |= whole["prior"] if name == "prior" else {}
+        else:
+            stage |= {
+                "prior_checkpoint": str(folder / "prior" / "checkpoints" / "best.ckpt"),
+                "vqvae_checkpoint": str(folder / "vqvae" / "checkpoints" / "best.ckpt"),
+                "dataset": None,
+                "codes_dir": whole["prior"]["codes_dir"],
+                "accelerator": whole["trainer"]["accelerator"],
+                "trainer": {k: whole["trainer"][k] for k in ("accelerator", "devices", "precision")},
+                **whole["evaluation" if name == "evaluation" else "sampling"],
+            }
+        configs[name] = OmegaConf.create(stage)
+        OmegaConf.set_struct(configs[name], True)
+    return configs
+
+
+def run_pipeline(cfg: Any) -> dict[str, Any]:
+    """Run what is left of the pipeline.
+
+    Args:
+        cfg: The composed config `conf/pipeline.yaml`, or that of the run to go on with.
+
+    Returns:
+        The contents of `result.json`.
+
+    Raises:
+        InputError: As the stages do, before any of them has begun where that can be known.
+    """
+    from vqvae_lightning.evaluate import evaluate
+    from vqvae_lightning.pictures import copy_file
+    from vqvae_lightning.progress import console
+    from vqvae_lightning.report import write_report
+    from vqvae_lightning.results import read_result, write_config, write_result
+    from vqvae_lightning.sample import draw
+    from vqvae_lightning.train import train
+
+    folder = Path(cfg.folder)
+    configs = stage_configs(cfg)
+    if not (folder / "config.yaml").is_file():
+        write_config(cfg, folder)
+    results = {}
+    runs = {"vqvae": train, "prior": train, "evaluation": evaluate, "samples": draw}
+    for name, run in runs.items():
+        known = read_result(folder / name) is not None
+        results[name] = run(configs[name])
+        console.print(_line(name, results[name], known), highlight=False, soft_wrap=True)
+    start = time.perf_counter()
+    copy_file(folder / "evaluation" / "reconstructions.png", folder / "reconstructions.png")
+    copy_file(folder / "samples" / "samples.png", folder / "samples.png")
+    seconds = {name: result["seconds"] for name, result in results.items()}
+    metrics = {k: v["value"] for k, v in results["evaluation"]["metrics"].items()}
+    facts = {
+        "seed": cfg.seed,
+        "split": results["evaluation"]["split"],
+        "images": results["evaluation"]["images"],
+        "samples": results["evaluation"]["samples"],
+        "command": cfg.command,
+        "data_fingerprint": results["evaluation"]["data_fingerprint"],
+    }
+    # Written before the report, which shows it, and again with the report's own time.
+    write_result(folder, metrics, seconds=seconds, **facts)
+    write_report(folder)
+    seconds["report"] = time.perf_counter() - start
+    return write_result(folder, metrics, seconds=seconds, **facts)
+
+
+def _line(name: str, result: dict[str, Any], known: bool) -> str:
+    """One line for a finished stage."""
+    shown = {
+        "vqvae": ("nmse", "perplexity", "codebook_use"),
+        "prior": ("nats_per_code", "unigram_nats_per_code"),
+        "evaluation": ("total_bits_per_dim", "real_accuracy", "sample_accuracy"),
+        "samples": ("images",),
+    }[name]
+    values = {key.rpartition("/")[2]: entry for key, entry in result["metrics"].items()}
+    figures = "  ".join(f"{key} {values[key]['value']:.4g}" for key in shown if key in values)
+    when = "done before" if known else f"{result['seconds']:.0f} s"
+    return f"[bold]{name}[/bold]  {when}  {figures}"
+
+
+@app("pipeline")
+def main(cfg: Any) -> float | None:
+    """From images to new images."""
+    start = time.perf_counter()
+    cfg = started("vqvae-pipeline", cfg)
+    with stoppable("vqvae-pipeline", cfg):
+        result = run_pipeline(cfg)
+    folder = Path(cfg.folder)
+    keys = ("mse", "nmse", "psnr_db", "perplexity", "codebook_use", "nats_per_code")
+    keys += ("unigram_nats_per_code", "total_bits_per_dim", "real_accuracy", "sample_accuracy")
+    shown = [f"{result['split']}/{key}" for key in keys]
+    short = {key: result["metrics"][key] for key in shown if key in result["metrics"]}
+    title = f"results on {result['images']} {result['split']} images, {time.perf_counter() - start:.0f} s"
+    names = ("report.html", "reconstructions.png", "samples.png", "result.json")
+    print_result(title, {"metrics": short}, [folder / name for name in names])
+    return float(result["metrics"][f"{result['split']}/nmse"]["value"])
+
+
+if __name__ == "__main__":
+    main()
