@@ -67,7 +67,7 @@ def evaluate(cfg: Any) -> dict[str, Any]:
     metrics = evaluation.reconstruction_metrics(codes, cfg.split, device)
     metrics |= evaluation.likelihood_metrics(codes, prior, cfg.split, device)
     shown = images.datasets[cfg.split].data[: cfg.pictured]
-    shown_codes = torch.as_tensor(codes.datasets[cfg.split].data[: cfg.pictured]).long()
+    shown_codes = torch.tensor(codes.datasets[cfg.split].data[: cfg.pictured]).long()
     decoded = evaluation.decode_images(codes.vqvae, shown_codes.to(device))
     picture = pairs(from_uint8(shown), from_uint8(decoded))
     save_png(picture, folder / "reconstructions.png")
@@ -100,6 +100,7 @@ def evaluate(cfg: Any) -> dict[str, Any]:
         vqvae_checkpoint=str(vqvae_path),
         prior_checkpoint=cfg.prior_checkpoint,
         data_fingerprint=images.fingerprint,
+        class_names=images.class_names,
     )
 
 

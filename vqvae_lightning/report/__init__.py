@@ -1,3 +1,89 @@
-"""report.html and its figures out of a finished run."""
+"""report.html and its figures, out of what a finished run left in its folder."""
 
-def write_report(folder): pass
+import base64
+import csv
+import html
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from vqvae_lightning.report import figures
+from vqvae_lightning.results import read_result, write_text
+
+
+def write_report(folder: Path) -> Path:
+    """Write `report.html`, one page without links to other files.
+
+    Args:
+        folder: Of a pipeline whose other stages are finished.
+
+    Returns:
+        Its path.
+    """
+    result = read_result(folder)
+    stages = {name: read_result(folder / name) for name in ("vqvae", "prior", "evaluation")}
+    assert result is not None
+    assert all(stage is not None for stage in stages.values())
+    curves = {name: read_curves(folder / name / "metrics.csv") for name in ("vqvae", "prior")}
+    with np.load(folder / "evaluation" / "codes.npz") as arrays:
+        histogram, codes = arrays["histogram"], arrays["codes"]
+        images = arrays["images"]
+    pictures = {
+        "samples": folder / "samples.png",
+        "reconstructions": folder / "reconstructions.png",
+        "nearest": folder / "evaluation" / "nearest.png",
+    }
+    environment = Environment(
+        loader=PackageLoader("vqvae_lightning", "report"), autoescape=True, undefined=StrictUndefined
+    )
+    split = result["split"]
+    page = environment.get_template("template.html").render(
+        result=result,
+        split=split,
+        value=lambda name: result["metrics"].get(f"{split}/{name}", {}).get("value"),
+        evaluation=stages["evaluation"],
+        stages={name: result["seconds"][name] for name in result["seconds"]},
+        pictures={name: inline_png(path) for name, path in pictures.items()},
+        progress=[inline_png(path) for path in _some(folder / "prior" / "pictures", 4)],
+        losses=Markup(figures.losses(curves["vqvae"])),
+        usage=Markup(figures.usage(curves["vqvae"], len(histogram))),
+        prior=Markup(figures.prior(curves["prior"], split, result["metrics"])),
+        histogram=Markup(figures.histogram(histogram)),
+        code_maps=Markup(figures.code_maps(images, codes, histogram)),
+        rate=Markup(figures.rate(result["metrics"], split)),
+        config=(folder / "config.yaml").read_text(),
+        folder=str(folder),
+    )
+    path = folder / "report.html"
+    write_text(path, page)
+    return path
+
+
+def read_curves(path: Path) -> dict[str, tuple[list[float], list[float]]]:
+    """Steps and values of each column of a `metrics.csv`."""
+    curves: dict[str, tuple[list[float], list[float]]] = {}
+    with path.open(newline="") as file:
+        for row in csv.DictReader(file):
+            for name, value in row.items():
+                if value and name not in ("step", "epoch"):
+                    steps, values = curves.setdefault(name, ([], []))
+                    # A row carries the index of its step; the curve is over steps done.
+                    steps.append(float(row["step"]) + 1)
+                    values.append(float(value))
+    return curves
+
+
+def inline_png(path: Path) -> dict[str, Any]:
+    """A PNG as a data URI, with its name for the alternative text."""
+    data = base64.b64encode(path.read_bytes()).decode()
+    return {"name": html.escape(path.stem), "uri": f"data:image/png;base64,{data}"}
+
+
+def _some(folder: Path, count: int) -> list[Path]:
+    """`count` files of a folder, evenly spaced in order of name, the first and last among them."""
+    paths = sorted(folder.glob("*.png"))
+    last = len(paths) - 1
+    return [paths[i] for i in sorted({round(k * last / (count - 1)) for k in range(count)})] if paths else []
