@@ -1,8 +1,8 @@
 """Two-stage discrete image models: a VQ-VAE and a PixelCNN prior over its codes.
 
-`load` returns the network in a checkpoint, `VQVAE` and `PixelCNN` are the two networks, `sample` draws codes
-from a prior and `ImageDataModule` feeds both stages. They are imported when first used, so that importing the
-package costs milliseconds and not the seconds of torch.
+`load` returns the network in a checkpoint, `VQVAE` and `PixelCNN` are the two networks, `sample`
+draws codes from a prior and `ImageDataModule` feeds both stages. They are imported when first used,
+so that importing the package costs milliseconds and not the seconds of torch.
 """
 
 import importlib
@@ -17,7 +17,7 @@ _HOME = {
     "load": "vqvae_lightning.checkpoints",
     "sample": "vqvae_lightning.networks.sampling",
 }
-__all__ = ["ImageDataModule", "PixelCNN", "VQVAE", "load", "sample"]
+__all__ = ["VQVAE", "ImageDataModule", "PixelCNN", "load", "sample"]
 
 
 def __getattr__(name: str) -> Any:

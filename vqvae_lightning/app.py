@@ -14,7 +14,8 @@ from typing import Any
 from vqvae_lightning.configs import CONF_DIR, register_resolvers
 from vqvae_lightning.errors import DivergenceError, InputError, Interrupted
 
-# Lightning's and torch's notices about choices that are right here and that a user can do nothing about.
+# Lightning's and torch's notices about choices that are right here and that a user can do nothing
+# about.
 QUIET = (
     ".*does not have many workers.*",  # images are in memory: a worker would only copy them
     ".*exists and is not empty.*",  # checkpoints of the run that is being resumed
@@ -45,9 +46,12 @@ def app(config_name: str) -> Callable[[Callable[[Any], Any]], Callable[[], None]
 
             register_resolvers()
             full = os.environ.get("HYDRA_FULL_ERROR")
-            # Hydra prints its own account of an error unless this is set; `_explain` makes one line of it.
-            os.environ["HYDRA_FULL_ERROR"] = "1"
-            main = hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name=config_name)
+            # Hydra prints its own account of an error unless this is set; `_explain` makes one line
+            # of it.
+            os.environ["HYDRA_FULL_ERROR"] = full or "1"
+            main = hydra.main(
+                version_base="1.3", config_path=str(CONF_DIR), config_name=config_name
+            )
             try:
                 main(_guarded(function))()
             except Interrupted as stop:
@@ -65,6 +69,9 @@ def app(config_name: str) -> Callable[[Callable[[Any], Any]], Callable[[], None]
                     sys.exit(1)
                 sys.stderr.write(f"error: {line}\n")
                 sys.exit(1)
+            finally:
+                if full is None:
+                    del os.environ["HYDRA_FULL_ERROR"]
 
         command.__doc__ = function.__doc__
         return command
@@ -99,7 +106,7 @@ def started(name: str, cfg: Any) -> Any:
 
 
 def stored_config(folder: Path) -> Any:
-    """The config that a run left in `folder`, with its paths following the folder if that was moved."""
+    """The config that a run left in `folder`; its paths follow the folder if that was moved."""
     from omegaconf import OmegaConf
 
     stored = OmegaConf.load(folder / "config.yaml")
@@ -152,7 +159,10 @@ def _guarded(function: Callable[[Any], Any]) -> Callable[[Any], Any]:
     def run(cfg: Any) -> Any:
         for message in QUIET:
             warnings.filterwarnings("ignore", message=message)
-        for name in ("pytorch_lightning.utilities.rank_zero", "pytorch_lightning.accelerators.cuda"):
+        for name in (
+            "pytorch_lightning.utilities.rank_zero",
+            "pytorch_lightning.accelerators.cuda",
+        ):
             logging.getLogger(name).setLevel(logging.WARNING)
         return function(cfg)
 

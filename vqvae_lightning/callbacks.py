@@ -27,7 +27,7 @@ PICTURED = 20  # images in a picture of reconstructions
 
 
 class MetricsFile(CSVLogger):
-    """Lightning's CSV logger, writing `metrics.csv` straight into the run folder and keeping it on resume.
+    """Lightning's CSV logger, with `metrics.csv` in the run folder itself and kept on resume.
 
     Args:
         save_dir: The run folder.
@@ -125,7 +125,8 @@ class StepProgress(ProgressBar):
         self._since = now, trainer.global_step
         speed = (trainer.global_step - first) * self._images / (now - then)
         console.print(
-            f"step {trainer.global_step}/{trainer.estimated_stepping_batches}  {speed:,.0f} images/s  "
+            f"step {trainer.global_step}/{trainer.estimated_stepping_batches}  "
+            f"{speed:,.0f} images/s  "
             f"{self._text(trainer)}",
             highlight=False,
         )
@@ -152,8 +153,8 @@ class StepProgress(ProgressBar):
 class SeedSteps(Callback):
     """Seed torch before each training step with the run's seed, the step and the rank.
 
-    Dropout and noise are then a function of the step: a resumed run draws what an uninterrupted one would have,
-    and neither pictures nor validation change what follows.
+    Dropout and noise are then a function of the step: a resumed run draws what an uninterrupted one
+    would have, and neither pictures nor validation change what follows.
 
     Args:
         seed: The run's seed.
@@ -167,15 +168,18 @@ class SeedSteps(Callback):
     ) -> None:
         """Seed."""
         # 1024 apart, so that no two ranks of two steps share a seed.
-        torch.manual_seed((self.seed * 1_000_003 + trainer.global_step) * 1024 + trainer.global_rank)
+        torch.manual_seed(
+            (self.seed * 1_000_003 + trainer.global_step) * 1024 + trainer.global_rank
+        )
 
 
 class AveragedWeights(WeightAveraging):
     """Exponential moving average of the weights; it is what is validated, saved and sampled.
 
     Lightning's callback, with an average that starts short (the share kept after n steps is at most
-    (1 + n) / (10 + n), as in TensorFlow's ExponentialMovingAverage), so that the random first weights are soon
-    forgotten, and with the averaged weights, not the last ones, when a checkpoint is tested.
+    (1 + n) / (10 + n), as in TensorFlow's ExponentialMovingAverage), so that the random first
+    weights are soon forgotten, and with the averaged weights, not the last ones, when a checkpoint
+    is tested.
 
     Args:
         decay: Share of the old average kept per step.
@@ -202,7 +206,7 @@ class AveragedWeights(WeightAveraging):
 
 
 class CleanStop(Callback):
-    """Ctrl-C: finish the step, save `last.ckpt`, and say how to go on; a second Ctrl-C stops at once.
+    """Ctrl-C: finish the step, save `last.ckpt`, stop; a second Ctrl-C stops at once.
 
     Args:
         path: The checkpoint to write.
@@ -260,7 +264,7 @@ class ReconstructionPictures(Callback):
 
 
 class SamplePictures(Callback):
-    """Samples of the prior, decoded, after each validation; a column per class where there are classes.
+    """Samples of the prior, decoded, after each validation; a column per class if there are any.
 
     Args:
         folder: Where the PNGs go; every logger gets them too.
@@ -298,5 +302,3 @@ def log_picture(trainer: pl.Trainer, name: str, picture: Tensor, folder: Path) -
             logger.experiment.add_image(f"val/{name}", picture, step)
         elif isinstance(logger, WandbLogger):
             logger.log_image(f"val/{name}", [picture.movedim(0, -1).numpy()], step=step)
-
-

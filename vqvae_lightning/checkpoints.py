@@ -33,8 +33,8 @@ def load(path: str | Path, kind: str | None = None) -> Loaded:
         kind: `vqvae` or `prior` if only one will do.
 
     Raises:
-        InputError: If the file is missing, truncated, not one of ours, of another kind, or names a class outside
-            `vqvae_lightning`.
+        InputError: If the file is missing, truncated, not one of ours, of another kind, or names a
+            class outside `vqvae_lightning`.
     """
     if not Path(path).is_file():
         raise InputError(f"checkpoint {path} does not exist.")
@@ -64,7 +64,9 @@ def load(path: str | Path, kind: str | None = None) -> Loaded:
     return Loaded(net.eval().requires_grad_(False), config)
 
 
-def load_pair(prior_path: str | Path, vqvae_path: str | Path | None = None) -> tuple[Loaded, Loaded]:
+def load_pair(
+    prior_path: str | Path, vqvae_path: str | Path | None = None
+) -> tuple[Loaded, Loaded]:
     """A prior and the VQ-VAE whose codes it was trained on.
 
     Args:
@@ -72,7 +74,8 @@ def load_pair(prior_path: str | Path, vqvae_path: str | Path | None = None) -> t
         vqvae_path: The VQ-VAE's, if it is no longer where the prior's config says.
 
     Raises:
-        InputError: If the VQ-VAE's weights are not those that the prior was trained with, besides what `load` raises.
+        InputError: If the VQ-VAE's weights are not those that the prior was trained with, besides
+            what `load` raises.
     """
     prior = load(prior_path, "prior")
     vqvae_path = vqvae_path or prior.config["vqvae_checkpoint"]
@@ -80,7 +83,8 @@ def load_pair(prior_path: str | Path, vqvae_path: str | Path | None = None) -> t
     found, wanted = weights_hash(vqvae.net), prior.config["vqvae_hash"]
     if found != wanted:
         raise InputError(
-            f"prior {prior_path} was trained on the codes of VQ-VAE {wanted}, but vqvae_checkpoint={vqvae_path} "
+            f"prior {prior_path} was trained on the codes of VQ-VAE {wanted}, but "
+            f"vqvae_checkpoint={vqvae_path} "
             f"is {found}: its codes mean something else."
         )
     return prior, vqvae

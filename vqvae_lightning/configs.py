@@ -18,11 +18,13 @@ def build(config: Any, **arguments: Any) -> Any:
     """Instantiate the `_target_` of `config`, its nested ones first.
 
     Args:
-        config: An OmegaConf node or plain dictionary; containers reach the constructors as plain Python.
+        config: An OmegaConf node or plain dictionary; containers reach the constructors as plain
+            Python.
         **arguments: Constructor arguments that are objects, or known only at run time.
 
     Raises:
-        InputError: If a constructor refuses its arguments, or a `_target_` is outside the allowed packages.
+        InputError: If a constructor refuses its arguments, or a `_target_` is outside the allowed
+            packages.
     """
     from hydra.errors import InstantiationException
     from hydra.utils import instantiate

@@ -14,11 +14,12 @@ def evaluate(cfg: Any) -> dict[str, Any]:
         cfg: The composed config `conf/evaluate.yaml`.
 
     Returns:
-        The contents of `result.json`; beside it lie `reconstructions.png`, `codes.npz` (histogram of the training
-        codes, codes of the pictured images) and, with a prior, `nearest.png`.
+        The contents of `result.json`; beside it lie `reconstructions.png`, `codes.npz` (histogram
+        of the training codes, codes of the pictured images) and, with a prior, `nearest.png`.
 
     Raises:
-        InputError: If a checkpoint or the data cannot be used, or a prior belongs to another VQ-VAE.
+        InputError: If a checkpoint or the data cannot be used, or a prior belongs to another
+            VQ-VAE.
     """
     import numpy as np
     import pytorch_lightning as pl
@@ -86,9 +87,7 @@ def evaluate(cfg: Any) -> dict[str, Any]:
             )
             steps = {**options, "max_steps": cfg.classifier_steps}
             judge = evaluation.train_classifier(task, images, steps, cfg.classifier_batch_size)
-            metrics |= evaluation.classifier_metrics(
-                judge, codes, cfg.split, drawn, labels, device
-            )
+            metrics |= evaluation.classifier_metrics(judge, codes, cfg.split, drawn, labels, device)
     return write_result(
         folder,
         {f"{cfg.split}/{name}": value for name, value in metrics.items()},
@@ -109,7 +108,9 @@ def main(cfg: Any) -> None:
     """Evaluate checkpoints."""
     cfg = started("vqvae-evaluate", cfg)
     folder = Path(cfg.folder)
-    print_result("evaluation", evaluate(cfg), [folder / "result.json", folder / "reconstructions.png"])
+    print_result(
+        "evaluation", evaluate(cfg), [folder / "result.json", folder / "reconstructions.png"]
+    )
 
 
 if __name__ == "__main__":

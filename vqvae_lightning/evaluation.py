@@ -3,7 +3,7 @@
 import copy
 import math
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 import pytorch_lightning as pl
 import torch
@@ -33,15 +33,15 @@ def reconstruction_metrics(
 ) -> dict[str, float]:
     """How well a split is reconstructed and how its codes use the codebook.
 
-    Errors are measured on uint8-rounded images in [0, 1], `mse_unrounded` apart. `perplexity` is of the whole
-    split's histogram; `perplexity_batch32`, the mean over batches of 32 images, is lower and only there to compare
-    with older work. `dead_codes` never occur in the training split.
+    Errors are measured on uint8-rounded images in [0, 1], `mse_unrounded` apart. `perplexity` is of
+    the whole split's histogram; `perplexity_batch32`, the mean over batches of 32 images, is lower
+    and only there to compare with older work. `dead_codes` never occur in the training split.
     """
     squared, unrounded = MeanSquaredError().to(device), MeanSquaredError().to(device)
     ssim = StructuralSimilarityIndexMeasure(data_range=1.0).to(device)
-    psnr = PeakSignalNoiseRatio(
-        data_range=1.0, dim=(1, 2, 3), reduction="elementwise_mean"
-    ).to(device)
+    psnr = PeakSignalNoiseRatio(data_range=1.0, dim=(1, 2, 3), reduction="elementwise_mean").to(
+        device
+    )
     usage = CodebookUsage(codes.num_codes).to(device)
     batch_usage = CodebookUsage(codes.num_codes).to(device)
     batch_perplexities: list[float] = []
@@ -52,7 +52,7 @@ def reconstruction_metrics(
         squared.update(rounded, truth)
         unrounded.update((decoded + 1) / 2, truth)
         ssim.update(rounded, truth)
-        psnr_sum += float(psnr(rounded, truth)) * len(levels)
+        psnr_sum += psnr(rounded, truth).item() * len(levels)
         count += len(levels)
         usage.update(grid)
         for part in grid.split(32):
@@ -65,7 +65,7 @@ def reconstruction_metrics(
         "nmse": error / codes.images.pixel_variance,
         "psnr_db": -10 * math.log10(error),
         "psnr_per_image_db": psnr_sum / count,
-        "ssim": float(ssim.compute()),
+        "ssim": cast(Tensor, ssim.compute()).item(),
         "perplexity": float(used["perplexity"]),
         **(
             {"perplexity_batch32": sum(batch_perplexities) / len(batch_perplexities)}
@@ -82,11 +82,12 @@ def reconstruction_metrics(
 def likelihood_metrics(
     codes: CodesDataModule, prior: PixelCNN | None, split: SplitName, device: torch.device
 ) -> dict[str, float]:
-    """An upper bound on bits per dimension, term by term: -log2 p(x | z) - log2 p(z), per value of the image.
+    """An upper bound on bits per dimension, term by term: -log2 p(x | z) - log2 p(z).
 
-    p(x | z) is a discretised logistic around the reconstruction with one scale per channel, fitted on validation
-    images; the bound holds because the encoder is deterministic. p(z) is uniform, the histogram of the training
-    codes, or the prior; given the label where the prior is conditional, so the total is then -log2 p(x | y).
+    p(x | z) is a discretised logistic around the reconstruction with one scale per channel, fitted
+    on validation images; the bound holds because the encoder is deterministic. p(z) is uniform, the
+    histogram of the training codes, or the prior; given the label where the prior is conditional,
+    so the total is then -log2 p(x | y).
     """
     dims = math.prod(codes.images.image_shape)
     positions = math.prod(codes.grid)
@@ -178,9 +179,10 @@ def classifier_metrics(
         device: To compute on.
 
     Returns:
-        Share of real images, reconstructions and samples that are recognised as their class, and the Fréchet
-        distance (arXiv:1706.08500, equation 6) between real images and reconstructions, and samples, in the
-        classifier's features. The distance depends on the classifier: compare it within a run only.
+        Share of real images, reconstructions and samples that are recognised as their class, and
+        the Fréchet distance (arXiv:1706.08500, equation 6) between real images and reconstructions,
+        and samples, in the classifier's features. The distance depends on the classifier: compare
+        it within a run only.
     """
     distances = {
         name: FrechetInceptionDistance(
@@ -229,7 +231,12 @@ class _Features(nn.Module):
 
 
 def draw_images(
-    codes: CodesDataModule, prior: PixelCNN, count: int, seed: int, device: torch.device, **options: Any
+    codes: CodesDataModule,
+    prior: PixelCNN,
+    count: int,
+    seed: int,
+    device: torch.device,
+    **options: Any,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """`count` samples, the classes in turn.
 
@@ -242,7 +249,8 @@ def draw_images(
         **options: Of `sample`.
 
     Returns:
-        Images (count, C, H, W) uint8, codes (count, h, w) and labels (count,), or None without classes; on the CPU.
+        Images (count, C, H, W) uint8, codes (count, h, w) and labels (count,), or None without
+        classes; on the CPU.
     """
     labels = torch.arange(count) % prior.num_classes if prior.num_classes else None
     generator = torch.Generator().manual_seed(seed)
@@ -299,12 +307,10 @@ def _scale(codes: CodesDataModule, device: torch.device) -> Tensor:
 
 
 def _position_log_probabilities(codes: CodesDataModule) -> Tensor:
-    """log p of each code at each position by the training histogram with one added, (1, K, h, w)."""
+    """(1, K, h, w) log p of each code at each position: the training histogram, one added."""
     counts = torch.ones(math.prod(codes.grid), codes.num_codes)
     for batch in codes.batches("train"):
         flat = batch.data.long().flatten(1).t()
         counts.scatter_add_(1, flat, torch.ones_like(flat, dtype=torch.float32))
     shares = torch.log(counts / counts.sum(1, keepdim=True))
     return shares.t().reshape(1, codes.num_codes, *codes.grid)
-
-

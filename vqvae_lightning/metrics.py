@@ -10,11 +10,12 @@ from torchmetrics import Metric
 def entropy_nats(counts: Tensor) -> Tensor:
     """Entropy in nats of the histogram `counts` (K,); 0 for an empty one."""
     share = counts.double() / counts.sum().clamp(min=1)
-    return -torch.special.xlogy(share, share).sum()
+    entropy: Tensor = -torch.special.xlogy(share, share).sum()
+    return entropy
 
 
 class CodebookUsage(Metric):
-    """How the codebook is used: computed from the histogram of all codes, summed over batches and ranks.
+    """How the codebook is used, by the histogram of all codes of all batches and ranks.
 
     `compute` returns, each ():
         perplexity: exp(entropy), the effective number of codes in use, 1 to K.
@@ -22,8 +23,8 @@ class CodebookUsage(Metric):
         use: Share of the codes with at least one hit, 0 to 1.
         dead_codes: Codes without a hit.
 
-    The mean of batch perplexities is something else and too low: 8 images of 8x8 codes read 289 where equal use of
-    512 codes gives 512.
+    The mean of batch perplexities is something else and too low: 8 images of 8x8 codes read 289
+    where equal use of 512 codes gives 512.
 
     Args:
         num_codes: K.

@@ -29,12 +29,13 @@ def pairs(originals: Tensor, reconstructions: Tensor, columns: int = 10) -> Tens
 
 
 def grid(rows: Sequence[Tensor] | Tensor, columns: int = 10) -> Tensor:
-    """Images in [-1, 1] as one picture (3, height, width) uint8, small ones enlarged to about 64 pixels each."""
+    """Images in [-1, 1] as one picture (3, height, width) uint8; small ones are enlarged."""
     images = rows if isinstance(rows, Tensor) else torch.cat(list(rows))
     levels = to_uint8(images.detach().cpu())
     factor = max(1, round(64 / levels.shape[-1]))
     levels = levels.repeat_interleave(factor, -1).repeat_interleave(factor, -2)
-    return make_grid(levels, nrow=columns, padding=2, pad_value=255)
+    picture: Tensor = make_grid(levels, nrow=columns, padding=2, pad_value=255)
+    return picture
 
 
 def save_png(picture: Tensor, path: Path) -> Path:

@@ -4,13 +4,26 @@ import time
 from pathlib import Path
 from typing import Any
 
-from vqvae_lightning.app import app, print_result, started, stored_config, stoppable
+from vqvae_lightning.app import app, print_result, started, stoppable, stored_config
 
 STAGES = ("vqvae", "prior", "evaluation", "samples", "report")
+HEADLINES = (
+    "mse",
+    "nmse",
+    "psnr_db",
+    "perplexity",
+    "codebook_use",
+    "nats_per_code",
+    "unigram_nats_per_code",
+    "total_bits_per_dim",
+    "real_accuracy",
+    "sample_accuracy",
+)
+"""Figures of the table that ends the command."""
 
 
 def stage_configs(cfg: Any) -> dict[str, Any]:
-    """The config of each stage, as its own command would compose it, in its own folder below the run's.
+    """The config of each stage, as its own command would compose it, in a folder of its own.
 
     Stages that have begun keep the config that they left in their folder.
     """
@@ -24,7 +37,8 @@ def stage_configs(cfg: Any) -> dict[str, Any]:
         if (folder / name / "config.yaml").is_file():
             configs[name] = stored_config(folder / name)
             continue
-        # Resolved with `folder` at its place in the tree, so that every path below it is the stage's.
+        # Resolved with `folder` at its place in the tree, so that every path below it is the
+        # stage's.
         placed = cfg.copy()
         placed.folder = str(folder / name)
         if name == "prior":
@@ -42,7 +56,9 @@ def stage_configs(cfg: Any) -> dict[str, Any]:
                 "dataset": None,
                 "codes_dir": whole["prior"]["codes_dir"],
                 "accelerator": whole["trainer"]["accelerator"],
-                "trainer": {k: whole["trainer"][k] for k in ("accelerator", "devices", "precision")},
+                "trainer": {
+                    k: whole["trainer"][k] for k in ("accelerator", "devices", "precision")
+                },
                 **whole["evaluation" if name == "evaluation" else "sampling"],
             }
         configs[name] = OmegaConf.create(stage)
@@ -122,11 +138,10 @@ def main(cfg: Any) -> float | None:
     with stoppable("vqvae-pipeline", cfg):
         result = run_pipeline(cfg)
     folder = Path(cfg.folder)
-    keys = ("mse", "nmse", "psnr_db", "perplexity", "codebook_use", "nats_per_code")
-    keys += ("unigram_nats_per_code", "total_bits_per_dim", "real_accuracy", "sample_accuracy")
-    shown = [f"{result['split']}/{key}" for key in keys]
+    shown = [f"{result['split']}/{key}" for key in HEADLINES]
     short = {key: result["metrics"][key] for key in shown if key in result["metrics"]}
-    title = f"results on {result['images']} {result['split']} images, {time.perf_counter() - start:.0f} s"
+    took = time.perf_counter() - start
+    title = f"results on {result['images']} {result['split']} images, {took:.0f} s"
     names = ("report.html", "reconstructions.png", "samples.png", "result.json")
     print_result(title, {"metrics": short}, [folder / name for name in names])
     return float(result["metrics"][f"{result['split']}/nmse"]["value"])

@@ -1,4 +1,4 @@
-"""Progress bars for the steps that Lightning does not drive: decoding, encoding, sampling, evaluation."""
+"""Progress bars for the steps that Lightning does not drive: reading, encoding, sampling."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager

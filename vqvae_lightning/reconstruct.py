@@ -13,8 +13,9 @@ def reconstruct(cfg: Any) -> dict[str, Any]:
         cfg: The composed config `conf/reconstruct.yaml`.
 
     Returns:
-        The contents of `result.json`; beside it lie `reconstructions.png` (originals above their reconstructions)
-        and `reconstructions.npz` (images and reconstructions uint8 (N, H, W, C), codes).
+        The contents of `result.json`; beside it lie `reconstructions.png` (originals above their
+        reconstructions) and `reconstructions.npz` (images and reconstructions uint8 (N, H, W, C),
+        codes).
 
     Raises:
         InputError: If the checkpoint or the images cannot be used.

@@ -1,4 +1,4 @@
-"""What a run writes down: its config, and `result.json` with every figure, its unit and how it came about."""
+"""What a run writes down: its config, and `result.json` with every figure and its unit."""
 
 import json
 import os
@@ -99,7 +99,10 @@ def circumstances() -> dict[str, Any]:
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {
         "commit": commit,
-        "versions": {"python": platform.python_version(), **{name: version(name) for name in names}},
+        "versions": {
+            "python": platform.python_version(),
+            **{name: version(name) for name in names},
+        },
         "machine": {"processor": _processor(), "threads": torch.get_num_threads(), "gpu": gpu},
     }
 

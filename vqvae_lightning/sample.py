@@ -14,8 +14,8 @@ def draw(cfg: Any) -> dict[str, Any]:
         cfg: The composed config `conf/sample.yaml`.
 
     Returns:
-        The contents of `result.json`; beside it lie `samples.png` (a column per class) and `samples.npz` (images
-        uint8 (N, H, W, C), codes, labels).
+        The contents of `result.json`; beside it lie `samples.png` (a column per class) and
+        `samples.npz` (images uint8 (N, H, W, C), codes, labels).
 
     Raises:
         InputError: If a checkpoint cannot be used, or an option is outside its range.
@@ -68,7 +68,7 @@ def draw(cfg: Any) -> dict[str, Any]:
     images = decode_images(vqvae.net.to(device), codes)
     shown = from_uint8(images[: 10 * columns])
     save_png(grid(shown, columns), folder / "samples.png")
-    arrays = {"images": images.movedim(1, -1), "codes": codes.cpu()}
+    arrays: dict[str, Any] = {"images": images.movedim(1, -1), "codes": codes.cpu()}
     if labels is not None:
         arrays["labels"] = labels
     np.savez_compressed(folder / "samples.npz", **{k: v.numpy() for k, v in arrays.items()})

@@ -11,8 +11,8 @@ def train(cfg: Any) -> dict[str, Any]:
     """Train the stage that `cfg` describes, or what is left of it, and test its best checkpoint.
 
     Args:
-        cfg: The composed config of a stage (`conf/vqvae.yaml` or `conf/prior.yaml`); what the data decide
-            (channels, number of codes) is filled in.
+        cfg: The composed config of a stage (`conf/vqvae.yaml` or `conf/prior.yaml`); what the data
+            decide (channels, number of codes) is filled in.
 
     Returns:
         The contents of `result.json`.
@@ -73,7 +73,9 @@ def train(cfg: Any) -> dict[str, Any]:
         split="test",
         images=len(data.datasets["test"]),
         monitor=cfg.monitor,
-        objective=float(callback.best_model_score) if callback and callback.best_model_score else None,
+        objective=float(callback.best_model_score)
+        if callback and callback.best_model_score
+        else None,
         steps=trainer.global_step,
         checkpoint=str(best),
         peak_gpu_bytes=peak,
@@ -81,7 +83,7 @@ def train(cfg: Any) -> dict[str, Any]:
 
 
 def codes_of(cfg: Any, images: Any, device: Any) -> Any:
-    """The codes of `images` under `cfg.vqvae_checkpoint`, encoded on `device` unless they are stored."""
+    """The codes of `images` under `cfg.vqvae_checkpoint`, encoded on `device` if need be."""
     from vqvae_lightning.checkpoints import load, weights_hash
     from vqvae_lightning.data import CodesDataModule
 

@@ -2,8 +2,9 @@
 
     python experiments/bundled_data/make.py DATA_DIR
 
-DATA_DIR is where torchvision's FashionMNIST keeps (or is to download) its files. The subset has the first 1 000
-training and the first 200 test images of each class, in their original order, so it is the same on every machine.
+DATA_DIR is where torchvision's FashionMNIST keeps (or is to download) its files. The subset has the
+first 1 000 training and the first 200 test images of each class, in their original order, so it is
+the same on every machine.
 """
 
 import sys

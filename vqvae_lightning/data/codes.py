@@ -22,10 +22,10 @@ SPLITS = ("train", "val", "test")
 class CodesDataModule(ArrayDataModule):
     """The codes of a data set under a trained VQ-VAE.
 
-    All splits are encoded once, into `folder`/<VQ-VAE hash>-<data fingerprint>: an array per split in the smallest
-    integer type that holds the codes, memory-mapped when read, and a header. The folder is written under another
-    name and then renamed: an interrupted run leaves nothing behind that a later one would read, and of two
-    processes that encode at once the first to finish wins.
+    All splits are encoded once, into `folder`/<VQ-VAE hash>-<data fingerprint>: an array per split
+    in the smallest integer type that holds the codes, memory-mapped when read, and a header. The
+    folder is written under another name and then renamed: an interrupted run leaves nothing behind
+    that a later one would read, and of two processes that encode at once the first to finish wins.
 
     Args:
         images: The images; their batch size, seed and splits are used.
@@ -115,13 +115,14 @@ class CodesDataModule(ArrayDataModule):
             arrays = {s: np.load(self.folder / f"{s}.npy", mmap_mode="r") for s in SPLITS}
         except (OSError, ValueError) as error:
             raise InputError(
-                f"the codes in {self.folder} cannot be read ({error}): delete the folder to make them anew."
+                f"the codes in {self.folder} cannot be read ({error}): delete the folder to make "
+                "them anew."
             ) from error
         for key, value in self.header.items():
             if found.get(key) != value:
                 raise InputError(
-                    f"the codes in {self.folder} were made for {key}={found.get(key)}, this run has {value}: "
-                    "delete the folder to make them anew."
+                    f"the codes in {self.folder} were made for {key}={found.get(key)}, this run "
+                    f"has {value}: delete the folder to make them anew."
                 )
         for split, array in arrays.items():
             shape = (self.header["images"][split], *self.grid)

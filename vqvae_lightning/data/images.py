@@ -47,7 +47,8 @@ class EpochBatches:
     Args:
         total: Rows of the split.
         batch_size: Over all ranks together.
-        seed: Order of the epochs; None keeps the rows in order, with a smaller last batch and no padding.
+        seed: Order of the epochs; None keeps the rows in order, with a smaller last batch and no
+            padding.
     """
 
     def __init__(self, total: int, batch_size: int, seed: int | None) -> None:
@@ -89,7 +90,10 @@ class EpochBatches:
 
 
 class ResumableLoader(DataLoader[Batch]):
-    """A loader that goes on after the last batch it gave: Lightning stores its state in each checkpoint."""
+    """A loader that goes on after the last batch it gave.
+
+    Lightning stores its state in each checkpoint.
+    """
 
     def state_dict(self) -> dict[str, int]:
         """Batches given in this epoch."""
@@ -133,24 +137,29 @@ class ArrayDataModule(pl.LightningDataModule):
         if batch_size % batches.world:
             down = batch_size // batches.world * batches.world
             raise InputError(
-                f"dataset.batch_size={batch_size} does not divide over {batches.world} devices; it counts all "
+                f"dataset.batch_size={batch_size} does not divide over {batches.world} devices; "
+                "it counts all "
                 f"devices together. Nearest that do: {down} and {down + batches.world}."
             )
-        return ResumableLoader(dataset, batch_sampler=cast(Any, batches), collate_fn=lambda batch: batch)
+        return ResumableLoader(
+            dataset, batch_sampler=cast(Any, batches), collate_fn=lambda batch: batch
+        )
 
 
 class ImageDataModule(ArrayDataModule):
     """Images for both stages.
 
-    Images stay uint8 in memory and on the bus; they are scaled to [-1, 1], and flipped, on the device.
+    Images stay uint8 in memory and on the bus; they are scaled to [-1, 1], and flipped, on the
+    device.
 
     Args:
         source: Where they come from.
         batch_size: Images per optimizer step, over all ranks together.
-        eval_batch_size: Images per batch in validation, testing and encoding, over all ranks together.
+        eval_batch_size: Images per batch in validation, testing and encoding, over all ranks
+            together.
         flip: Mirror each training image left to right with probability 1/2.
-        val_share: Share of the training images set aside for validation where the set has no such split, and for
-            testing where it has no test split either.
+        val_share: Share of the training images set aside for validation where the set has no such
+            split, and for testing where it has no test split either.
         split_seed: Chooses them; not the run's seed, so that all runs see one split.
         seed: Order of the training batches and flips.
 
@@ -177,7 +186,7 @@ class ImageDataModule(ArrayDataModule):
         seed: int = 0,
     ) -> None:
         super().__init__(batch_size, eval_batch_size, seed)
-        if not 0 < check_range("dataset.val_share", val_share, 0, 0.5):
+        if not check_range("dataset.val_share", val_share, 0, 0.5) > 0:
             raise InputError("dataset.val_share=0 leaves no images to validate on.")
         self.source = source
         self.flip = flip
@@ -226,8 +235,11 @@ class ImageDataModule(ArrayDataModule):
         """To [-1, 1] and, in training, flipped; on the device."""
         images = from_uint8(batch.data)
         if self.flip and self.trainer is not None and self.trainer.training:
-            # A function of seed, step and rank, so that a resumed run flips what the first would have.
-            seed = (self.seed * 1_000_003 + self.trainer.global_step) * 1024 + self.trainer.global_rank
+            # A function of seed, step and rank, so that a resumed run flips what the first would
+            # have.
+            seed = (
+                self.seed * 1_000_003 + self.trainer.global_step
+            ) * 1024 + self.trainer.global_rank
             generator = torch.Generator().manual_seed(seed)
             mirrored = torch.rand(len(images), generator=generator) < 0.5
             where = mirrored.to(images.device)[:, None, None, None]
@@ -239,7 +251,8 @@ class ImageDataModule(ArrayDataModule):
         taken = round(total * self.val_share)
         if not 0 < taken < total:
             raise InputError(
-                f"{total} images are too few to set dataset.val_share={self.val_share} of them aside."
+                f"{total} images are too few to set dataset.val_share={self.val_share} of them "
+                "aside."
             )
         order = torch.randperm(total, generator=torch.Generator().manual_seed(seed))
         rest, aside = order[taken:].sort().values, order[:taken].sort().values

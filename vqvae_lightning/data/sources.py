@@ -1,4 +1,4 @@
-"""Where images come from. A source gives its splits as uint8 arrays; nothing here knows about training."""
+"""Where images come from: a source gives its splits as uint8 arrays."""
 
 import gzip
 import hashlib
@@ -46,7 +46,7 @@ class Splits(NamedTuple):
             for tensor in split or ():
                 if tensor is not None:
                     digest.update(str(tuple(tensor.shape)).encode())
-                    digest.update(tensor.contiguous().numpy())
+                    digest.update(tensor.contiguous().numpy().data)
         return digest.hexdigest()[:16]
 
 
@@ -68,13 +68,14 @@ class TorchvisionSource:
     """A data set of torchvision, downloaded on first use.
 
     Args:
-        dataset: A class of `torchvision.datasets` (or a partial of it) that takes `root`, `download` and either
-            `train` or `split`.
+        dataset: A class of `torchvision.datasets` (or a partial of it) that takes `root`,
+            `download` and either `train` or `split`.
         root: Folder under which torchvision keeps its files.
         mirror: Folder that may hold the packed files already, such as the one of Debian's package
             dataset-fashion-mnist; they are unpacked from there instead of being downloaded.
         val_split: The name of its validation split, where it has one.
-        size: Side, or [height, width], to resize (shorter side) and centre-crop to; None keeps the images.
+        size: Side, or [height, width], to resize (shorter side) and centre-crop to; None keeps the
+            images.
     """
 
     def __init__(
@@ -107,8 +108,10 @@ class TorchvisionSource:
                 self._open(name, download=True)
             except (OSError, RuntimeError) as error:
                 raise InputError(
-                    f"{self.type.__name__} is not in {self.root} and cannot be downloaded ({error}): put "
-                    f"{self._wanted()}, or set data_dir (or VQVAE_DATA_DIR) to the folder that has them."
+                    f"{self.type.__name__} is not in {self.root} and cannot be downloaded "
+                    f"({error}): put "
+                    f"{self._wanted()}, or set data_dir (or VQVAE_DATA_DIR) to the folder that has "
+                    "them."
                 ) from error
 
     def load(self) -> Splits:
@@ -160,10 +163,10 @@ class TorchvisionSource:
 
 
 class NpzSource:
-    """Arrays in MedMNIST's layout: `train_images`, `test_images`, optional `val_images`, optional `*_labels`.
+    """Arrays in MedMNIST's layout: `train_images`, `test_images`; optional `val_images`, labels.
 
-    Images are uint8, (N, H, W) grey or (N, H, W, C) with 1 or 3 channels; labels are integers (N,) or (N, 1).
-    An optional `class_names` holds strings.
+    Images are uint8, (N, H, W) grey or (N, H, W, C) with 1 or 3 channels; labels are integers (N,)
+    or (N, 1). An optional `class_names` holds strings.
 
     Args:
         path: The .npz file.
@@ -194,7 +197,8 @@ class NpzSource:
                 splits[name] = self._split(arrays, name)
             elif name != "val":
                 raise InputError(
-                    f"{self.path} has no array {name}_images; it has {', '.join(sorted(arrays)) or 'none'}."
+                    f"{self.path} has no array {name}_images; it has "
+                    f"{', '.join(sorted(arrays)) or 'none'}."
                 )
         shapes = {name: tuple(split.images.shape[1:]) for name, split in splits.items()}
         if len(set(shapes.values())) > 1:
@@ -202,9 +206,13 @@ class NpzSource:
         if len({split.labels is None for split in splits.values()}) > 1:
             raise InputError(f"{self.path}: some splits have labels and others have none.")
         names = [str(name) for name in arrays.get("class_names", [])]
-        top = max((int(s.labels.max()) for s in splits.values() if s.labels is not None), default=-1)
+        top = max(
+            (int(s.labels.max()) for s in splits.values() if s.labels is not None), default=-1
+        )
         if names and top >= len(names):
-            raise InputError(f"{self.path}: label {top} has no entry in class_names ({len(names)}).")
+            raise InputError(
+                f"{self.path}: label {top} has no entry in class_names ({len(names)})."
+            )
         names = names or [str(number) for number in range(top + 1)]
         return Splits(splits["train"], splits.get("val"), splits["test"], names)
 
@@ -214,7 +222,8 @@ class NpzSource:
             raise InputError(f"{self.path}: {name}_images is {images.dtype}, it must be uint8.")
         if images.ndim not in (3, 4) or (images.ndim == 4 and images.shape[-1] not in (1, 3)):
             raise InputError(
-                f"{self.path}: {name}_images has shape {images.shape}, it must be (N, H, W) or (N, H, W, 1 or 3)."
+                f"{self.path}: {name}_images has shape {images.shape}, it must be (N, H, W) or "
+                "(N, H, W, 1 or 3)."
             )
         if not len(images):
             raise InputError(f"{self.path}: {name}_images is empty.")
@@ -244,13 +253,14 @@ class BundledSource(NpzSource):
 class ImageFolderSource:
     """Any folder of images.
 
-    Subfolders `train`, `val` (or `valid`) and `test` are the splits where they exist; otherwise all images are
-    training images, from which validation and test images are carved. Inside a split, subfolders are classes.
+    Subfolders `train`, `val` (or `valid`) and `test` are the splits where they exist; otherwise all
+    images are training images, from which validation and test images are carved. Inside a split,
+    subfolders are classes.
 
     Args:
         root: The folder.
-        size: Side, or [height, width]: the shorter side is resized and the centre cropped. None if all images
-            have one size already.
+        size: Side, or [height, width]: the shorter side is resized and the centre cropped. None if
+            all images have one size already.
         grey: Whether to read grey images instead of RGB.
     """
 
@@ -270,7 +280,11 @@ class ImageFolderSource:
             raise InputError(f"dataset.source.root={self.root} is not a folder of images.")
         folders = {
             name: next((self.root / n for n in names if (self.root / n).is_dir()), None)
-            for name, names in (("train", ("train",)), ("val", ("val", "valid")), ("test", ("test",)))
+            for name, names in (
+                ("train", ("train",)),
+                ("val", ("val", "valid")),
+                ("test", ("test",)),
+            )
         }
         if folders["train"] is None:
             folders = {"train": self.root, "val": None, "test": None}
@@ -288,7 +302,8 @@ class ImageFolderSource:
         paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES)
         if not paths:
             raise InputError(
-                f"no images in {folder} (dataset.source.root): looked for {', '.join(sorted(SUFFIXES))}."
+                f"no images in {folder} (dataset.source.root): looked for "
+                f"{', '.join(sorted(SUFFIXES))}."
             )
         inside = [path.relative_to(folder).parts[0] for path in paths]
         if classes and not set(inside) <= set(classes):
@@ -300,7 +315,8 @@ class ImageFolderSource:
                 image = resize(self._decode(path), self.size)
                 if arrays and image.shape != arrays[0].shape:
                     raise InputError(
-                        f"{path} is {tuple(image.shape[2:])} and the first image {tuple(arrays[0].shape[2:])} "
+                        f"{path} is {tuple(image.shape[2:])} and the first image "
+                        f"{tuple(arrays[0].shape[2:])} "
                         "pixels: set dataset.source.size to bring them to one size."
                     )
                 arrays.append(image)
@@ -336,10 +352,12 @@ def check_size(size: int | Sequence[int] | None) -> tuple[int, int] | None:
 
 
 def resize(images: Tensor, size: tuple[int, int] | None) -> Tensor:
-    """uint8 images (N, C, H, W) scaled so that they just cover `size`, then centre-cropped to it."""
+    """Scale uint8 images (N, C, H, W) to just cover `size`, then centre-crop them to it."""
     if size is None or tuple(images.shape[2:]) == size:
         return images
     scale = max(size[0] / images.shape[2], size[1] / images.shape[3])
-    cover = [max(side, round(old * scale)) for side, old in zip(size, images.shape[2:], strict=True)]
+    cover = [
+        max(side, round(old * scale)) for side, old in zip(size, images.shape[2:], strict=True)
+    ]
     parts = [transforms.resize(part, cover, antialias=True) for part in images.split(4096)]
     return torch.cat([transforms.center_crop(part, list(size)) for part in parts])

@@ -1,5 +1,6 @@
 """Encoder, decoder and the VQ-VAE that joins them to a quantizer."""
 
+import itertools
 from typing import NamedTuple
 
 import torch
@@ -11,7 +12,7 @@ from vqvae_lightning.quantizers.base import Quantizer, QuantizerOutput
 
 
 class ResidualStack(nn.Module):
-    """Residual blocks (ReLU, 3x3, ReLU, 1x1) at one resolution, closed by a ReLU, as in sonnet's example.
+    """Residual blocks (ReLU, 3x3, ReLU, 1x1), closed by a ReLU, as in sonnet's example.
 
     Args:
         channels: Channels in and out.
@@ -39,11 +40,11 @@ class ResidualStack(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Images (B, channels, H, W) to vectors (B, code_dim, H / 2**downsamplings, W / 2**downsamplings).
+    """Images (B, channels, H, W) to vectors (B, code_dim, H / f, W / f), f = 2**downsamplings.
 
-    Each downsampling is a 4x4 convolution of stride 2; the first has half the channels. Then a 3x3 convolution,
-    the residual stack and a 1x1 convolution to `code_dim`. Source: van den Oord et al. 2017 (arXiv:1711.00937),
-    section 4.1, in the layout of sonnet's example.
+    Each downsampling is a 4x4 convolution of stride 2; the first has half the channels. Then a 3x3
+    convolution, the residual stack and a 1x1 convolution to `code_dim`. Source: van den Oord et al.
+    2017 (arXiv:1711.00937), section 4.1, in the layout of sonnet's example.
     """
 
     def __init__(
@@ -58,7 +59,7 @@ class Encoder(nn.Module):
         super().__init__()
         widths = [channels, *_widths(hidden, downsamplings)]
         layers: list[nn.Module] = []
-        for inside, outside in zip(widths, widths[1:], strict=False):
+        for inside, outside in itertools.pairwise(widths):
             layers += [nn.Conv2d(inside, outside, 4, stride=2, padding=1), nn.ReLU()]
         self.layers = nn.Sequential(
             *layers,
@@ -73,9 +74,10 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Vectors (B, code_dim, H, W) to images (B, channels, H * 2**downsamplings, W * 2**downsamplings).
+    """Vectors (B, code_dim, H, W) to images (B, channels, H * f, W * f), f = 2**downsamplings.
 
-    The encoder's mirror: a 3x3 convolution, the residual stack, 4x4 transposed convolutions of stride 2.
+    The encoder's mirror: a 3x3 convolution, the residual stack, 4x4 transposed convolutions of
+    stride 2.
     """
 
     def __init__(
@@ -90,7 +92,7 @@ class Decoder(nn.Module):
         super().__init__()
         widths = [hidden, *_widths(hidden, downsamplings)[-2::-1]]
         layers: list[nn.Module] = []
-        for inside, outside in zip(widths, widths[1:], strict=False):
+        for inside, outside in itertools.pairwise(widths):
             layers += [nn.ConvTranspose2d(inside, outside, 4, stride=2, padding=1), nn.ReLU()]
         self.layers = nn.Sequential(
             nn.Conv2d(code_dim, hidden, 3, padding=1),
@@ -105,7 +107,7 @@ class Decoder(nn.Module):
 
 
 def _widths(hidden: int, downsamplings: int) -> list[int]:
-    """Channels after each downsampling: half for the first of several, where the images are largest."""
+    """Channels after each downsampling: half for the first of several, where images are large."""
     return [hidden // 2, *[hidden] * (downsamplings - 1)] if downsamplings > 1 else [hidden]
 
 
@@ -159,7 +161,7 @@ class VQVAE(nn.Module):
         self.decoder = Decoder(*sizes, residual_blocks, residual_hidden)
 
     def forward(self, images: Tensor) -> VQVAEOutput:
-        """Reconstruct images (B, C, H, W) in [-1, 1]; in training mode the quantizer takes them in."""
+        """Reconstruct images (B, C, H, W) in [-1, 1]; in training the quantizer observes them."""
         self.grid(images.shape[-2], images.shape[-1])
         quantized = self.quantizer(self.encoder(images))
         return VQVAEOutput(self.decoder(quantized.vectors), quantized)
@@ -185,13 +187,14 @@ class VQVAE(nn.Module):
             most = next(d for d in range(self.downsamplings, -1, -1) if not (height | width) % 2**d)
             raise InputError(
                 f"image size {height}x{width} does not divide by 2**downsamplings = {factor}: "
-                f"set dataset.source.size=[{near[0]},{near[1]}], or model.net.downsamplings to at most {most}."
+                f"set dataset.source.size=[{near[0]},{near[1]}], or model.net.downsamplings to at "
+                f"most {most}."
             )
         return height // factor, width // factor
 
 
 def to_uint8(images: Tensor) -> Tensor:
-    """Images in about [-1, 1] as uint8, rounded and clipped: what a viewer sees and what is scored."""
+    """Images in about [-1, 1] as uint8, rounded and clipped: what is seen and what is scored."""
     return images.float().add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8)
 
 

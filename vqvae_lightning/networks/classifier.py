@@ -1,5 +1,7 @@
 """A small image classifier: the judge of class-conditional samples."""
 
+import itertools
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -24,7 +26,7 @@ class Classifier(nn.Module):
                     nn.ReLU(),
                     nn.MaxPool2d(2, ceil_mode=True),
                 )
-                for inside, outside in zip(widths, widths[1:], strict=False)
+                for inside, outside in itertools.pairwise(widths)
             )
         )
         self.head = nn.Linear(widths[-1], num_classes)

@@ -21,11 +21,13 @@ def log1mexp(a: Tensor) -> Tensor:
 
 
 def discretised_logistic(levels: Tensor, mean: Tensor, log_scale: Tensor) -> Tensor:
-    """Natural log of the mass that a logistic distribution puts on each level; the 256 levels sum to 1.
+    """Natural log of the mass that a logistic distribution puts on each of 256 levels.
 
     The bin of level x reaches from x - 1/2 to x + 1/2, the outer two to infinity, so
-    S(b) - S(a) = S(b) S(-a) (1 - exp(-1/s)) with b = (x + 1/2 - mean) / s and a = (x - 1/2 - mean) / s.
-    Source: Salimans et al. 2017 (arXiv:1701.05517), section 2.1, in a form without clamps or a density fallback.
+    S(b) - S(a) = S(b) S(-a) (1 - exp(-1/s)) with b = (x + 1/2 - mean) / s and a = (x - 1/2 - mean)
+    / s.
+    Source: Salimans et al. 2017 (arXiv:1701.05517), section 2.1, in a form without clamps or a
+    density fallback.
 
     Args:
         levels: Pixels, 0 to 255, any dtype.
@@ -43,7 +45,7 @@ def discretised_logistic(levels: Tensor, mean: Tensor, log_scale: Tensor) -> Ten
 
 
 def fit_log_scale(levels: Tensor, mean: Tensor) -> Tensor:
-    """The log scale per channel (C, 1, 1) under which `levels` (N, C, H, W) are likeliest, given their means.
+    """The log scale per channel (C, 1, 1) that makes `levels` (N, C, H, W) likeliest.
 
     By golden-section search: the log-likelihood has one maximum in the scale.
     """

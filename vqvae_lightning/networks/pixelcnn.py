@@ -1,5 +1,7 @@
 """Gated PixelCNN over grids of codes."""
 
+from typing import cast
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -8,17 +10,18 @@ from vqvae_lightning.errors import InputError, check_positive, check_range
 
 
 def gate(x: Tensor) -> Tensor:
-    """tanh(a) * sigmoid(b) of the two halves of the channels (equation 2); dim 1 holds the channels."""
+    """tanh(a) * sigmoid(b) of the two halves of the channels, dim 1 (equation 2)."""
     a, b = x.chunk(2, dim=1)
     return torch.tanh(a) * torch.sigmoid(b)
 
 
 class GatedLayer(nn.Module):
-    """One layer of vertical and horizontal stack (van den Oord et al. 2016, arXiv:1606.05328, figure 2).
+    """One layer of vertical and horizontal stack (van den Oord et al. 2016, figure 2).
 
-    Causal by the shape of its kernels, without masks: `vertical` covers rows up to one's own, `horizontal` columns
-    up to one's own. The first layer leaves its own row and its own column out (mask A), so in every later layer
-    both may include their own: what stands there knows only earlier codes, and no position stays unseen.
+    Causal by the shape of its kernels, without masks: `vertical` covers rows up to one's own,
+    `horizontal` columns up to one's own. The first layer leaves its own row and its own column out
+    (mask A), so in every later layer both may include their own: what stands there knows only
+    earlier codes, and no position stays unseen.
 
     Args:
         channels: Channels of both stacks.
@@ -49,7 +52,8 @@ class GatedLayer(nn.Module):
         """Next vertical and horizontal stack and the skip output, all (B, channels, H, W)."""
         height, width = vertical.shape[-2:]
         for_vertical, for_horizontal = self.shifts(labels)
-        # One row (column) too many comes out of the first layer, whose window ends before its own: cut it off.
+        # One row (column) too many comes out of the first layer, whose window ends before its own:
+        # cut it off.
         above = F.pad(vertical, (self.reach, self.reach, self.reach, 0))
         left = F.pad(horizontal, (self.reach, 0))
         vertical = gate(self.vertical(above)[:, :, :height] + for_vertical)
@@ -67,7 +71,7 @@ class GatedLayer(nn.Module):
 
 
 class PixelCNN(nn.Module):
-    """Gated PixelCNN: p(codes | label) as a product over positions in raster order (arXiv:1606.05328).
+    """Gated PixelCNN (arXiv:1606.05328): p(codes | label) as a product over raster positions.
 
     Codes enter by an embedding, so their numbering has no meaning to the model.
 
@@ -121,22 +125,29 @@ class PixelCNN(nn.Module):
             for i in range(layers)
         )
         self.head = nn.Sequential(
-            nn.ReLU(), nn.Conv2d(channels, channels, 1), nn.ReLU(), nn.Conv2d(channels, num_codes, 1)
+            nn.ReLU(),
+            nn.Conv2d(channels, channels, 1),
+            nn.ReLU(),
+            nn.Conv2d(channels, num_codes, 1),
         )
 
     @property
     def receptive_field(self) -> int:
         """Rows above, and columns to either side, that a position sees."""
-        return sum(layer.reach for layer in self.layers)
+        return sum(self._reaches())
 
     @property
     def layers_needed(self) -> int:
         """Layers with which every position of the grid sees all earlier ones."""
-        missing = max(self.height, self.width) - 1 - self.layers[0].reach
-        return 1 + max(0, -(-missing // (self.layers[1].reach if len(self.layers) > 1 else 1)))
+        first, *others = self._reaches()
+        missing = max(self.height, self.width) - 1 - first
+        return 1 + max(0, -(-missing // (others[0] if others else 1)))
+
+    def _reaches(self) -> list[int]:
+        return [cast(GatedLayer, layer).reach for layer in self.layers]
 
     def forward(self, codes: Tensor, labels: Tensor | None = None) -> Tensor:
-        """Logits (B, K, H, W) of each code given the earlier ones; `codes` (B, H, W), `labels` (B,)."""
+        """Logits (B, K, H, W) given the earlier codes; `codes` (B, H, W), `labels` (B,)."""
         self.check_labels(labels)
         vertical = horizontal = self.embedding(codes).movedim(-1, 1)
         total: Tensor | float = 0.0

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -25,9 +26,10 @@ def sample(
 ) -> Tensor:
     """Draw codes in raster order.
 
-    The vertical stack runs once per row and the horizontal one once per code, so that all positions together cost
-    about one forward pass. One uniform number per code is drawn for all images before the first batch: an image
-    depends on the generator and on its own place, not on the batch it is drawn in.
+    The vertical stack runs once per row and the horizontal one once per code, so that all positions
+    together cost about one forward pass. One uniform number per code is drawn for all images before
+    the first batch: an image depends on the generator and on its own place, not on the batch it is
+    drawn in.
 
     Args:
         prior: In evaluation mode.
@@ -43,8 +45,8 @@ def sample(
         (number of images, rows, columns) int64 on the prior's device.
 
     Raises:
-        InputError: If the prior is in training mode (its dropout would change the samples), labels do not fit, or
-            an option is outside its range.
+        InputError: If the prior is in training mode (its dropout would change the samples), labels
+            do not fit, or an option is outside its range.
     """
     if prior.training:
         raise InputError("sample() needs prior.eval(): dropout would change the samples.")
@@ -52,7 +54,9 @@ def sample(
     count, height, width = shape
     check_range("temperature", temperature, 0)
     check_positive("batch_size", batch_size)
-    keep = prior.num_codes if top_k is None else min(check_positive("top_k", top_k), prior.num_codes)
+    keep = (
+        prior.num_codes if top_k is None else min(check_positive("top_k", top_k), prior.num_codes)
+    )
     device = prior.embedding.weight.device
     if labels is not None:
         if len(labels) != count:
@@ -88,7 +92,8 @@ def choose(logits: Tensor, uniform: Tensor, temperature: float, keep: int) -> Te
         best, where = scaled.topk(keep, dim=1)
         scaled = torch.full_like(scaled, -math.inf).scatter_(1, where, best)
     cumulative = scaled.softmax(1).cumsum(1)
-    # Scaled by the last sum, so that rounding never leaves a gap above it in which no code is found.
+    # Scaled by the last sum, so that rounding never leaves a gap above it in which no code is
+    # found.
     drawn = torch.searchsorted(cumulative, uniform[:, None] * cumulative[:, -1:], right=True)
     return drawn[:, 0].clamp_max(logits.shape[1] - 1)
 
@@ -103,7 +108,8 @@ def _draw(
 ) -> None:
     """Fill `codes` (B, H, W) in place."""
     batch, height, width = codes.shape
-    stacks = [_Stack(layer, batch, height, width, labels) for layer in prior.layers]
+    layers = [cast(GatedLayer, layer) for layer in prior.layers]
+    stacks = [_Stack(layer, batch, height, width, labels) for layer in layers]
     for row in range(height):
         for number, stack in enumerate(stacks):
             above = stack.vertical_row(row)
@@ -123,7 +129,7 @@ def _draw(
 
 
 class _Stack:
-    """What one layer remembers while a batch is drawn: its inputs so far, padded as `GatedLayer.forward` pads.
+    """What one layer remembers while a batch is drawn: its inputs so far, padded as in `forward`.
 
     Attributes:
         above: (B, C, reach + H, W + 2 * reach) inputs of the vertical stack.
@@ -144,10 +150,12 @@ class _Stack:
 
     def put_row(self, row: int, values: Tensor) -> None:
         """Store the vertical stack's input (B, C, 1, W) of a finished row."""
-        self.above[:, :, self.reach + row, self.reach : self.reach + values.shape[-1]] = values[:, :, 0]
+        self.above[:, :, self.reach + row, self.reach : self.reach + values.shape[-1]] = values[
+            :, :, 0
+        ]
 
     def vertical_row(self, row: int) -> Tensor:
-        """The vertical stack's output (B, C, 1, W) in this row; also prepares the horizontal stack for it."""
+        """The vertical stack's output (B, C, 1, W) in this row; readies the horizontal one."""
         layer = self.layer
         window = self.above[:, :, row : row + layer.extent]
         vertical = gate(layer.vertical(window) + self.for_vertical)
@@ -157,7 +165,8 @@ class _Stack:
     def horizontal_step(self, column: int, entering: Tensor | None) -> tuple[Tensor, Tensor]:
         """The horizontal stack's output and the skip output (B, C, 1, 1) at this column.
 
-        `entering` is the layer's input there; the first layer has none, since its window ends before.
+        `entering` is the layer's input there; the first layer has none, since its window ends
+        before.
         """
         layer = self.layer
         if entering is not None:

@@ -1,4 +1,4 @@
-"""What every quantizer shares: its output, the look-up, the straight-through estimator, the first codebook."""
+"""What every quantizer shares: output, look-up, straight-through estimator, first codebook."""
 
 from abc import abstractmethod
 from typing import Literal, NamedTuple, Protocol, cast
@@ -21,7 +21,8 @@ class QuantizerOutput(NamedTuple):
     vectors: Tensor
     """(B, D, H, W) float32, the decoder's input; its gradient passes straight through to `z`."""
     codes: Tensor | None
-    """(B, H, W) int64 in [0, num_codes); None while the codebook still waits for the warm-up to end."""
+    """(B, H, W) int64 in [0, num_codes); None while the codebook still waits for the warm-up to
+    end."""
     loss: Tensor
     """() the weighted sum of `terms`: add it to the reconstruction term."""
     terms: dict[str, Tensor]
@@ -54,8 +55,9 @@ class Quantizer(Protocol):
 class StraightThrough(torch.autograd.Function):
     """Replace `z` by `vectors` in the forward pass and pass the gradient on to `z` unchanged.
 
-    `z + (vectors - z).detach()` is the textbook form; in bfloat16 a third of its elements differ from `vectors`
-    by a rounding, so the decoder would train on vectors that decoding codes never produces.
+    `z + (vectors - z).detach()` is the textbook form; in bfloat16 a third of its elements differ
+    from `vectors` by a rounding, so the decoder would train on vectors that decoding codes never
+    produces.
     """
 
     @staticmethod
@@ -75,8 +77,9 @@ class StraightThrough(torch.autograd.Function):
 def nearest_codes(vectors: Tensor, codebook: Tensor) -> Tensor:
     """Index of the nearest codebook row (Euclidean) for each vector.
 
-    The distances are float32 and never held all at once: blocks of rows go through one reused buffer, which is
-    several times faster than an N x K matrix of fresh memory. argmin |z - e|^2 = argmax z.e - |e|^2 / 2.
+    The distances are float32 and never held all at once: blocks of rows go through one reused
+    buffer, which is several times faster than an N x K matrix of fresh memory. argmin |z - e|^2 =
+    argmax z.e - |e|^2 / 2.
 
     Args:
         vectors: (N, D).
@@ -85,7 +88,8 @@ def nearest_codes(vectors: Tensor, codebook: Tensor) -> Tensor:
     Returns:
         (N,) int64 in [0, K).
     """
-    # float32 even under autocast: in bfloat16 near-equal distances tie and 1 to 3 % of the codes change.
+    # float32 even under autocast: in bfloat16 near-equal distances tie and 1 to 3 % of the codes
+    # change.
     with torch.no_grad(), torch.autocast(vectors.device.type, enabled=False):
         vectors, codebook = vectors.detach().float(), codebook.detach().float()
         bias = codebook.square().sum(1).mul_(-0.5)
@@ -104,7 +108,8 @@ def nearest_codes(vectors: Tensor, codebook: Tensor) -> Tensor:
 def kmeans(vectors: Tensor, num_codes: int, generator: torch.Generator) -> Tensor:
     """Centres (K, D) of `vectors` (N, D) by Lloyd's algorithm from K random vectors.
 
-    A centre without vectors is moved onto a random vector. The same input and generator give the same centres.
+    A centre without vectors is moved onto a random vector. The same input and generator give the
+    same centres.
     """
     centres = vectors[random_rows(len(vectors), num_codes, generator)].clone()
     for _ in range(KMEANS_STEPS):
@@ -117,7 +122,7 @@ def kmeans(vectors: Tensor, num_codes: int, generator: torch.Generator) -> Tenso
 
 
 def random_rows(total: int, count: int, generator: torch.Generator) -> Tensor:
-    """`count` row numbers below `total` (int64, CPU), without repetition as far as `total` allows."""
+    """`count` row numbers below `total` (int64, CPU), repeated only where `count` > `total`."""
     rounds = -(-count // total)
     order = [torch.randperm(total, generator=generator) for _ in range(rounds)]
     return torch.cat(order)[:count]
@@ -133,9 +138,9 @@ def all_reduce(tensor: Tensor) -> Tensor:
 def draw_over_ranks(vectors: Tensor, count: int, generator: torch.Generator) -> Tensor:
     """`count` random rows out of the vectors of all ranks, equal on every rank.
 
-    The ranks' vectors are numbered one after the other, so that N ranks draw the rows that one process with the
-    concatenated batch draws. Two collectives of fixed size, whatever the data; each rank's `generator` must be in
-    the same state.
+    The ranks' vectors are numbered one after the other, so that N ranks draw the rows that one
+    process with the concatenated batch draws. Two collectives of fixed size, whatever the data;
+    each rank's `generator` must be in the same state.
 
     Args:
         vectors: (n, D), of this rank; n may differ between ranks.
@@ -161,22 +166,25 @@ def draw_over_ranks(vectors: Tensor, count: int, generator: torch.Generator) -> 
 class VectorQuantizer(nn.Module):
     """A codebook: look-up, straight-through, first rows out of data, revival of dead codes.
 
-    Subclasses say how the rows learn. The codebook is set by the first training batch after `warmup_steps`
-    optimizer steps, in which the quantizer passes `z` on as it is, so that it starts where the encoder's vectors
-    are. Codes that hardly any vector chooses are moved onto random encoder vectors: without the two, most of
-    K=512 codes stay unused for ever (Dhariwal et al. 2020, arXiv:2005.00341, section 3.1).
+    Subclasses say how the rows learn. The codebook is set by the first training batch after
+    `warmup_steps` optimizer steps, in which the quantizer passes `z` on as it is, so that it starts
+    where the encoder's vectors are. Codes that hardly any vector chooses are moved onto random
+    encoder vectors: without the two, most of K=512 codes stay unused for ever (Dhariwal et al.
+    2020, arXiv:2005.00341, section 3.1).
 
     Args:
         num_codes: Rows of the codebook (K), at least 2.
         code_dim: Channels of `z` (D).
         commitment: Weight of the commitment term (beta in van den Oord et al. 2017, equation 3).
         decay: Share of the old average kept per optimizer step, in [0, 1).
-        init: First rows: `kmeans` or `data` (random encoder vectors), or `uniform` in [-1/K, 1/K] at once.
+        init: First rows: `kmeans` or `data` (random encoder vectors), or `uniform` in [-1/K, 1/K]
+            at once.
         warmup_steps: Optimizer steps as a plain autoencoder before the codebook is set.
-        revive_below: A code is dead when its average count is below this share of the mean count; 0 switches
-            revival off. Free of units: neither batch size nor number of ranks changes it.
+        revive_below: A code is dead when its average count is below this share of the mean count; 0
+            switches revival off. Free of units: neither batch size nor number of ranks changes it.
         revive_every: Optimizer steps between two revivals.
-        revive_until: Share of training after which no code is revived, so that the codes settle for a prior.
+        revive_until: Share of training after which no code is revived, so that the codes settle for
+            a prior.
 
     Raises:
         InputError: If a value is outside its range.
@@ -216,7 +224,8 @@ class VectorQuantizer(nn.Module):
         self.revive_until = check_range("revive_until", revive_until, 0, 1)
         self.weights = {"commitment": check_range("commitment", commitment, 0)}
         self.register_buffer("counts", torch.ones(num_codes))
-        # Both are kept as Python numbers too cheap to wait for on a GPU; `get_extra_state` saves them.
+        # Both are kept as Python numbers too cheap to wait for on a GPU; `get_extra_state` saves
+        # them.
         self.steps = 0
         self.initialised = init == "uniform"
         self._pool: list[Tensor] = []
@@ -254,7 +263,7 @@ class VectorQuantizer(nn.Module):
 
     @abstractmethod
     def losses(self, rows: Tensor, chosen: Tensor) -> dict[str, Tensor]:
-        """Unweighted terms for encoder vectors and their codebook rows, both (B, H, W, D) float32."""
+        """Unweighted terms for vectors and their codebook rows, both (B, H, W, D) float32."""
 
     @abstractmethod
     def observe(self, flat: Tensor, codes: Tensor) -> None:
@@ -266,7 +275,7 @@ class VectorQuantizer(nn.Module):
 
     @abstractmethod
     def place(self, rows: Tensor, where: Tensor, count: Tensor) -> None:
-        """Set the codebook's rows `where` (K,) bool to those of `rows` (K, D), each with `count` hits."""
+        """Set the rows `where` (K,) bool to those of `rows` (K, D), each with `count` hits."""
 
     def encode(self, z: Tensor) -> Tensor:
         """Codes (B, H, W) of `z` (B, D, H, W); never learns, even in training mode."""
@@ -303,7 +312,7 @@ class VectorQuantizer(nn.Module):
         return {"revived_codes": float(dead.sum())}
 
     def get_extra_state(self) -> Tensor:
-        """Steps taken and whether the codebook is set, as a tensor that `weights_only` loading accepts."""
+        """Steps taken and whether the codebook is set; a tensor, for `weights_only` loading."""
         return torch.tensor([self.steps, int(self.initialised)])
 
     def set_extra_state(self, state: Tensor) -> None:
@@ -318,7 +327,8 @@ class VectorQuantizer(nn.Module):
         return self.revive_below > 0 and step % self.revive_every == 0
 
     def _generator(self) -> torch.Generator:
-        # Seeded by the step: every rank draws the same, and a resumed run draws what the first would have.
+        # Seeded by the step: every rank draws the same, and a resumed run draws what the first
+        # would have.
         return torch.Generator().manual_seed(self.steps)
 
     def _remember(self, flat: Tensor) -> None:

@@ -12,11 +12,12 @@ from vqvae_lightning.quantizers.base import VectorQuantizer, all_reduce
 class EMAQuantizer(VectorQuantizer):
     """Vector quantizer whose codebook follows the encoder by moving averages.
 
-    Each of the B*H*W vectors of `z` is replaced by its nearest codebook row (Euclidean). After each optimizer
-    step, `update` moves the rows towards the mean of the vectors assigned to them, summed over all ranks and all
-    accumulated batches; no gradient reaches them. Source: van den Oord et al. 2017 (arXiv:1711.00937),
-    appendix A.1. The averages start from the codebook with one hit per code, so that a code without hits stays
-    where it is; counts that start at zero throw unused rows far away and collapse the codebook.
+    Each of the B*H*W vectors of `z` is replaced by its nearest codebook row (Euclidean). After each
+    optimizer step, `update` moves the rows towards the mean of the vectors assigned to them, summed
+    over all ranks and all accumulated batches; no gradient reaches them. Source: van den Oord et
+    al. 2017 (arXiv:1711.00937), appendix A.1. The averages start from the codebook with one hit per
+    code, so that a code without hits stays where it is; counts that start at zero throw unused rows
+    far away and collapse the codebook.
 
     Args:
         num_codes: Rows of the codebook (K in the paper).
@@ -40,7 +41,8 @@ class EMAQuantizer(VectorQuantizer):
         rows = self.first_rows()
         self.register_buffer("codebook", rows)
         self.register_buffer("sums", rows.clone())
-        # Hits and sums of the batches since the last update; a checkpoint never falls between the two.
+        # Hits and sums of the batches since the last update; a checkpoint never falls between the
+        # two.
         self.register_buffer("new_counts", torch.zeros(num_codes), persistent=False)
         self.register_buffer("new_sums", torch.zeros(num_codes, code_dim), persistent=False)
 

@@ -13,9 +13,9 @@ from vqvae_lightning.quantizers.base import VectorQuantizer, all_reduce
 class LossQuantizer(VectorQuantizer):
     """Vector quantizer whose codebook is a parameter that the optimizer moves.
 
-    The codebook term pulls each chosen row towards its encoder vectors, the commitment term the vectors towards
-    their row; each moves only its own side. Source: van den Oord et al. 2017 (arXiv:1711.00937), equation 3.
-    Hits per code are averaged too, but only to find dead codes.
+    The codebook term pulls each chosen row towards its encoder vectors, the commitment term the
+    vectors towards their row; each moves only its own side. Source: van den Oord et al. 2017
+    (arXiv:1711.00937), equation 3. Hits per code are averaged too, but only to find dead codes.
 
     Args:
         num_codes: Rows of the codebook (K in the paper).

@@ -37,7 +37,9 @@ def write_report(folder: Path) -> Path:
         "nearest": folder / "evaluation" / "nearest.png",
     }
     environment = Environment(
-        loader=PackageLoader("vqvae_lightning", "report"), autoescape=True, undefined=StrictUndefined
+        loader=PackageLoader("vqvae_lightning", "report"),
+        autoescape=True,
+        undefined=StrictUndefined,
     )
     split = result["split"]
     page = environment.get_template("template.html").render(
@@ -86,4 +88,8 @@ def _some(folder: Path, count: int) -> list[Path]:
     """`count` files of a folder, evenly spaced in order of name, the first and last among them."""
     paths = sorted(folder.glob("*.png"))
     last = len(paths) - 1
-    return [paths[i] for i in sorted({round(k * last / (count - 1)) for k in range(count)})] if paths else []
+    return (
+        [paths[i] for i in sorted({round(k * last / (count - 1)) for k in range(count)})]
+        if paths
+        else []
+    )

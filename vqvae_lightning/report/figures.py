@@ -13,7 +13,7 @@ Curves = dict[str, tuple[list[float], list[float]]]
 Array = np.ndarray[Any, np.dtype[Any]]
 
 INK, QUIET, TRAIN, VAL, EXTRA = "#1f2933", "#9aa5b1", "#7db3e8", "#1a5fb4", "#c64600"
-STYLE = {
+STYLE: dict[Any, Any] = {
     "axes.edgecolor": QUIET,
     "axes.grid": True,
     "axes.labelcolor": INK,
@@ -105,9 +105,11 @@ def prior(curves: Curves, split: str, metrics: dict[str, Any]) -> str:
         )
         for name, label, dashes in baselines:
             if f"{split}/{name}" in metrics:
-                left.axhline(metrics[f"{split}/{name}"]["value"], color=QUIET, ls=dashes, label=label)
+                left.axhline(
+                    metrics[f"{split}/{name}"]["value"], color=QUIET, ls=dashes, label=label
+                )
         left.set(title="Prior: nats per code", xlabel="steps")
-        left.legend()
+        left.legend(loc="upper right", bbox_to_anchor=(1, 0.78))
         plot(right, curves, "val/accuracy", "validation", VAL)
         right.set(title="Prior: share of codes predicted", xlabel="steps", ylim=(0, None))
 
@@ -122,14 +124,16 @@ def histogram(counts: Array) -> str:
         axes[0].fill_between(np.arange(len(share)), share * 100, step="mid", color=TRAIN)
         axes[0].axhline(100 / len(share), color=EXTRA, ls="--", label="equal use")
         title = f"Use of the {len(share)} codes, most used first"
-        axes[0].set(title=title, xlabel="rank", ylabel="% of codes", xlim=(0, len(share)), ylim=(0, None))
+        axes[0].set(
+            title=title, xlabel="rank", ylabel="% of codes", xlim=(0, len(share)), ylim=(0, None)
+        )
         axes[0].legend()
 
     return draw((9, 2.4), 1, paint)
 
 
 def code_maps(images: Array, codes: Array, counts: Array, columns: int = 10) -> str:
-    """Images (N, C, H, W) uint8 above their codes (N, h, w), coloured by how often each code occurs."""
+    """Images (N, C, H, W) uint8 above their codes (N, h, w), coloured by their frequency."""
     rank = np.empty(len(counts), dtype=int)
     rank[np.argsort(-counts)] = np.arange(len(counts))
     shown = min(columns, len(images))
@@ -140,7 +144,9 @@ def code_maps(images: Array, codes: Array, counts: Array, columns: int = 10) -> 
         for column in range(shown):
             picture = images[column].transpose(1, 2, 0)
             axes[0, column].imshow(picture.squeeze(), cmap="gray", vmin=0, vmax=255)
-            axes[1, column].imshow(rank[codes[column]], cmap="viridis", vmin=0, vmax=len(counts) - 1)
+            axes[1, column].imshow(
+                rank[codes[column]], cmap="viridis", vmin=0, vmax=len(counts) - 1
+            )
         for one in axes.flat:
             one.set_axis_off()
         buffer = io.StringIO()
@@ -156,15 +162,19 @@ def rate(metrics: dict[str, Any], split: str) -> str:
         pixels = metrics[f"{split}/reconstruction_bits_per_dim"]["value"]
         rates = [
             (label, metrics[f"{split}/{name}_bits_per_dim"]["value"])
-            for label, name in (("uniform", "uniform"), ("histogram", "histogram"), ("prior", "prior"))
+            for label, name in (
+                ("uniform", "uniform"),
+                ("histogram", "histogram"),
+                ("prior", "prior"),
+            )
             if f"{split}/{name}_bits_per_dim" in metrics
         ][::-1]
         names = [label for label, _ in rates]
         axes[0].barh(names, [pixels] * len(rates), color=TRAIN, label="pixels given the codes")
         costs = [cost for _, cost in rates]
         axes[0].barh(names, costs, left=pixels, color=EXTRA, label="codes")
-        for name, cost in rates:
-            axes[0].text(pixels + cost, name, f" {pixels + cost:.3f}", va="center")
+        for row, cost in enumerate(costs):
+            axes[0].text(pixels + cost, row, f" {pixels + cost:.3f}", va="center")
         title = "Bits per dimension, by what predicts the codes"
         axes[0].set(title=title, xlim=(0, (pixels + max(costs)) * 1.1))
         axes[0].grid(visible=False, axis="y")

@@ -33,7 +33,7 @@ class ClassifierTask(pl.LightningModule):
         """One step on images in [-1, 1]."""
         assert batch.labels is not None
         loss = F.cross_entropy(self.net(batch.data).float(), batch.labels)
-        if (self.global_step + 1) % self.trainer.log_every_n_steps == 0:
+        if (self.global_step + 1) % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
             self.log("train/loss", loss, prog_bar=True)
         return loss
 

@@ -1,4 +1,4 @@
-"""What both tasks need of an optimizer: its schedule, and a stop when a loss is no longer a number."""
+"""What the tasks need of an optimizer: its schedule, and a stop when a loss is not finite."""
 
 import math
 from collections.abc import Callable, Iterable
@@ -15,7 +15,7 @@ OptimizerFactory = Callable[[Iterable[nn.Parameter]], Optimizer]
 
 
 class WarmupCosine:
-    """Learning rate that rises linearly and then falls along half a cosine (arXiv:1608.03983, without restarts).
+    """Learning rate that rises linearly and then falls along half a cosine (arXiv:1608.03983).
 
     Args:
         warmup_steps: Optimizer steps until the full rate.
@@ -53,7 +53,8 @@ def optimization(
         return built
     if math.isinf(total_steps):
         raise InputError(
-            "model.schedule needs an end: set trainer.max_steps or trainer.max_epochs, or model.schedule=null."
+            "model.schedule needs an end: set trainer.max_steps or trainer.max_epochs, or "
+            "model.schedule=null."
         )
     rate = LambdaLR(built, lambda step: schedule(step, total_steps))
     return {"optimizer": built, "lr_scheduler": {"scheduler": rate, "interval": "step"}}
@@ -68,6 +69,7 @@ def require_finite(step: int, loss: Tensor, terms: dict[str, Tensor]) -> None:
     if not torch.isfinite(loss):
         bad = ", ".join(f"{k}={v.item()}" for k, v in terms.items() if not torch.isfinite(v))
         raise DivergenceError(
-            f"step {step}: the loss is {loss.item()} ({bad or 'the sum of its terms'}); stopped before it reached the "
-            "weights. Lower model.optimizer.lr, or set trainer.gradient_clip_val."
+            f"step {step}: the loss is {loss.item()} ({bad or 'the sum of its terms'}); stopped "
+            "before it reached the weights. Lower model.optimizer.lr, or set "
+            "trainer.gradient_clip_val."
         )

@@ -21,8 +21,9 @@ from vqvae_lightning.tasks.optimization import (
 class PriorTask(pl.LightningModule):
     """Maximum likelihood of codes under a PixelCNN (van den Oord et al. 2016, arXiv:1606.05328).
 
-    Beside its own nats per code stands that of the unigram model, the histogram of the training codes with one
-    added to each count: what a prior must beat to have learnt anything about how codes go together.
+    Beside its own nats per code stands that of the unigram model, the histogram of the training
+    codes with one added to each count: what a prior must beat to have learnt anything about how
+    codes go together.
 
     Args:
         net: The network.
@@ -51,7 +52,7 @@ class PriorTask(pl.LightningModule):
         logits, labels = self._logits(batch), batch.data
         loss = F.cross_entropy(logits, labels)
         require_finite(self.global_step, loss, {"nats_per_code": loss})
-        if (self.global_step + 1) % self.trainer.log_every_n_steps == 0:
+        if (self.global_step + 1) % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
             self.log("train/nats_per_code", loss, prog_bar=True)
             self.log("train/bits_per_code", loss / math.log(2))
             self.log("train/learning_rate", self.optimizers().param_groups[0]["lr"])  # type: ignore[union-attr]

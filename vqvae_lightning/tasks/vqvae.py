@@ -20,10 +20,10 @@ from vqvae_lightning.tasks.optimization import (
 
 
 class VQVAETask(pl.LightningModule):
-    """Reconstruction and quantizer losses of a VQ-VAE (van den Oord et al. 2017, arXiv:1711.00937, equation 3).
+    """Reconstruction and quantizer losses of a VQ-VAE (arXiv:1711.00937, equation 3).
 
-    The reconstruction term is the squared error over the variance of the training pixels (NMSE), so that it weighs
-    against the quantizer's terms alike on every data set.
+    The reconstruction term is the squared error over the variance of the training pixels (NMSE), so
+    that it weighs against the quantizer's terms alike on every data set.
 
     Args:
         net: The network.
@@ -37,7 +37,8 @@ class VQVAETask(pl.LightningModule):
         self, net: VQVAE, optimizer: OptimizerFactory, schedule: WarmupCosine | None = None
     ) -> None:
         super().__init__()
-        # Convolutions on a CPU and on tensor cores read channels last; the quantizer's rows are then contiguous.
+        # Convolutions on a CPU and on tensor cores read channels last; the quantizer's rows are
+        # then contiguous.
         self.net = net.to(memory_format=torch.channels_last)
         self.optimizer_factory = optimizer
         self.schedule = schedule
@@ -54,7 +55,7 @@ class VQVAETask(pl.LightningModule):
         """One step on images in [-1, 1]; logs every `trainer.log_every_n_steps`."""
         loss, terms, _ = self._losses(batch.data, train=True)
         require_finite(self.global_step, loss, terms)
-        if (self.global_step + 1) % self.trainer.log_every_n_steps == 0:
+        if (self.global_step + 1) % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
             logged = {f"train/{name}": value for name, value in terms.items()}
             for name, weight in self.net.quantizer.weights.items():
                 if name in terms:

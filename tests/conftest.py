@@ -1,0 +1,98 @@
+"""Small data, and commands run in this process."""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+import torch
+
+from vqvae_lightning import evaluate, pipeline, reconstruct, sample, train
+from vqvae_lightning.configs import CONF_DIR, register_resolvers
+
+COMMANDS = {
+    "vqvae-train": train.main,
+    "vqvae-pipeline": pipeline.main,
+    "vqvae-sample": sample.main,
+    "vqvae-evaluate": evaluate.main,
+    "vqvae-reconstruct": reconstruct.main,
+}
+TINY_VQVAE = (
+    "trainer=debug",
+    "model.net.hidden=8",
+    "model.net.residual_hidden=4",
+    "model.net.quantizer.num_codes=16",
+    "model.net.quantizer.code_dim=4",
+    "model.net.quantizer.warmup_steps=1",
+)
+
+
+class Outcome(NamedTuple):
+    status: int
+    out: str
+    err: str
+    folder: Path
+
+
+@pytest.fixture(scope="session")
+def toy_npz(tmp_path_factory) -> Path:
+    """Colour images of 12x8 pixels in three classes; the class is the place of a bright bar."""
+    generator = np.random.default_rng(0)
+    arrays = {}
+    for split, count in (("train", 96), ("val", 24), ("test", 30)):
+        labels = np.arange(count) % 3
+        images = generator.integers(0, 60, (count, 12, 8, 3), dtype=np.uint8)
+        for number, label in enumerate(labels):
+            images[number, 4 * label : 4 * label + 4, :, label] += 180
+        arrays[f"{split}_images"] = images
+        arrays[f"{split}_labels"] = labels[:, None].astype(np.uint8)
+    path = tmp_path_factory.mktemp("data") / "toy.npz"
+    np.savez(path, **arrays)
+    return path
+
+
+@pytest.fixture
+def toy(toy_npz) -> tuple[str, ...]:
+    """Overrides that choose the toy data."""
+    return ("dataset=npz", f"dataset.source.path={toy_npz}")
+
+
+@pytest.fixture
+def command(tmp_path, monkeypatch, capsys) -> Callable[..., Outcome]:
+    """Run a command in this process; its folder is `tmp_path/run` unless it resumes."""
+
+    def run(name: str, *overrides: str, folder: Path | None = None) -> Outcome:
+        place = folder or tmp_path / "run"
+        where = (
+            () if any(o.startswith("resume=") for o in overrides) else (f"hydra.run.dir={place}",)
+        )
+        monkeypatch.setattr(sys, "argv", [name, *overrides, *where])
+        monkeypatch.chdir(tmp_path)
+        status = 0
+        capsys.readouterr()
+        try:
+            COMMANDS[name]()
+        except SystemExit as exit_:
+            status = int(exit_.code or 0)
+        captured = capsys.readouterr()
+        return Outcome(status, captured.out, captured.err, place)
+
+    return run
+
+
+def compose(config_name: str, *overrides: str, folder: Path | None = None) -> Any:
+    """A config as the commands compose it, below `folder`."""
+    from hydra import compose as hydra_compose
+    from hydra import initialize_config_dir
+
+    register_resolvers()
+    place = [f"folder={folder}"] if folder else []
+    with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
+        return hydra_compose(config_name, overrides=[*overrides, *place])
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)

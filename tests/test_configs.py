@@ -1,0 +1,122 @@
+"""Every config option composes and builds, and every preset runs."""
+
+import pytest
+from conftest import TINY_VQVAE, compose
+from omegaconf import OmegaConf
+
+from vqvae_lightning.configs import CONF_DIR, build, check_targets, plain
+from vqvae_lightning.errors import InputError
+
+
+def options(group):
+    return sorted(path.stem for path in (CONF_DIR / group).glob("*.yaml"))
+
+
+GIVEN = {
+    "npz": ["dataset.source.path=x.npz"],
+    "image_folder": ["dataset.source.root=x"],
+}
+
+
+@pytest.mark.parametrize("dataset", [name for name in options("dataset") if name != "default"])
+def test_every_dataset_builds(dataset, tmp_path):
+    cfg = compose("vqvae", f"dataset={dataset}", *GIVEN.get(dataset, []), folder=tmp_path)
+    data = build(cfg.dataset)
+    assert data.batch_size == 32
+    plain(cfg.dataset)
+
+
+@pytest.mark.parametrize("quantizer", options("quantizer"))
+def test_every_quantizer_builds(quantizer, tmp_path):
+    cfg = compose("vqvae", f"quantizer={quantizer}", "model.net.channels=1", folder=tmp_path)
+    task = build(cfg.model)
+    assert task.net.quantizer.num_codes == 512
+
+
+@pytest.mark.parametrize("trainer", options("trainer"))
+@pytest.mark.parametrize("config", ["vqvae", "prior"])
+def test_every_trainer_builds(trainer, config, tmp_path):
+    if trainer == "gpu":
+        torch = pytest.importorskip("torch")
+        if not torch.cuda.is_available():
+            pytest.skip("no GPU")
+    cfg = compose(config, f"trainer={trainer}", folder=tmp_path)
+    assert build(cfg.trainer).max_steps in (2, 3000, 8000)
+
+
+@pytest.mark.parametrize("logger", options("logger"))
+def test_every_logger_builds(logger, tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    cfg = compose("vqvae", f"logger={logger}", folder=tmp_path)
+    assert [build(part) for part in cfg.logger.values()]
+
+
+@pytest.mark.parametrize("config", ["vqvae", "prior"])
+def test_every_callback_builds_and_can_be_switched_off(config, tmp_path):
+    cfg = compose(config, "callbacks.pictures=null", folder=tmp_path)
+    built = [build(part) for part in cfg.callbacks.values() if part is not None]
+    assert len(built) == len(cfg.callbacks) - 1
+
+
+@pytest.mark.parametrize(
+    "config", ["vqvae", "prior", "pipeline", "evaluate", "sample", "reconstruct"]
+)
+def test_every_primary_config_composes(config, tmp_path):
+    cfg = compose(config, folder=tmp_path)
+    OmegaConf.to_container(cfg, resolve=True)
+
+
+@pytest.mark.parametrize("experiment", options("experiment"))
+def test_every_experiment_runs_two_batches(experiment, toy, tmp_path, command):
+    short = [
+        f"{stage}trainer.{key}=2"
+        for stage in ("", "prior.")
+        for key in ("max_steps", "limit_val_batches", "limit_test_batches")
+    ]
+    checks = [f"{stage}trainer.val_check_interval=2" for stage in ("", "prior.")]
+    small = ["evaluation.num_samples=12", "evaluation.classifier_steps=2", "sampling.num_samples=6"]
+    outcome = command("vqvae-pipeline", f"experiment={experiment}", *toy, *short, *checks, *small)
+    assert outcome.status == 0, outcome.err
+    assert (outcome.folder / "report.html").is_file()
+
+
+def test_stage_two_follows_the_devices_of_stage_one(tmp_path):
+    cfg = compose("pipeline", "trainer=debug", folder=tmp_path)
+    assert cfg.prior.trainer.precision == cfg.trainer.precision == "32-true"
+    assert cfg.prior.trainer.accelerator == "cpu"
+
+
+def test_the_pipelines_stages_are_configured_as_their_own_commands_would(tmp_path):
+    from vqvae_lightning.pipeline import stage_configs
+
+    stages = stage_configs(compose("pipeline", folder=tmp_path))
+    for name in ("vqvae", "prior"):
+        given = ["vqvae_checkpoint=x"] if name == "prior" else []
+        alone = compose(name, *given, folder=tmp_path / name)
+        assert set(stages[name]) == set(alone), name
+        assert stages[name].callbacks.best.dirpath == str(tmp_path / name / "checkpoints")
+        assert stages[name].callbacks.best.monitor == alone.callbacks.best.monitor
+    for name, config in (("evaluation", "evaluate"), ("samples", "sample")):
+        needed = set(compose(config, folder=tmp_path)) - {"hydra"}
+        assert needed <= set(stages[name]), name
+
+
+@pytest.mark.parametrize("target", ["os.system", "builtins.eval", "subprocess.run"])
+def test_targets_outside_the_allowed_packages_are_refused(target):
+    with pytest.raises(InputError, match=target):
+        build({"_target_": "vqvae_lightning.tasks.WarmupCosine", "inner": [{"_target_": target}]})
+    with pytest.raises(InputError, match=target):
+        check_targets(OmegaConf.create({"a": {"_target_": target}}), ("vqvae_lightning.",))
+
+
+def test_configs_hold_plain_data_once_resolved(tmp_path):
+    cfg = compose("vqvae", *TINY_VQVAE, folder=tmp_path)
+
+    def walk(value):
+        assert isinstance(value, dict | list | str | int | float | bool | None.__class__)
+        for child in (
+            value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+        ):
+            walk(child)
+
+    walk(plain(cfg))

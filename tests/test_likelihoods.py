@@ -1,0 +1,55 @@
+"""Likelihoods that sum to one."""
+
+import math
+
+import pytest
+import torch
+
+from vqvae_lightning.networks.likelihoods import discretised_logistic, fit_log_scale
+
+LEVELS = torch.arange(256)
+
+
+@pytest.mark.parametrize("log_scale", [-9.0, -7.0, -2.0, 0.0, 3.0, 9.0])
+def test_mass_of_all_levels_is_one(log_scale):
+    means = torch.tensor([-300.0, -0.2, 0.0, 2.0, 100.3, 254.9, 600.0])
+    mass = discretised_logistic(LEVELS, means[:, None], torch.tensor(log_scale)).double().exp()
+    torch.testing.assert_close(mass.sum(1), torch.ones(7, dtype=torch.float64), rtol=1e-5, atol=0)
+
+
+def test_mass_equals_the_difference_of_the_distribution_function():
+    x, mean, scale = LEVELS.double(), 100.0, 5.0
+    upper = torch.where(x == 255, 1.0, torch.sigmoid((x + 0.5 - mean) / scale))
+    lower = torch.where(x == 0, 0.0, torch.sigmoid((x - 0.5 - mean) / scale))
+    mass = discretised_logistic(LEVELS, torch.tensor(mean), torch.tensor(math.log(scale))).exp()
+    torch.testing.assert_close(mass, (upper - lower).float(), rtol=1e-4, atol=1e-12)
+
+
+def test_values_and_gradients_are_finite_far_from_the_mean():
+    mean = torch.tensor([5.0, 250.0], requires_grad=True)
+    log_scale = torch.tensor(-6.0, requires_grad=True)
+    value = discretised_logistic(torch.tensor([255, 0]), mean, log_scale).sum()
+    value.backward()
+    assert torch.isfinite(value)
+    assert torch.isfinite(mean.grad).all()
+    assert torch.isfinite(log_scale.grad)
+
+
+def test_fitted_scale_is_the_best_of_a_fine_search():
+    mean = torch.rand(64, 2, 4, 4) * 255
+    noise = torch.tensor([3.0, 12.0]).view(1, 2, 1, 1) * torch.logit(torch.rand(64, 2, 4, 4))
+    levels = (mean + noise).round().clamp(0, 255).to(torch.uint8)
+    fitted = fit_log_scale(levels, mean)
+    candidates = torch.linspace(-1, 5, 601)
+    for channel in range(2):
+        one, other = levels[:, channel, None], mean[:, channel, None]
+        values = torch.stack([discretised_logistic(one, other, c).mean() for c in candidates])
+        assert fitted[channel].item() == pytest.approx(
+            candidates[values.argmax()].item(), abs=0.011
+        )
+
+
+def test_a_perfect_decoder_costs_nothing_per_pixel():
+    levels = torch.randint(0, 256, (4, 1, 3, 3))
+    log_scale = fit_log_scale(levels, levels.float())
+    assert -discretised_logistic(levels, levels.float(), log_scale).mean() < 1e-6

@@ -1,0 +1,44 @@
+"""Codebook usage against the entropy of the whole histogram."""
+
+import pytest
+import torch
+
+from vqvae_lightning.metrics import CodebookUsage
+
+
+def test_perplexity_is_that_of_all_batches_together():
+    # The mean of the batches' perplexities reads 289 here instead of 512.
+    codes = torch.randperm(512 * 40) % 512
+    usage = CodebookUsage(512)
+    for part in codes.split(8 * 64):
+        usage.update(part.view(-1, 8, 8))
+    assert usage.compute()["perplexity"] == pytest.approx(512)
+    assert usage.compute()["entropy_bits"] == pytest.approx(9)
+
+
+def test_any_batching_gives_the_entropy_of_the_histogram():
+    codes = (torch.rand(1000) ** 3 * 20).long()
+    share = codes.bincount(minlength=20) / 1000
+    expected = torch.exp(-torch.special.xlogy(share, share).sum())
+    for size in (1, 7, 999, 1000):
+        usage = CodebookUsage(20)
+        for part in codes.split(size):
+            usage.update(part)
+        torch.testing.assert_close(usage.compute()["perplexity"], expected)
+
+
+def test_use_counts_codes_of_every_batch():
+    # An accumulator elsewhere kept the last batch only.
+    usage = CodebookUsage(10)
+    usage.update(torch.tensor([0, 1]))
+    usage.update(torch.tensor([2, 2]))
+    result = usage.compute()
+    assert result["use"] == pytest.approx(0.3)
+    assert result["dead_codes"] == 7
+
+
+def test_an_empty_histogram_is_zero_and_not_nan():
+    usage = CodebookUsage(10)
+    usage.update(torch.empty(0, dtype=torch.long))
+    assert all(torch.isfinite(value) for value in usage.compute().values())
+    assert usage.compute()["perplexity"] == 0

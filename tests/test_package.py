@@ -1,0 +1,202 @@
+"""The package as a whole: imports, start-up, the wheel, the README."""
+
+import ast
+import os
+import re
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from vqvae_lightning.configs import CONF_DIR
+from vqvae_lightning.results import UNITS
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "vqvae_lightning"
+README = (ROOT / "README.md").read_text()
+# Each file imports only from lower levels; a folder's files may import each other.
+LEVELS = {
+    "errors": 0,
+    "quantizers": 1,
+    "metrics": 1,
+    "progress": 1,
+    "devices": 1,
+    "networks": 2,
+    "configs": 2,
+    "results": 2,
+    "checkpoints": 3,
+    "pictures": 3,
+    "data": 3,
+    "tasks": 4,
+    "report": 4,
+    "callbacks": 4,
+    "app": 4,
+    "evaluation": 5,
+    "train": 6,
+    "evaluate": 6,
+    "sample": 6,
+    "reconstruct": 6,
+    "pipeline": 7,
+}
+COMMANDS = ("vqvae-train", "vqvae-pipeline", "vqvae-sample", "vqvae-evaluate", "vqvae-reconstruct")
+
+
+def imported(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            yield node.module
+            if node.module == "vqvae_lightning":
+                yield from (f"vqvae_lightning.{alias.name}" for alias in node.names)
+        elif isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+
+
+@pytest.mark.parametrize(
+    "path", sorted(PACKAGE.rglob("*.py")), ids=lambda p: str(p.relative_to(PACKAGE))
+)
+def test_imports_run_one_way(path):
+    part = path.relative_to(PACKAGE).with_suffix("").parts[0]
+    if part == "__init__":
+        return
+    for module in imported(path):
+        names = module.split(".")
+        if names[0] != "vqvae_lightning" or len(names) == 1:
+            continue
+        assert names[1] == part or LEVELS[names[1]] < LEVELS[part], f"{part} imports {module}"
+
+
+@pytest.mark.parametrize("folder", ["quantizers", "networks"])
+def test_networks_need_neither_lightning_nor_hydra(folder):
+    for path in (PACKAGE / folder).glob("*.py"):
+        roots = {module.split(".")[0] for module in imported(path)}
+        assert roots <= {"vqvae_lightning", "torch", "math", "typing", "abc", "collections"}, path
+
+
+def heavy_modules_after(code):
+    listing = (
+        "import sys; print(sorted({'torch','pytorch_lightning','matplotlib'} & set(sys.modules)))"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", f"{code}\n{listing}"], capture_output=True, text=True
+    )
+    return run.stdout.strip().splitlines()[-1]
+
+
+def test_importing_the_package_is_light():
+    assert heavy_modules_after("import vqvae_lightning") == "[]"
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_is_light(name):
+    module = name.replace("vqvae-", "vqvae_lightning.")
+    code = f"""
+import sys
+from {module} import main
+sys.argv = ["{name}", "--help"]
+try:
+    main()
+except SystemExit:
+    pass
+"""
+    assert heavy_modules_after(code) == "[]"
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_each_command_is_also_a_module(name):
+    module = name.replace("vqvae-", "vqvae_lightning.")
+    run = subprocess.run([sys.executable, "-m", module, "--help"], capture_output=True, text=True)
+    assert run.returncode == 0
+    assert "Powered by Hydra" in run.stdout
+
+
+def test_the_public_names_are_there():
+    import vqvae_lightning
+
+    for name in vqvae_lightning.__all__:
+        assert getattr(vqvae_lightning, name).__name__ == name
+    with pytest.raises(AttributeError, match="nothing"):
+        _ = vqvae_lightning.nothing
+
+
+def test_the_wheel_runs_the_pipeline_outside_the_checkout(tmp_path):
+    build = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path)]
+    subprocess.run(build, cwd=ROOT, check=True, capture_output=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    assert wheel.stat().st_size < 7e6
+    names = zipfile.ZipFile(wheel).namelist()
+    for inside in (
+        "conf/pipeline.yaml",
+        "py.typed",
+        "data/bundled/fashion_mnist_mini.npz",
+        "data/bundled/LICENSE-fashion-mnist",
+        "report/template.html",
+    ):
+        assert f"vqvae_lightning/{inside}" in names
+    assert all(name.startswith("vqvae_lightning") for name in names), "a second top-level package"
+    # A fresh environment that has the dependencies of this one but not this checkout.
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "venv"], check=True)
+    (site,) = (tmp_path / "venv").glob("lib/python*/site-packages")
+    zipfile.ZipFile(wheel).extractall(site)
+    (site / "dependencies.pth").write_text(f"{Path(pytest.__file__).parents[1]}\n")
+    python = tmp_path / "venv/bin/python"
+    environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "VIRTUAL_ENV")}
+    run = subprocess.run(
+        [python, "-m", "vqvae_lightning.pipeline", "experiment=smoke"],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr
+    (folder,) = (tmp_path / "runs/smoke").iterdir()
+    assert (folder / "report.html").is_file()
+    assert str(ROOT) not in (folder / "config.yaml").read_text()
+
+
+def test_pyproject_ships_each_command():
+    text = (ROOT / "pyproject.toml").read_text()
+    for name in COMMANDS:
+        assert f'{name} = "vqvae_lightning.{name.removeprefix("vqvae-")}:main"' in text
+
+
+def shell_lines():
+    for block in re.findall(r"```(?:bash|sh|shell)?\n(.*?)```", README, re.DOTALL):
+        for line in block.splitlines():
+            found = re.search(r"(vqvae-\w+)((?: [^#&|]*)?)", line)
+            if found:
+                yield found.group(1), found.group(2).split()
+
+
+@pytest.mark.parametrize(("name", "arguments"), list(shell_lines()))
+def test_each_command_in_the_readme_composes(name, arguments, tmp_path):
+    from conftest import compose
+
+    config = {"vqvae-train": "vqvae"}.get(name, name.removeprefix("vqvae-"))
+    arguments = [a for a in arguments if a not in ("-m", "--help")]
+    if "--config-name" in arguments:
+        place = arguments.index("--config-name")
+        config = arguments[place + 1]
+        del arguments[place : place + 2]
+    arguments = [a for a in arguments if not a.startswith("resume=")]
+    # The first value of a swept key stands for the others.
+    single = [re.sub(r"=([^\[,]+),.*", r"=\1", argument) for argument in arguments]
+    compose(config, *single, folder=tmp_path)
+
+
+def test_the_readmes_table_of_logged_names_matches_the_code():
+    table = dict(re.findall(r"^\| `([a-z_0-9]+)` \| ([^|]+?) \|", README, re.MULTILINE))
+    assert table == UNITS
+
+
+def test_paths_in_the_readme_exist():
+    for path in re.findall(r"\]\((?!http)([^)#]+)\)", README):
+        assert (ROOT / path).exists(), path
+    for path in re.findall(r"`((?:vqvae_lightning|conf|experiments|tests)/[\w./-]+)`", README):
+        assert (ROOT / path).exists(), path
+
+
+def test_every_config_says_what_it_is():
+    for path in CONF_DIR.rglob("*.yaml"):
+        assert path.read_text().startswith("#"), path

@@ -1,0 +1,181 @@
+"""The main job, end to end, on a few steps."""
+
+import base64
+import json
+import math
+import re
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from vqvae_lightning import pipeline
+from vqvae_lightning.checkpoints import load_pair
+from vqvae_lightning.configs import build
+from vqvae_lightning.networks.autoencoder import from_uint8, to_uint8
+from vqvae_lightning.results import UNITS
+
+SMOKE = ("experiment=smoke", "evaluation.num_samples=12", "sampling.num_samples=6")
+
+
+@pytest.fixture(scope="module")
+def finished(toy_npz, tmp_path_factory):
+    """A finished run on the toy data, made by the command itself."""
+    import sys
+
+    folder = tmp_path_factory.mktemp("pipeline") / "run"
+    data = ("dataset=npz", f"dataset.source.path={toy_npz}")
+    before = sys.argv
+    sys.argv = ["vqvae-pipeline", *SMOKE, *data, f"hydra.run.dir={folder}"]
+    try:
+        pipeline.main()
+    finally:
+        sys.argv = before
+    return folder
+
+
+def test_a_run_leaves_what_it_promises(finished):
+    for name in (
+        "config.yaml",
+        "result.json",
+        "report.html",
+        "reconstructions.png",
+        "samples.png",
+        "vqvae/checkpoints/best.ckpt",
+        "vqvae/checkpoints/last.ckpt",
+        "vqvae/metrics.csv",
+        "vqvae/pictures/reconstructions_0000006.png",
+        "prior/checkpoints/best.ckpt",
+        "prior/metrics.csv",
+        "prior/pictures/samples_0000004.png",
+        "samples/samples.npz",
+    ):
+        assert (finished / name).is_file(), name
+    assert not list(finished.rglob(".*")), "half-written files"
+
+
+def test_result_has_units_seed_split_versions_and_times(finished):
+    result = json.loads((finished / "result.json").read_text())
+    assert all(entry["unit"] for entry in result["metrics"].values())
+    assert set(result["seconds"]) == set(pipeline.STAGES)
+    assert (result["seed"], result["split"], result["images"]) == (0, "test", 30)
+    assert (
+        result["versions"]["torch"] == torch.__version__.split("+")[0]
+        or result["versions"]["torch"]
+    )
+    assert result["command"].startswith("vqvae-pipeline experiment=smoke")
+    assert {key.rpartition("/")[2] for key in result["metrics"]} <= set(UNITS)
+
+
+def test_reported_errors_are_those_of_the_saved_network(finished):
+    prior, vqvae = load_pair(finished / "prior/checkpoints/best.ckpt")
+    data = build(vqvae.config["dataset"])
+    data.setup()
+    images = data.datasets["test"].data
+    codes = vqvae.net.encode(from_uint8(images))
+    decoded = to_uint8(vqvae.net.decode(codes)).double() / 255
+    error = ((decoded - images.double() / 255) ** 2).mean().item()
+    counts = codes.flatten().bincount(minlength=512).double()
+    share = counts[counts > 0] / counts.sum()
+    metrics = json.loads((finished / "result.json").read_text())["metrics"]
+    value = {key.rpartition("/")[2]: entry["value"] for key, entry in metrics.items()}
+    assert value["mse"] == pytest.approx(error, rel=1e-4)
+    assert value["psnr_db"] == pytest.approx(-10 * math.log10(error), rel=1e-4)
+    assert value["perplexity"] == pytest.approx(math.exp(-(share * share.log()).sum()), rel=1e-4)
+    nats = torch.nn.functional.cross_entropy(
+        prior.net(codes, data.datasets["test"].labels), codes
+    ).item()
+    assert value["nats_per_code"] == pytest.approx(nats, rel=1e-4)
+    # bits = nats / ln 2, bits/dim = codes * bits / values of the image: 3 x 2 codes for 12 x 8 x 3
+    assert value["prior_bits_per_dim"] == pytest.approx(nats / math.log(2) * 6 / 288, rel=1e-4)
+    assert value["uniform_bits_per_dim"] == pytest.approx(9 * 6 / 288)
+    total = value["reconstruction_bits_per_dim"] + value["prior_bits_per_dim"]
+    assert value["total_bits_per_dim"] == pytest.approx(total)
+
+
+def test_report_stands_alone_and_shows_everything(finished):
+    page = (finished / "report.html").read_text()
+    assert not re.findall(r"(?:src|href)=\"(?!data:|#)", page)
+    pictures = re.findall(r"data:image/png;base64,([A-Za-z0-9+/=]+)", page)
+    assert len(pictures) >= 3
+    assert all(base64.b64decode(p).startswith(b"\x89PNG") for p in pictures)
+    assert page.count("<svg") == 6
+    result = json.loads((finished / "result.json").read_text())
+    for name in result["metrics"]:
+        assert name in page
+    assert result["command"].split("dataset.source")[0].strip() in page
+
+
+def test_pictures_have_content(finished):
+    for name in ("samples.png", "reconstructions.png"):
+        with Image.open(finished / name) as image:
+            assert np.asarray(image).std() > 5
+
+
+def test_a_finished_run_resumes_without_work(finished, command, monkeypatch):
+    monkeypatch.setattr("vqvae_lightning.networks.sampling._draw", lambda *_: pytest.fail("drew"))
+    before = (finished / "vqvae/checkpoints/best.ckpt").stat().st_mtime_ns
+    outcome = command("vqvae-pipeline", f"resume={finished}")
+    assert outcome.status == 0, outcome.err
+    assert outcome.out.count("done before") == 4
+    assert (finished / "vqvae/checkpoints/best.ckpt").stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize("stage", ["prior", "evaluation", "samples", "report"])
+def test_a_broken_run_goes_on_after_its_last_finished_stage(
+    stage, toy, tmp_path, command, monkeypatch
+):
+    places = {
+        "prior": "vqvae_lightning.tasks.PriorTask.training_step",
+        "evaluation": "vqvae_lightning.evaluation.reconstruction_metrics",
+        "samples": "vqvae_lightning.sample.draw",
+        "report": "vqvae_lightning.report.write_report",
+    }
+
+    def fail(*arguments, **options):
+        raise OSError("power cut")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(places[stage], fail)
+        assert command("vqvae-pipeline", *SMOKE, *toy).status == 1
+    folder = tmp_path / "run"
+    # A run may be moved before it goes on.
+    moved = folder.rename(tmp_path / "moved")
+    outcome = command("vqvae-pipeline", f"resume={moved}")
+    assert outcome.status == 0, outcome.err
+    order = [name for name in pipeline.STAGES if name != "report"]
+    done = order.index(stage) if stage in order else len(order)
+    assert outcome.out.count("done before") == done
+    assert (moved / "report.html").is_file()
+    assert not folder.exists()
+
+
+def test_a_set_without_labels_gives_an_unconditional_prior(toy_npz, tmp_path, command):
+    with np.load(toy_npz) as arrays:
+        bare = {name: array for name, array in arrays.items() if name.endswith("images")}
+    np.savez(tmp_path / "bare.npz", **bare)
+    data = ("dataset=npz", f"dataset.source.path={tmp_path}/bare.npz")
+    outcome = command("vqvae-pipeline", *SMOKE, *data)
+    assert outcome.status == 0, outcome.err
+    assert "sample_accuracy" not in outcome.out
+    assert "nats_per_code" in outcome.out
+
+
+@pytest.mark.parametrize("logger", ["tensorboard", "wandb"])
+def test_scalars_and_pictures_reach_the_logger(logger, toy, tmp_path, command, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    outcome = command("vqvae-pipeline", *SMOKE, *toy, f"logger={logger}")
+    assert outcome.status == 0, outcome.err
+    stage = tmp_path / "run" / "vqvae"
+    if logger == "tensorboard":
+        from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+        events = EventAccumulator(str(stage / "tensorboard"))
+        events.Reload()
+        assert "val/nmse" in events.Tags()["scalars"]
+        assert "val/reconstructions" in events.Tags()["images"]
+    else:
+        runs = list((stage / "wandb").glob("offline-run-*"))
+        assert len(runs) == 1
+        assert list(runs[0].glob("files/media/images/val/reconstructions*.png"))

@@ -1,0 +1,331 @@
+"""Quantizers against brute force, closed forms and hand-computed examples."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from vqvae_lightning.errors import InputError
+from vqvae_lightning.quantizers import EMAQuantizer, LossQuantizer
+from vqvae_lightning.quantizers.base import kmeans, nearest_codes
+
+BOTH = pytest.mark.parametrize("make", [EMAQuantizer, LossQuantizer])
+
+
+def ready(make, num_codes=7, code_dim=3, **options):
+    """In training mode with a codebook of the data's scale."""
+    quantizer = make(
+        num_codes=num_codes,
+        code_dim=code_dim,
+        **{"init": "uniform", "warmup_steps": 0, "revive_below": 0, **options},
+    )
+    rows = torch.randn(num_codes, code_dim)
+    with torch.no_grad():
+        quantizer.place(rows, torch.ones(num_codes, dtype=torch.bool), torch.ones(()))
+    return quantizer.train()
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    batch=st.integers(1, 3),
+    height=st.integers(1, 5),
+    width=st.integers(1, 5),
+    num_codes=st.integers(2, 40),
+    code_dim=st.integers(1, 9),
+    channels_last=st.booleans(),
+)
+def test_codes_are_the_nearest_codebook_rows(
+    batch, height, width, num_codes, code_dim, channels_last
+):
+    quantizer = ready(EMAQuantizer, num_codes, code_dim)
+    z = torch.randn(batch, code_dim, height, width)
+    if channels_last:
+        z = z.to(memory_format=torch.channels_last)
+    rows = z.movedim(1, -1).reshape(-1, code_dim).double()
+    distances = torch.cdist(rows, quantizer.codebook.double())
+    chosen = distances.gather(1, quantizer.encode(z).view(-1, 1))[:, 0]
+    torch.testing.assert_close(chosen, distances.min(1).values, rtol=1e-5, atol=1e-5)
+
+
+def test_look_up_in_several_blocks_equals_one(monkeypatch):
+    vectors, codebook = torch.randn(1000, 5), torch.randn(30, 5)
+    whole = nearest_codes(vectors, codebook)
+    monkeypatch.setattr("vqvae_lightning.quantizers.base.BLOCK", 30 * 7)
+    assert torch.equal(nearest_codes(vectors, codebook), whole)
+
+
+def test_ties_go_to_the_lowest_code():
+    codebook = torch.tensor([[9.0, 9.0], [1.0, 0.0], [1.0, 0.0], [-1.0, 0.0]])
+    assert nearest_codes(torch.tensor([[0.5, 0.0], [2.0, 0.0]]), codebook).tolist() == [1, 1]
+
+
+@BOTH
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_decoder_input_is_the_codebook_bit_for_bit(make, dtype):
+    # z + (q - z) in bfloat16 equals q in two thirds of the elements only.
+    quantizer = ready(make)
+    before = quantizer.codebook.detach().clone()
+    output = quantizer(torch.randn(2, 3, 4, 5).to(dtype))
+    assert torch.equal(output.vectors, F.embedding(output.codes, before).movedim(-1, 1))
+    assert torch.equal(output.vectors, quantizer.decode(output.codes))
+
+
+def test_codes_under_autocast_are_those_of_float32():
+    # In bfloat16 1 to 3 % of the codes change.
+    quantizer = ready(EMAQuantizer, num_codes=512, code_dim=64)
+    z = torch.randn(4, 64, 16, 16)
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = quantizer.encode(z)
+    assert torch.equal(inside, quantizer.encode(z))
+
+
+@BOTH
+def test_straight_through_gradient_is_the_identity(make):
+    quantizer = ready(make)
+    z = torch.randn(2, 3, 4, 5, requires_grad=True)
+    direction = torch.randn(2, 3, 4, 5)
+    (quantizer(z).vectors * direction).sum().backward()
+    assert torch.equal(z.grad, direction)
+
+
+def test_each_loss_term_moves_only_its_own_side():
+    # In several public versions beta stands on the codebook term.
+    quantizer = ready(LossQuantizer)
+    z = torch.randn(2, 3, 4, 5, requires_grad=True)
+    terms = quantizer(z).terms
+    by_codebook = torch.autograd.grad(
+        terms["codebook"], [z, quantizer.codebook], retain_graph=True, allow_unused=True
+    )
+    assert by_codebook[0] is None
+    assert by_codebook[1].abs().sum() > 0
+    by_commitment = torch.autograd.grad(
+        terms["commitment"], [z, quantizer.codebook], allow_unused=True
+    )
+    assert by_commitment[0].abs().sum() > 0
+    assert by_commitment[1] is None
+
+
+@BOTH
+@pytest.mark.parametrize("training", [True, False])
+def test_losses_equal_their_formula_and_are_there_in_evaluation(make, training):
+    quantizer = ready(make, commitment=0.7).train(training)
+    z = torch.randn(2, 3, 4, 5)
+    output = quantizer(z)
+    expected = (z - F.embedding(output.codes, quantizer.codebook).movedim(-1, 1)).square().mean()
+    torch.testing.assert_close(output.terms["commitment"], expected)
+    total = 0.7 * expected + (expected if make is LossQuantizer else 0)
+    torch.testing.assert_close(output.loss, total)
+
+
+@BOTH
+def test_losses_do_not_depend_on_the_batch_size(make):
+    quantizer = ready(make).eval()
+    z = torch.randn(2, 3, 4, 5)
+    torch.testing.assert_close(quantizer(z).loss, quantizer(torch.cat([z, z, z])).loss)
+
+
+def test_ema_update_equals_a_hand_computed_example():
+    quantizer = ready(EMAQuantizer, num_codes=3, code_dim=1, decay=0.9, epsilon=0.1)
+    quantizer.place(
+        torch.tensor([[0.0], [1.0], [5.0]]), torch.ones(3, dtype=torch.bool), torch.ones(())
+    )
+    quantizer(torch.tensor([0.2, -0.4, 1.3, 0.4]).view(1, 1, 2, 2))  # codes 0, 0, 1, 0
+    quantizer.update(0.0)
+    # counts 0.9 * 1 + 0.1 * n, sums 0.9 * row + 0.1 * sum of vectors, smoothed counts for the
+    # division only
+    counts = [0.9 + 0.3, 0.9 + 0.1, 0.9]
+    sums = [0.1 * (0.2 - 0.4 + 0.4), 0.9 + 0.13, 0.9 * 5]
+    total = sum(counts)
+    rows = [s / ((c + 0.1) / (total + 0.3) * total) for s, c in zip(sums, counts, strict=True)]
+    torch.testing.assert_close(quantizer.counts, torch.tensor(counts))
+    torch.testing.assert_close(quantizer.codebook, torch.tensor(rows)[:, None])
+
+
+def test_look_up_uses_the_codebook_before_the_update():
+    quantizer = ready(EMAQuantizer, decay=0.0)
+    before = quantizer.codebook.clone()
+    output = quantizer(torch.randn(2, 3, 4, 5))
+    quantizer.update(0.0)
+    assert torch.equal(output.vectors, F.embedding(output.codes, before).movedim(-1, 1))
+    assert not torch.equal(quantizer.codebook, before)
+
+
+def test_codes_without_hits_stay_where_they_are():
+    # Counts that start at zero threw unused rows to 1e5 (rosinality, zalando, MONAI).
+    quantizer = ready(EMAQuantizer)
+    before = quantizer.codebook.clone()
+    z = before[2].view(1, 3, 1, 1).expand(4, 3, 2, 2)
+    for _ in range(100):
+        quantizer(z)
+        quantizer.update(0.0)
+    others = [0, 1, 3, 4, 5, 6]
+    after = quantizer.codebook[others]
+    assert (F.cosine_similarity(after, before[others]) > 0.9999).all()
+    assert ((after.norm(dim=1) / before[others].norm(dim=1) - 1).abs() < 0.01).all()
+
+
+def test_counts_follow_the_closed_form_without_smoothing_written_back():
+    quantizer = ready(EMAQuantizer, decay=0.9, epsilon=0.5)
+    for _ in range(30):
+        quantizer(torch.randn(2, 3, 4, 5))
+        quantizer.update(0.0)
+    expected = 7 * 0.9**30 + 40 * (1 - 0.9**30)
+    torch.testing.assert_close(quantizer.counts.sum(), torch.tensor(expected))
+
+
+def test_accumulated_batches_count_as_one_step():
+    one, two = ready(EMAQuantizer), None
+    two = copy.deepcopy(one)
+    z = torch.randn(4, 3, 4, 5)
+    one(z)
+    one.update(0.0)
+    two(z[:2])
+    two(z[2:])
+    two.update(0.0)
+    torch.testing.assert_close(one.codebook, two.codebook)
+    assert one.steps == two.steps == 1
+
+
+@BOTH
+def test_only_training_calls_move_anything(make):
+    # MONAI's quantize() called the training forward: encoding in train mode changed the model.
+    quantizer = ready(make)
+    before = copy.deepcopy(quantizer.state_dict())
+    z = torch.randn(2, 3, 4, 5)
+    quantizer.encode(z)
+    quantizer.decode(quantizer.encode(z))
+    quantizer.eval()(z)
+    for name, value in quantizer.state_dict().items():
+        assert torch.equal(value, before[name]), name
+
+
+def test_ema_state_is_buffers_only():
+    # As nn.Parameter (zalando, swasun) weight decay and the optimizer move the codes.
+    quantizer = EMAQuantizer(7, 3)
+    assert not list(quantizer.parameters())
+    assert {"codebook", "sums", "counts"} <= set(quantizer.state_dict())
+    torch.testing.assert_close(quantizer.sums / quantizer.counts[:, None], quantizer.codebook)
+
+
+@BOTH
+@pytest.mark.parametrize("init", ["kmeans", "data"])
+def test_first_rows_come_from_the_first_training_batch_only(make, init):
+    # A look-up in evaluation (Lightning's sanity check) must not start it.
+    quantizer = make(7, 3, init=init, warmup_steps=0)
+    z = 40 + torch.randn(8, 3, 4, 5)
+    before = quantizer.codebook.clone()
+    quantizer.eval()(z)
+    assert not quantizer.initialised
+    assert torch.equal(quantizer.codebook, before)
+    quantizer.train()(z)
+    assert quantizer.initialised
+    assert (quantizer.codebook > 30).all()
+
+
+def test_kmeans_finds_separate_clusters():
+    centres = torch.tensor([[0.0, 0], [10, 0], [0, 10], [10, 10]])
+    vectors = (centres[:, None] + 0.1 * torch.randn(4, 50, 2)).reshape(-1, 2)
+    rows = torch.cat([vectors, vectors + 1e-3])
+    best = min(
+        (
+            torch.cdist(rows, kmeans(rows, 4, torch.Generator().manual_seed(seed))).min(1).values
+        ).mean()
+        for seed in range(5)
+    )
+    assert best < 0.2
+
+
+@BOTH
+def test_warm_up_passes_vectors_on_in_training_and_quantizes_in_evaluation(make):
+    quantizer = make(7, 3, warmup_steps=2).train()
+    z = torch.randn(8, 3, 4, 5)
+    for _ in range(2):
+        output = quantizer(z)
+        assert output.codes is None
+        assert torch.equal(output.vectors, z)
+        assert quantizer.eval()(z).codes is not None
+        quantizer.train()
+        quantizer.update(0.0)
+    assert quantizer(z).codes is not None
+
+
+@BOTH
+def test_dead_codes_are_revived_on_encoder_vectors_and_stay(make):
+    # In encodec and audiocraft the same forward overwrote the revived rows.
+    quantizer = ready(make, num_codes=7, revive_below=0.5, revive_every=1, decay=0.5)
+    far = torch.full((7, 3), 100.0) + torch.arange(7)[:, None]
+    where = torch.arange(7) > 1
+    with torch.no_grad():
+        quantizer.place(far, where, torch.ones(()))
+    z = torch.randn(8, 3, 4, 5)
+    quantizer(z)
+    first = quantizer.update(0.0)["revived_codes"]
+    quantizer(z)
+    second = quantizer.update(0.0)["revived_codes"]
+    assert first + second == 5
+    rows = z.movedim(1, -1).reshape(-1, 3)
+    revived = quantizer.codebook.detach()
+    assert (torch.cdist(revived, rows).min(1).values < 3).all()
+    quantizer(z)
+    quantizer.update(0.0)
+    assert (quantizer.codebook.abs() < 10).all()
+
+
+def test_revival_does_not_depend_on_the_batch_size():
+    small = ready(EMAQuantizer, revive_below=0.3, revive_every=1, decay=0.5)
+    large = copy.deepcopy(small)
+    z = torch.randn(4, 3, 3, 3)
+    for _ in range(3):
+        small(z)
+        large(torch.cat([z] * 50))
+        # Averages start with one hit per code; the share of it that is left differs with the batch.
+        assert small.update(0.0) == pytest.approx(large.update(0.0), abs=1)
+
+
+def test_revival_stops_for_the_last_share_of_training():
+    quantizer = ready(EMAQuantizer, revive_below=1.0, revive_every=1, revive_until=0.8)
+    quantizer(torch.randn(2, 3, 4, 5))
+    assert quantizer.update(0.79)["revived_codes"] > 0
+    quantizer(torch.randn(2, 3, 4, 5))
+    assert quantizer.update(0.8)["revived_codes"] == 0
+
+
+@BOTH
+def test_state_survives_a_checkpoint(make, tmp_path):
+    quantizer = make(7, 3, warmup_steps=1).train()
+    for _ in range(3):
+        quantizer(torch.randn(4, 3, 4, 5))
+        quantizer.update(0.0)
+    torch.save(quantizer.state_dict(), tmp_path / "q.pt")
+    other = make(7, 3, warmup_steps=1)
+    other.load_state_dict(torch.load(tmp_path / "q.pt", weights_only=True))
+    assert (other.steps, other.initialised) == (3, True)
+    z = torch.randn(4, 3, 4, 5)
+    for one in (quantizer, other):
+        one.train()(z)
+        one.update(0.0)
+    assert torch.equal(quantizer.codebook, other.codebook)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_codes": 1}, "num_codes=1"),
+        ({"code_dim": 0}, "code_dim=0"),
+        ({"commitment": -1.0}, "commitment=-1.0"),
+        ({"decay": 1.0}, "decay=1"),
+        ({"init": "zeros"}, "kmeans, data, uniform"),
+        ({"revive_every": 0}, "revive_every=0"),
+    ],
+)
+def test_bad_options_are_named(options, message):
+    with pytest.raises(InputError, match=message):
+        EMAQuantizer(**{"num_codes": 7, "code_dim": 3, **options})
+
+
+def test_wrong_channels_are_named():
+    with pytest.raises(InputError, match="code_dim"):
+        EMAQuantizer(7, 3)(torch.randn(2, 4, 5, 5))

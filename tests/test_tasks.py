@@ -1,0 +1,280 @@
+"""Both tasks learn, log what they say, and resume exactly."""
+
+import csv
+import signal
+
+import pytest
+import torch
+from conftest import TINY_VQVAE, compose
+
+from vqvae_lightning.checkpoints import load, load_pair, weights_hash
+from vqvae_lightning.configs import build
+from vqvae_lightning.data import Batch
+from vqvae_lightning.networks.autoencoder import VQVAE
+from vqvae_lightning.networks.pixelcnn import PixelCNN
+from vqvae_lightning.quantizers import EMAQuantizer, LossQuantizer
+from vqvae_lightning.tasks import PriorTask, VQVAETask, WarmupCosine
+from vqvae_lightning.train import train
+
+TINY_PRIOR = (
+    "trainer=debug",
+    "model.net.channels=8",
+    "model.net.layers=3",
+    "model.net.first_kernel=3",
+    "batch_size=32",
+)
+
+
+def minimal_trainer(steps):
+    import pytorch_lightning as pl
+
+    return pl.Trainer(
+        max_steps=steps,
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        limit_val_batches=0,
+    )
+
+
+class OneBatch(torch.utils.data.Dataset):
+    def __init__(self, batch):
+        self.batch = batch
+
+    def __len__(self):
+        return 1
+
+    def __getitem__(self, index):
+        return self.batch
+
+
+def overfit(task, batch, steps, **attributes):
+    import pytorch_lightning as pl
+
+    class Data(pl.LightningDataModule):
+        def train_dataloader(self):
+            return torch.utils.data.DataLoader(OneBatch(batch), batch_size=None)
+
+    data = Data()
+    for name, value in attributes.items():
+        setattr(data, name, value)
+    minimal_trainer(steps).fit(task, datamodule=data)
+
+
+@pytest.mark.parametrize("make", [EMAQuantizer, LossQuantizer])
+def test_vqvae_overfits_one_batch(make):
+    images = torch.rand(8, 1, 8, 8) * 2 - 1
+    net = VQVAE(make(64, 8, warmup_steps=20), 1, hidden=32, downsamplings=1, residual_hidden=16)
+    task = VQVAETask(net, lambda p: torch.optim.Adam(p, 4e-3), WarmupCosine(5))
+    overfit(task, Batch(images, None), 300, pixel_variance=float(images.var() / 4))
+    with torch.no_grad():
+        error = (net.eval()(images).reconstruction - images).square().mean() / images.var()
+    assert error < 0.2  # a constant image scores 1; noise has no structure to be compressed
+
+
+def test_prior_overfits_one_batch():
+    codes, labels = torch.randint(0, 16, (8, 4, 4)), torch.arange(8) % 2
+    net = PixelCNN(16, 4, 4, 2, channels=32, layers=4, first_kernel=3, dropout=0.0)
+    task = PriorTask(net, lambda p: torch.optim.AdamW(p, 5e-3))
+    overfit(
+        task, Batch(codes, labels), 200, histogram=lambda: codes.flatten().bincount(minlength=16)
+    )
+    with torch.no_grad():
+        loss = torch.nn.functional.cross_entropy(net.eval()(codes, labels), codes)
+    # The first code of each image cannot be known: at best log 4 for 4 images per class, in 1 of 16
+    # places.
+    assert loss < 0.25
+
+
+def test_schedule_rises_and_falls_along_a_cosine():
+    schedule = WarmupCosine(warmup_steps=10, final=0.1)
+    values = [schedule(step, 110) for step in range(111)]
+    assert values[:10] == sorted(values[:10])
+    assert values[10] == 1.0
+    assert values[60] == pytest.approx(0.55)
+    assert values[110] == pytest.approx(0.1)
+
+
+@pytest.fixture
+def trained(toy, tmp_path):
+    """A tiny VQ-VAE and its prior, trained for a few steps."""
+    vqvae = compose("vqvae", *toy, *TINY_VQVAE, folder=tmp_path / "vqvae")
+    train(vqvae)
+    path = tmp_path / "vqvae/checkpoints/best.ckpt"
+    prior = compose(
+        "prior", *toy, *TINY_PRIOR, f"vqvae_checkpoint={path}", folder=tmp_path / "prior"
+    )
+    train(prior)
+    return tmp_path
+
+
+def test_a_checkpoint_alone_gives_back_the_network(trained):
+    prior, vqvae = load_pair(trained / "prior/checkpoints/best.ckpt")
+    assert prior.net.num_codes == vqvae.net.quantizer.num_codes == 16
+    assert (prior.net.height, prior.net.width, prior.net.num_classes) == (3, 2, 3)
+    assert not prior.net.training
+    assert not any(p.requires_grad for p in vqvae.net.parameters())
+    assert prior.config["vqvae_hash"] == weights_hash(vqvae.net)
+    assert vqvae.config["model"]["net"]["channels"] == 3
+
+
+def test_a_prior_is_tested_with_the_averaged_weights_it_saves(trained):
+    prior, _ = load_pair(trained / "prior/checkpoints/best.ckpt")
+    raw = torch.load(trained / "prior/checkpoints/best.ckpt", weights_only=True)
+    last = raw["current_model_state"]["net.embedding.weight"]
+    assert not torch.equal(prior.net.embedding.weight, last)
+    task = build(prior.config["model"])
+    task.load_state_dict(raw["state_dict"])
+    from vqvae_lightning.results import read_result
+    from vqvae_lightning.train import codes_of
+
+    cfg = compose(
+        "prior",
+        "dataset=npz",
+        f"dataset.source.path={prior.config['dataset']['source']['path']}",
+        f"vqvae_checkpoint={trained}/vqvae/checkpoints/best.ckpt",
+    )
+    images = build(cfg.dataset)
+    images.setup()
+    codes = codes_of(cfg, images, torch.device("cpu"))
+    rows = torch.tensor(codes.datasets["test"].data).long()
+    nats = torch.nn.functional.cross_entropy(prior.net(rows, codes.datasets["test"].labels), rows)
+    stored = read_result(trained / "prior")["metrics"]["test/nats_per_code"]["value"]
+    assert stored == pytest.approx(nats.item(), rel=1e-4)
+
+
+def test_logged_terms_add_up(toy, tmp_path):
+    overrides = (
+        *TINY_VQVAE,
+        "trainer.max_steps=6",
+        "quantizer=loss",
+        "model.net.quantizer.commitment=0.3",
+    )
+    train(compose("vqvae", *toy, *overrides, folder=tmp_path))
+    with (tmp_path / "metrics.csv").open() as file:
+        rows = [row for row in csv.DictReader(file) if row["train/codebook"]]
+    assert len(rows) >= 4
+    for row in rows:
+        terms = {k: float(v) for k, v in row.items() if v and k.startswith("train/")}
+        assert terms["train/commitment_weighted"] == pytest.approx(
+            0.3 * terms["train/commitment"], rel=1e-4
+        )
+        total = (
+            terms["train/nmse"]
+            + terms["train/commitment_weighted"]
+            + terms["train/codebook_weighted"]
+        )
+        assert terms["train/loss"] == pytest.approx(total, rel=1e-4)
+
+
+def interrupt(monkeypatch, task, step, how):
+    original = task.training_step
+
+    def stopped(self, batch, batch_idx):
+        if self.global_step == step:
+            if how == "crash":
+                raise OSError("power cut")
+            signal.raise_signal(signal.SIGINT)
+        return original(self, batch, batch_idx)
+
+    monkeypatch.setattr(task, "training_step", stopped)
+
+
+@pytest.mark.parametrize("how", ["crash", "ctrl-c"])
+@pytest.mark.parametrize("step", [2, 3, 4])  # three steps are an epoch
+@pytest.mark.parametrize("stage", ["vqvae", "prior"])
+def test_resume_equals_uninterrupted(stage, step, how, toy, tmp_path, command, monkeypatch):
+    options = [
+        *toy,
+        "trainer.max_steps=8",
+        "callbacks.last.every_n_train_steps=1",
+        "dataset.flip=true",
+    ]
+    if stage == "vqvae":
+        options = [*options, *TINY_VQVAE, "model.net.quantizer.revive_every=2"]
+    else:
+        assert command("vqvae-train", *toy, *TINY_VQVAE, folder=tmp_path / "first").status == 0
+        path = tmp_path / "first/checkpoints/best.ckpt"
+        options = [
+            "--config-name",
+            "prior",
+            *options,
+            *TINY_PRIOR,
+            f"vqvae_checkpoint={path}",
+            "model.net.dropout=0.5",
+        ]
+    options = [option for option in options if option != "trainer.max_steps=8"] + [
+        "trainer.max_steps=8"
+    ]
+    whole = command("vqvae-train", *options, folder=tmp_path / "whole")
+    assert whole.status == 0, whole.err
+    with monkeypatch.context() as patch:
+        interrupt(patch, VQVAETask if stage == "vqvae" else PriorTask, step, how)
+        broken = command("vqvae-train", *options, folder=tmp_path / "broken")
+    if how == "ctrl-c":
+        assert broken.status == 130
+        assert f"vqvae-train resume={tmp_path}/broken" in broken.err
+        assert f"after step {step + 1}" in broken.err
+    else:
+        assert broken.status == 1
+    assert not (tmp_path / "broken/result.json").exists()
+    resumed = command("vqvae-train", f"resume={tmp_path}/broken")
+    assert resumed.status == 0, resumed.err
+    one, other = (
+        torch.load(tmp_path / name / "checkpoints/last.ckpt", weights_only=True)
+        for name in ("whole", "broken")
+    )
+    assert one["global_step"] == other["global_step"] == 8
+    for name, value in one["state_dict"].items():
+        assert torch.equal(value, other["state_dict"][name]), name
+    with (tmp_path / "broken/metrics.csv").open() as file:
+        steps = [int(row["step"]) for row in csv.DictReader(file) if row.get("train/learning_rate")]
+    assert steps == list(range(8))
+
+
+def test_a_finished_run_is_not_trained_again(toy, tmp_path, command, monkeypatch):
+    folder = tmp_path / "run"
+    assert command("vqvae-train", *toy, *TINY_VQVAE).status == 0
+    interrupt(monkeypatch, VQVAETask, 0, "crash")
+    assert command("vqvae-train", f"resume={folder}").status == 0
+
+
+def test_a_nan_loss_stops_before_the_weights_and_keeps_the_last_checkpoint(toy, tmp_path, command):
+    options = (*toy, *TINY_VQVAE, "trainer.max_steps=50", "callbacks.last.every_n_train_steps=1")
+    options = (*options, "model.optimizer.lr=1e20", "model.schedule=null")
+    outcome = command("vqvae-train", *[o for o in options if o != "trainer.max_steps=2"])
+    assert outcome.status == 1
+    assert "the loss is" in outcome.err
+    assert "nmse=" in outcome.err
+    assert "Traceback" not in outcome.err
+    net = load(tmp_path / "run/checkpoints/last.ckpt").net
+    assert all(torch.isfinite(p).all() for p in net.parameters())
+
+
+def test_the_same_seed_gives_the_same_weights(toy, tmp_path):
+    states = []
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        train(compose("vqvae", *toy, *TINY_VQVAE, f"seed={seed}", folder=tmp_path / name))
+        states.append(load(tmp_path / name / "checkpoints/best.ckpt").net.state_dict())
+    first, same, other = (state["encoder.layers.0.weight"] for state in states)
+    assert torch.equal(first, same)
+    assert not torch.equal(first, other)
+
+
+def test_a_frozen_encoder_and_codebook_are_not_moved_by_validation(toy, tmp_path):
+    # Sanity checks, validation and pictures must not learn: no validation must equal much
+    # validation.
+    states = []
+    for name, every in (("often", 1), ("never", 6)):
+        options = (*TINY_VQVAE, "trainer.max_steps=6", f"trainer.val_check_interval={every}")
+        train(compose("vqvae", *toy, *options, folder=tmp_path / name))
+        raw = torch.load(tmp_path / name / "checkpoints/best.ckpt", weights_only=True)
+        states.append((raw["global_step"], raw["state_dict"]))
+    last = [s for step, s in states if step == 6]
+    if len(last) == 2:
+        for key, value in last[0].items():
+            assert torch.equal(value, last[1][key]), key
+    else:
+        pytest.fail("the best checkpoint is not the last: lengthen the run")
