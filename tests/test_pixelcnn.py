@@ -10,6 +10,8 @@ from vqvae_lightning.errors import InputError
 from vqvae_lightning.networks.pixelcnn import PixelCNN
 from vqvae_lightning.networks.sampling import choose, sample, score
 
+CHANNELS = 16  # enough that no position has only dead ReLUs
+
 
 def make(height, width, *, num_codes=5, num_classes=0, layers=None, first_kernel=3, kernel=3):
     enough = layers or 1 + max(height, width)
@@ -18,7 +20,7 @@ def make(height, width, *, num_codes=5, num_classes=0, layers=None, first_kernel
         height,
         width,
         num_classes,
-        channels=8,
+        channels=CHANNELS,
         layers=enough,
         first_kernel=first_kernel,
         kernel=kernel,
@@ -31,7 +33,7 @@ def test_every_position_sees_all_earlier_codes_and_no_later_one(
     first_kernel, kernel, height, width
 ):
     prior = make(height, width, first_kernel=first_kernel, kernel=kernel).double()
-    embedded = torch.randn(1, height, width, 8, dtype=torch.float64, requires_grad=True)
+    embedded = torch.randn(1, height, width, CHANNELS, dtype=torch.float64, requires_grad=True)
     prior.embedding.forward = lambda codes: embedded
     logits = prior(torch.zeros(1, height, width, dtype=torch.long))
     for row, column in itertools.product(range(height), range(width)):
@@ -49,7 +51,7 @@ def test_layers_needed_is_the_smallest_number_without_a_blind_spot():
         needed = make(size, size, layers=2, first_kernel=5).layers_needed
         for layers, complete in ((needed, True), (needed - 1, False)):
             prior = make(size, size, layers=layers, first_kernel=5).double()
-            embedded = torch.randn(1, size, size, 8, dtype=torch.float64, requires_grad=True)
+            embedded = torch.randn(1, size, size, CHANNELS, dtype=torch.float64, requires_grad=True)
             prior.embedding.forward = lambda codes, embedded=embedded: embedded
             last = prior(torch.zeros(1, size, size, dtype=torch.long))[0, :, -1, 0].sum()
             (gradient,) = torch.autograd.grad(last, embedded)

@@ -1,8 +1,8 @@
 """Two-stage discrete image models: a VQ-VAE and a PixelCNN prior over its codes.
 
-`load` returns the network in a checkpoint, `VQVAE` and `PixelCNN` are the two networks, `sample`
-draws codes from a prior and `ImageDataModule` feeds both stages. They are imported when first used,
-so that importing the package costs milliseconds and not the seconds of torch.
+`load` returns the network in a checkpoint, `VQVAE` and `PixelCNN` are the two networks,
+`EMAQuantizer` is the codebook and `ImageDataModule` feeds both stages. They are imported when first
+used, so that importing the package costs milliseconds and not the seconds of torch.
 """
 
 import importlib
@@ -11,13 +11,13 @@ from typing import Any
 __version__ = "0.1.0"
 
 _HOME = {
+    "EMAQuantizer": "vqvae_lightning.quantizers.ema",
     "ImageDataModule": "vqvae_lightning.data.images",
     "PixelCNN": "vqvae_lightning.networks.pixelcnn",
     "VQVAE": "vqvae_lightning.networks.autoencoder",
     "load": "vqvae_lightning.checkpoints",
-    "sample": "vqvae_lightning.networks.sampling",
 }
-__all__ = ["VQVAE", "ImageDataModule", "PixelCNN", "load", "sample"]
+__all__ = ["VQVAE", "EMAQuantizer", "ImageDataModule", "PixelCNN", "load"]
 
 
 def __getattr__(name: str) -> Any:

@@ -50,7 +50,7 @@ def reconstruction_metrics(
         decoded = codes.vqvae.decode(grid).float()
         rounded, truth = to_uint8(decoded).float() / 255, levels.float() / 255
         squared.update(rounded, truth)
-        unrounded.update((decoded + 1) / 2, truth)
+        unrounded.update(((decoded + 1) / 2).contiguous(), truth)
         ssim.update(rounded, truth)
         psnr_sum += psnr(rounded, truth).item() * len(levels)
         count += len(levels)

@@ -22,6 +22,7 @@ def train(cfg: Any) -> dict[str, Any]:
     """
     import pytorch_lightning as pl
     import torch
+    from pytorch_lightning.loggers import WandbLogger
 
     from vqvae_lightning.configs import build, plain
     from vqvae_lightning.data import CodesDataModule
@@ -57,13 +58,20 @@ def train(cfg: Any) -> dict[str, Any]:
     write_config(cfg, folder)
 
     checkpoints = folder / "checkpoints"
-    last = checkpoints / "last.ckpt"
-    trainer.fit(task, datamodule=data, ckpt_path=str(last) if last.is_file() else None)
-    best = checkpoints / "best.ckpt"
-    if not best.is_file():
-        trainer.save_checkpoint(best)
-    callback = trainer.checkpoint_callback
-    scores = trainer.test(task, datamodule=data, ckpt_path=str(best), verbose=False)[0]
+    best, last = checkpoints / "best.ckpt", checkpoints / "last.ckpt"
+    scores = None
+    try:
+        trainer.fit(task, datamodule=data, ckpt_path=str(last) if last.is_file() else None)
+        trainer.save_checkpoint(last)
+        if not best.is_file():
+            trainer.save_checkpoint(best)
+        scores = trainer.test(task, datamodule=data, ckpt_path=str(best), verbose=False)[0]
+    finally:
+        # Or the next stage, or the next job of a sweep, would log into this one's run.
+        for logger in trainer.loggers:
+            if isinstance(logger, WandbLogger):
+                logger.experiment.finish(exit_code=int(scores is None))
+    score = getattr(trainer.checkpoint_callback, "best_model_score", None)
     peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
     return write_result(
         folder,
@@ -73,9 +81,7 @@ def train(cfg: Any) -> dict[str, Any]:
         split="test",
         images=len(data.datasets["test"]),
         monitor=cfg.monitor,
-        objective=float(callback.best_model_score)
-        if callback and callback.best_model_score
-        else None,
+        objective=None if score is None else float(score),
         steps=trainer.global_step,
         checkpoint=str(best),
         peak_gpu_bytes=peak,

@@ -195,7 +195,8 @@ class VQVAE(nn.Module):
 
 def to_uint8(images: Tensor) -> Tensor:
     """Images in about [-1, 1] as uint8, rounded and clipped: what is seen and what is scored."""
-    return images.float().add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8)
+    levels = images.float().add(1).mul(127.5).round().clamp(0, 255)
+    return levels.to(torch.uint8, memory_format=torch.contiguous_format)
 
 
 def from_uint8(images: Tensor) -> Tensor:
