@@ -91,11 +91,14 @@ def started(name: str, cfg: Any) -> Any:
     """
     from hydra.core.hydra_config import HydraConfig
 
+    from vqvae_lightning.results import checkout_commit
+
     hydra = HydraConfig.get()
     if cfg.resume is None:
         chosen = hydra.job.config_name
         config = "" if chosen in ("vqvae", "pipeline") else f"--config-name {chosen} "
         cfg.command = f"{name} {config}{shlex.join(hydra.overrides.task)}".strip()
+        cfg.commit = checkout_commit()
         return cfg
     others = [text for text in hydra.overrides.task if not text.startswith("resume=")]
     if others:

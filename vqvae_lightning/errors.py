@@ -12,8 +12,11 @@ class DivergenceError(RuntimeError):
     """A loss became NaN or infinite; the last good checkpoint is kept."""
 
 
-class Interrupted(RuntimeError):
-    """The user stopped the run (Ctrl-C); a checkpoint was written."""
+class Interrupted(BaseException):
+    """The user stopped the run (Ctrl-C); a checkpoint was written.
+
+    Not an Exception, or a sweep would take it for a failed job and start the next one.
+    """
 
 
 def check_positive(name: str, value: object) -> int:

@@ -92,6 +92,7 @@ def evaluate(cfg: Any) -> dict[str, Any]:
         folder,
         {f"{cfg.split}/{name}": value for name, value in metrics.items()},
         seed=cfg.seed,
+        commit=cfg.commit,
         seconds=time.perf_counter() - start,
         split=cfg.split,
         images=len(codes.datasets[cfg.split]),

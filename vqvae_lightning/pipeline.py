@@ -30,7 +30,7 @@ def stage_configs(cfg: Any) -> dict[str, Any]:
     from omegaconf import OmegaConf
 
     folder = Path(cfg.folder)
-    common = ("study", "seed", "data_dir", "resume", "command", "folder")
+    common = ("study", "seed", "data_dir", "resume", "command", "commit", "folder")
     training = ("dataset", "logger", "model", "trainer", "callbacks", "monitor")
     configs: dict[str, Any] = {}
     for name in STAGES[:-1]:
@@ -103,6 +103,7 @@ def run_pipeline(cfg: Any) -> dict[str, Any]:
     metrics = {k: v["value"] for k, v in results["evaluation"]["metrics"].items()}
     facts = {
         "seed": cfg.seed,
+        "commit": cfg.commit,
         "split": results["evaluation"]["split"],
         "images": results["evaluation"]["images"],
         "samples": results["evaluation"]["samples"],

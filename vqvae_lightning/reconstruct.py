@@ -65,7 +65,9 @@ def reconstruct(cfg: Any) -> dict[str, Any]:
     np.savez_compressed(folder / "reconstructions.npz", **{k: v.numpy() for k, v in arrays.items()})
     error = float(((decoded.float() - images.float()) / 255).square().mean())
     metrics = {"images": float(len(images)), "mse": error}
-    return write_result(folder, metrics, vqvae_checkpoint=str(cfg.vqvae_checkpoint))
+    return write_result(
+        folder, metrics, commit=cfg.commit, vqvae_checkpoint=str(cfg.vqvae_checkpoint)
+    )
 
 
 @app("reconstruct")

@@ -15,9 +15,9 @@ UNITS = {
     "code_entropy_bits": "bits/code",
     "codebook": "squared latent value",
     "codebook_use": "share of codes",
-    "codebook_weighted": "share of loss",
+    "codebook_weighted": "1",
     "commitment": "squared latent value",
-    "commitment_weighted": "share of loss",
+    "commitment_weighted": "1",
     "dead_codes": "codes",
     "histogram_bits_per_dim": "bits/dim",
     "images": "images",
@@ -87,24 +87,32 @@ def write_result(folder: Path, metrics: dict[str, float], **facts: Any) -> dict[
 
 
 def circumstances() -> dict[str, Any]:
-    """Commit of the checkout (if it is one), library versions and machine."""
+    """Library versions and machine."""
     import torch
 
-    here = Path(__file__).parent
-    git = ["git", "-C", str(here), "rev-parse", "--show-toplevel", "HEAD"]
-    found = subprocess.run(git, capture_output=True, text=True, check=False).stdout.split()
-    # Only of a checkout of this project, not of one that a virtual environment happens to lie in.
-    commit = found[1] if len(found) == 2 and Path(found[0]) == here.parent else None
     names = ("vqvae-lightning", "torch", "torchvision", "pytorch-lightning", "hydra-core")
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {
-        "commit": commit,
         "versions": {
             "python": platform.python_version(),
             **{name: version(name) for name in names},
         },
         "machine": {"processor": _processor(), "threads": torch.get_num_threads(), "gpu": gpu},
     }
+
+
+def checkout_commit() -> str | None:
+    """Commit of this checkout, `-dirty` if files differ from it; None for an installed wheel."""
+    checkout = Path(__file__).parents[1]
+    # Not the commit of another project, in whose checkout a virtual environment may lie.
+    if not (checkout / ".git").exists():
+        return None
+    command = ["git", "-C", str(checkout), "describe", "--always", "--dirty", "--abbrev=40"]
+    try:
+        run = subprocess.run([*command, "--exclude=*"], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):  # no git, or no commit yet
+        return None
+    return run.stdout.strip()
 
 
 def _processor() -> str:

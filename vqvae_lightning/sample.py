@@ -76,6 +76,7 @@ def draw(cfg: Any) -> dict[str, Any]:
         folder,
         {"images": float(count)},
         seed=cfg.seed,
+        commit=cfg.commit,
         seconds=time.perf_counter() - start,
         prior_checkpoint=str(cfg.prior_checkpoint),
     )

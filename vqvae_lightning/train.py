@@ -76,6 +76,7 @@ def train(cfg: Any) -> dict[str, Any]:
     return write_result(
         folder,
         seed=cfg.seed,
+        commit=cfg.commit,
         seconds=time.perf_counter() - start,
         metrics={k: float(v) for k, v in scores.items()},
         split="test",
