@@ -11,7 +11,6 @@ from typing import Any
 UNITS = {
     "accuracy": "share of codes predicted",
     "bits_per_code": "bits/code",
-    "bits_per_dim": "bits/dim",
     "code_entropy_bits": "bits/code",
     "codebook": "squared latent value",
     "codebook_use": "share of codes",

@@ -26,6 +26,7 @@ def train(cfg: Any) -> dict[str, Any]:
 
     from vqvae_lightning.configs import build, plain
     from vqvae_lightning.data import CodesDataModule
+    from vqvae_lightning.progress import console
     from vqvae_lightning.results import read_result, write_config, write_result
 
     folder = Path(cfg.folder)
@@ -54,6 +55,12 @@ def train(cfg: Any) -> dict[str, Any]:
     task = build(cfg.model)
     if not isinstance(data, CodesDataModule):
         task.net.grid(*images.image_shape[1:])
+    elif task.net.layers_needed > len(task.net.layers):
+        console.print(
+            f"warning: model.net.layers={len(task.net.layers)} leaves some of the "
+            f"{data.grid[0]}x{data.grid[1]} codes unseen; {task.net.layers_needed} layers see all.",
+            highlight=False,
+        )
     task.save_hyperparameters(plain(cfg))
     write_config(cfg, folder)
 

@@ -132,11 +132,6 @@ class PixelCNN(nn.Module):
         )
 
     @property
-    def receptive_field(self) -> int:
-        """Rows above, and columns to either side, that a position sees."""
-        return sum(self._reaches())
-
-    @property
     def layers_needed(self) -> int:
         """Layers with which every position of the grid sees all earlier ones."""
         first, *others = self._reaches()
