@@ -49,6 +49,26 @@ def test_vqvae_train_says_what_is_wrong(overrides, words, command):
         assert word in lines[-1]
 
 
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["prior.model.net.kernel=4"], ["prior.model.net", "kernel=4", "odd"]),
+        (["prior.model.net.dropout=2"], ["prior.model.net", "dropout=2"]),
+        (["prior.batch_size=0"], ["prior.batch_size=0"]),
+        (["prior.batch_size=99999"], ["prior.batch_size=99999", "9500"]),
+        (["evaluation.split=holdout"], ["evaluation.split=holdout", "train, val, test"]),
+        (["evaluation.num_samples=0"], ["evaluation.num_samples=0"]),
+        (["sampling.temperature=-1"], ["sampling.temperature=-1"]),
+    ],
+)
+def test_the_pipeline_checks_later_stages_before_the_first_trains(overrides, words, command):
+    outcome = command("vqvae-pipeline", *overrides)
+    assert outcome.status == 1
+    assert "Traceback" not in outcome.err
+    for word in words:
+        assert word in outcome.err
+
+
 def test_the_traceback_is_there_for_those_who_ask(command, monkeypatch):
     monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
     with pytest.raises(InputError):

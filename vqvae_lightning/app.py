@@ -133,6 +133,16 @@ def _moved(value: Any, old: str, new: str) -> Any:
     return value
 
 
+def load_images(config: Any) -> Any:
+    """The `ImageDataModule` of a dataset config, downloaded and set up."""
+    from vqvae_lightning.configs import build
+
+    images = build(config)
+    images.prepare_data()
+    images.setup()
+    return images
+
+
 @contextmanager
 def stoppable(name: str, cfg: Any) -> Iterator[None]:
     """Let an interruption end with the command that goes on from it."""
@@ -162,11 +172,7 @@ def _guarded(function: Callable[[Any], Any]) -> Callable[[Any], Any]:
     def run(cfg: Any) -> Any:
         for message in QUIET:
             warnings.filterwarnings("ignore", message=message)
-        for name in (
-            "pytorch_lightning.utilities.rank_zero",
-            "pytorch_lightning.accelerators.cuda",
-        ):
-            logging.getLogger(name).setLevel(logging.WARNING)
+        logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
         return function(cfg)
 
     return run

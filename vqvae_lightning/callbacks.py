@@ -227,7 +227,7 @@ class CleanStop(Callback):
     ) -> None:
         """Save and stop, if asked to."""
         if self._asked:
-            trainer.save_checkpoint(self.path)
+            trainer.save_checkpoint(self.path, weights_only=False)
             raise Interrupted(f"Interrupted after step {trainer.global_step}; saved {self.path}.")
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:

@@ -4,14 +4,15 @@ import time
 from pathlib import Path
 from typing import Any
 
-from vqvae_lightning.app import app, print_result, started
+from vqvae_lightning.app import app, load_images, print_result, started
 
 
-def evaluate(cfg: Any) -> dict[str, Any]:
+def evaluate(cfg: Any, images: Any = None) -> dict[str, Any]:
     """Evaluate a VQ-VAE, and its prior if there is one.
 
     Args:
         cfg: The composed config `conf/evaluate.yaml`.
+        images: The `ImageDataModule` to evaluate on, if it is set up already.
 
     Returns:
         The contents of `result.json`; beside it lie `reconstructions.png`, `codes.npz` (histogram
@@ -53,9 +54,7 @@ def evaluate(cfg: Any) -> dict[str, Any]:
         loaded, vqvae = load_pair(cfg.prior_checkpoint, cfg.vqvae_checkpoint)
         prior = loaded.net
         vqvae_path = Path(cfg.vqvae_checkpoint or loaded.config["vqvae_checkpoint"])
-    images = build(cfg.dataset or vqvae.config["dataset"])
-    images.prepare_data()
-    images.setup()
+    images = images or load_images(cfg.dataset or vqvae.config["dataset"])
     options = plain(cfg.trainer)
     device = pl.Trainer(**options, logger=False, enable_checkpointing=False).strategy.root_device
     codes_dir = cfg.codes_dir or vqvae_path.parent.parent / "codes"

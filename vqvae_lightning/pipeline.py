@@ -1,10 +1,18 @@
 """vqvae-pipeline, the main job: from real images to new images, each stage resumable."""
 
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from vqvae_lightning.app import app, print_result, started, stoppable, stored_config
+from vqvae_lightning.app import (
+    app,
+    load_images,
+    print_result,
+    started,
+    stoppable,
+    stored_config,
+)
 
 STAGES = ("vqvae", "prior", "evaluation", "samples", "report")
 HEADLINES = (
@@ -66,6 +74,34 @@ def stage_configs(cfg: Any) -> dict[str, Any]:
     return configs
 
 
+def check_stages(configs: dict[str, Any], images: Any) -> None:
+    """Find what is wrong with a later stage before the first one trains.
+
+    Raises:
+        InputError: Naming the key as the pipeline's config has it.
+    """
+    from vqvae_lightning.configs import build
+    from vqvae_lightning.errors import InputError, check_positive, check_range
+
+    prior, judge, drawing = (configs[name] for name in ("prior", "evaluation", "samples"))
+    stand_in = {"num_codes": 2, "height": 1, "width": 1, "num_classes": images.num_classes}
+    try:
+        build(prior.model, net=stand_in)
+    except InputError as error:
+        raise InputError(f"prior.{error}") from error
+    total = len(images.datasets["train"])
+    if check_positive("prior.batch_size", prior.batch_size) > total:
+        raise InputError(f"prior.batch_size={prior.batch_size} must be at most {total} images.")
+    if judge.split not in images.datasets:
+        raise InputError(f"evaluation.split={judge.split} must be one of train, val, test.")
+    for name in ("pictured", "num_samples", "classifier_steps", "classifier_batch_size"):
+        check_positive(f"evaluation.{name}", judge[name])
+    for name in ("num_samples", "batch_size"):
+        check_positive(f"sampling.{name}", drawing[name])
+    for name, stage in (("evaluation", judge), ("sampling", drawing)):
+        check_range(f"{name}.temperature", stage.temperature, 0)
+
+
 def run_pipeline(cfg: Any) -> dict[str, Any]:
     """Run what is left of the pipeline.
 
@@ -90,8 +126,17 @@ def run_pipeline(cfg: Any) -> dict[str, Any]:
     configs = stage_configs(cfg)
     if not (folder / "config.yaml").is_file():
         write_config(cfg, folder)
+    images = None
+    if any(read_result(folder / name) is None for name in ("vqvae", "prior", "evaluation")):
+        images = load_images(configs["vqvae"].dataset)
+        check_stages(configs, images)
+    runs: dict[str, Callable[[Any], dict[str, Any]]] = {
+        "vqvae": lambda stage: train(stage, images),
+        "prior": lambda stage: train(stage, images),
+        "evaluation": lambda stage: evaluate(stage, images),
+        "samples": draw,
+    }
     results = {}
-    runs = {"vqvae": train, "prior": train, "evaluation": evaluate, "samples": draw}
     for name, run in runs.items():
         known = read_result(folder / name) is not None
         results[name] = run(configs[name])

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from vqvae_lightning.app import app, print_result, started
+from vqvae_lightning.app import app, load_images, print_result, started
 
 
 def reconstruct(cfg: Any) -> dict[str, Any]:
@@ -24,7 +24,6 @@ def reconstruct(cfg: Any) -> dict[str, Any]:
     import torch
 
     from vqvae_lightning.checkpoints import load
-    from vqvae_lightning.configs import build
     from vqvae_lightning.data import ImageFolderSource
     from vqvae_lightning.devices import device_for
     from vqvae_lightning.errors import check_positive
@@ -39,9 +38,7 @@ def reconstruct(cfg: Any) -> dict[str, Any]:
     device = device_for(cfg.accelerator)
     net = vqvae.net.to(device)
     if cfg.input is None:
-        data = build(vqvae.config["dataset"])
-        data.prepare_data()
-        data.setup()
+        data = load_images(vqvae.config["dataset"])
         images = data.datasets["test"].data[: check_positive("count", cfg.count)]
     else:
         source = ImageFolderSource(cfg.input, size=cfg.size, grey=net.channels == 1)

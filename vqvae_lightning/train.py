@@ -4,15 +4,16 @@ import time
 from pathlib import Path
 from typing import Any
 
-from vqvae_lightning.app import app, print_result, started, stoppable
+from vqvae_lightning.app import app, load_images, print_result, started, stoppable
 
 
-def train(cfg: Any) -> dict[str, Any]:
+def train(cfg: Any, images: Any = None) -> dict[str, Any]:
     """Train the stage that `cfg` describes, or what is left of it, and test its best checkpoint.
 
     Args:
         cfg: The composed config of a stage (`conf/vqvae.yaml` or `conf/prior.yaml`); what the data
             decide (channels, number of codes) is filled in.
+        images: The `ImageDataModule` of `cfg.dataset`, if it is set up already.
 
     Returns:
         The contents of `result.json`.
@@ -35,9 +36,7 @@ def train(cfg: Any) -> dict[str, Any]:
         return finished
     start = time.perf_counter()
     pl.seed_everything(cfg.seed, workers=True, verbose=False)
-    images = build(cfg.dataset)
-    images.prepare_data()
-    images.setup()
+    images = images or load_images(cfg.dataset)
     trainer = build(
         cfg.trainer,
         callbacks=[build(part) for part in cfg.callbacks.values() if part is not None],
@@ -69,9 +68,9 @@ def train(cfg: Any) -> dict[str, Any]:
     scores = None
     try:
         trainer.fit(task, datamodule=data, ckpt_path=str(last) if last.is_file() else None)
-        trainer.save_checkpoint(last)
+        trainer.save_checkpoint(last, weights_only=False)
         if not best.is_file():
-            trainer.save_checkpoint(best)
+            trainer.save_checkpoint(best, weights_only=False)
         scores = trainer.test(task, datamodule=data, ckpt_path=str(best), verbose=False)[0]
     finally:
         # Or the next stage, or the next job of a sweep, would log into this one's run.
