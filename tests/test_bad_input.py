@@ -10,12 +10,12 @@ from vqvae_lightning.errors import InputError
 from vqvae_lightning.tasks import VQVAETask
 
 
-@pytest.fixture(autouse=True)
-def _no_training(monkeypatch, request):
-    if "trains" not in request.keywords:
-        monkeypatch.setattr(VQVAETask, "training_step", lambda *_: pytest.fail("it trained"))
+@pytest.fixture
+def _no_training(monkeypatch):
+    monkeypatch.setattr(VQVAETask, "training_step", lambda *_: pytest.fail("it trained"))
 
 
+@pytest.mark.usefixtures("_no_training")
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
@@ -49,6 +49,7 @@ def test_vqvae_train_says_what_is_wrong(overrides, words, command):
         assert word in lines[-1]
 
 
+@pytest.mark.usefixtures("_no_training")
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
@@ -75,6 +76,7 @@ def test_the_traceback_is_there_for_those_who_ask(command, monkeypatch):
         command("vqvae-train", "dataset.batch_size=0")
 
 
+@pytest.mark.usefixtures("_no_training")
 def test_an_output_folder_that_cannot_be_written_is_named(command, tmp_path):
     (tmp_path / "file").write_text("")
     outcome = command("vqvae-train", *TINY_VQVAE, folder=tmp_path / "file" / "run")
@@ -100,7 +102,6 @@ def checkpoints(toy_npz, tmp_path_factory):
     return folder
 
 
-@pytest.mark.trains
 @pytest.mark.parametrize("name", ["vqvae-sample", "vqvae-evaluate"])
 def test_a_prior_with_another_vqvae_is_refused(name, checkpoints, command):
     outcome = command(
@@ -113,7 +114,6 @@ def test_a_prior_with_another_vqvae_is_refused(name, checkpoints, command):
     assert "vqvae1" in outcome.err
 
 
-@pytest.mark.trains
 def test_missing_truncated_and_foreign_checkpoints_are_named(checkpoints, command, tmp_path):
     good = checkpoints / "prior/checkpoints/best.ckpt"
     truncated = tmp_path / "truncated.ckpt"
@@ -134,7 +134,6 @@ def test_missing_truncated_and_foreign_checkpoints_are_named(checkpoints, comman
         assert "Traceback" not in outcome.err
 
 
-@pytest.mark.trains
 @pytest.mark.parametrize("target", ["os.system", "torch.hub.load", "pytorch_lightning.Trainer"])
 def test_a_checkpoint_may_only_name_our_own_classes(target, checkpoints, tmp_path):
     # Instantiating a foreign _target_ would undo weights_only=True.
@@ -145,7 +144,6 @@ def test_a_checkpoint_may_only_name_our_own_classes(target, checkpoints, tmp_pat
         load(tmp_path / "evil.ckpt")
 
 
-@pytest.mark.trains
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
@@ -162,14 +160,12 @@ def test_vqvae_sample_says_what_is_wrong(overrides, words, checkpoints, command)
     assert words in outcome.err
 
 
-@pytest.mark.trains
 def test_resume_with_other_overrides_is_refused(checkpoints, command):
     outcome = command("vqvae-train", f"resume={checkpoints}/vqvae0", "seed=3")
     assert outcome.status == 1
     assert "drop seed=3" in outcome.err
 
 
-@pytest.mark.trains
 def test_finished_checkpoints_sample_evaluate_and_reconstruct(checkpoints, command, tmp_path):
     prior = f"prior_checkpoint={checkpoints}/prior/checkpoints/best.ckpt"
     drawn = command("vqvae-sample", prior, "num_samples=7", "labels=[2,0]", folder=tmp_path / "s")

@@ -181,7 +181,12 @@ def _guarded(function: Callable[[Any], Any]) -> Callable[[Any], Any]:
 def _explain(error: BaseException) -> str | None:
     """The error in one line for a user, or None for one that is ours to mend."""
     from hydra.errors import HydraException
-    from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
+    from omegaconf.errors import (
+        ConfigAttributeError,
+        ConfigKeyError,
+        MissingMandatoryValue,
+        OmegaConfBaseException,
+    )
 
     chain = [error]
     while (below := chain[-1].__cause__ or chain[-1].__context__) is not None:
@@ -190,7 +195,7 @@ def _explain(error: BaseException) -> str | None:
         if isinstance(link, InputError | DivergenceError):
             return str(link)
     for link in chain:
-        if isinstance(link, ConfigKeyError) and link.parent_node is not None:
+        if isinstance(link, ConfigKeyError | ConfigAttributeError) and link.parent_node is not None:
             parent = link.full_key.rpartition(".")[0] if link.full_key else ""
             names = ", ".join(sorted(map(str, link.parent_node)))
             return f"unknown key {link.full_key}; accepted in {parent or 'the config'}: {names}"

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.callbacks import Callback, ProgressBar, WeightAveraging
+from pytorch_lightning.callbacks import Callback, Checkpoint, ProgressBar, WeightAveraging
 from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger, WandbLogger
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
@@ -205,8 +205,10 @@ class AveragedWeights(WeightAveraging):
         torch._foreach_lerp_(list(averaged), list(current), 1 - kept)
 
 
-class CleanStop(Callback):
+class CleanStop(Checkpoint):
     """Ctrl-C: finish the step, save `last.ckpt`, stop; a second Ctrl-C stops at once.
+
+    A `Checkpoint`, so that Lightning calls it last: what is saved has this step's averages.
 
     Args:
         path: The checkpoint to write.

@@ -46,7 +46,7 @@ def reconstruction_metrics(
     batch_usage = CodebookUsage(codes.num_codes).to(device)
     batch_perplexities: list[float] = []
     psnr_sum, count = 0.0, 0
-    for levels, grid in _pairs(codes, split, device):
+    for levels, grid in _pairs(codes, split, device, "reconstructing"):
         decoded = codes.vqvae.decode(grid).float()
         rounded, truth = to_uint8(decoded).float() / 255, levels.float() / 255
         squared.update(rounded, truth)
@@ -98,20 +98,18 @@ def likelihood_metrics(
     sums = dict.fromkeys(("pixels", "unigram", "position", "prior"), 0.0)
     total = len(codes.datasets[split])
     labels = codes.datasets[split].labels
-    with progress_bar("scoring", total) as advance:
-        done = 0
-        for levels, grid in _pairs(codes, split, device):
-            mean = (codes.vqvae.decode(grid).float() + 1) * 127.5
-            part = slice(done, done + len(levels))
-            done += len(levels)
-            sums["pixels"] -= float(discretised_logistic(levels, mean, log_scale).double().sum())
-            sums["unigram"] -= float(unigram[grid].double().sum())
-            chosen = by_position.expand(len(grid), -1, -1, -1).gather(1, grid[:, None])
-            sums["position"] -= float(chosen.double().sum())
-            if prior is not None:
-                own = labels[part].to(device) if labels is not None and prior.num_classes else None
-                sums["prior"] -= float(score(prior, grid, own).double().sum())
-            advance(len(levels))
+    done = 0
+    for levels, grid in _pairs(codes, split, device, "scoring"):
+        mean = (codes.vqvae.decode(grid).float() + 1) * 127.5
+        part = slice(done, done + len(levels))
+        done += len(levels)
+        sums["pixels"] -= float(discretised_logistic(levels, mean, log_scale).double().sum())
+        sums["unigram"] -= float(unigram[grid].double().sum())
+        chosen = by_position.expand(len(grid), -1, -1, -1).gather(1, grid[:, None])
+        sums["position"] -= float(chosen.double().sum())
+        if prior is not None:
+            own = labels[part].to(device) if labels is not None and prior.num_classes else None
+            sums["prior"] -= float(score(prior, grid, own).double().sum())
     per_code = {name: value / (total * positions) for name, value in sums.items()}
     pixels = sums["pixels"] / (LN2 * total * dims)
     rate = positions / (LN2 * dims)
@@ -194,7 +192,7 @@ def classifier_metrics(
     truth = codes.datasets[split].labels
     assert truth is not None
     done = 0
-    for levels, grid in _pairs(codes, split, device):
+    for levels, grid in _pairs(codes, split, device, "judging"):
         decoded = to_uint8(codes.vqvae.decode(grid))
         part = truth[done : done + len(levels)].to(device)
         done += len(levels)
@@ -286,18 +284,20 @@ def nearest_training_images(images: ImageDataModule, samples: Tensor) -> Tensor:
 
 
 def _pairs(
-    codes: CodesDataModule, split: SplitName, device: torch.device
+    codes: CodesDataModule, split: SplitName, device: torch.device, step: str
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Images (B, C, H, W) uint8 and their codes (B, h, w), batch by batch."""
+    """Images (B, C, H, W) uint8 and their codes (B, h, w), batch by batch, under a progress bar."""
     codes.vqvae.to(device)
     batches = zip(codes.images.batches(split), codes.batches(split), strict=True)
-    for images, grid in batches:
-        yield images.data.to(device), grid.data.to(device).long()
+    with progress_bar(step, len(codes.datasets[split])) as advance:
+        for images, grid in batches:
+            yield images.data.to(device), grid.data.to(device).long()
+            advance(len(images.data))
 
 
 def _scale(codes: CodesDataModule, device: torch.device) -> Tensor:
     means, levels, count = [], [], 0
-    for images, grid in _pairs(codes, "val", device):
+    for images, grid in _pairs(codes, "val", device, "fitting the scale"):
         means.append((codes.vqvae.decode(grid).float() + 1) * 127.5)
         levels.append(images)
         count += len(images)

@@ -35,7 +35,6 @@ def train(cfg: Any, images: Any = None) -> dict[str, Any]:
     if finished is not None:
         return finished
     start = time.perf_counter()
-    pl.seed_everything(cfg.seed, workers=True, verbose=False)
     images = images or load_images(cfg.dataset)
     trainer = build(
         cfg.trainer,
@@ -51,6 +50,8 @@ def train(cfg: Any, images: Any = None) -> dict[str, Any]:
         cfg.vqvae_hash = data.vqvae_hash
     else:
         cfg.model.net.channels = images.image_shape[0]
+    # Just before the weights are drawn: encoding, which a later run is spared, draws numbers too.
+    pl.seed_everything(cfg.seed, workers=True, verbose=False)
     task = build(cfg.model)
     if not isinstance(data, CodesDataModule):
         task.net.grid(*images.image_shape[1:])

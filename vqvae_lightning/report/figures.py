@@ -63,7 +63,8 @@ def losses(curves: Curves) -> str:
         plot(right, curves, "train/commitment_weighted", "commitment, weighted", EXTRA)
         plot(right, curves, "train/codebook_weighted", "codebook, weighted", VAL)
         right.set(title="How the training losses balance", xlabel="steps", yscale="log")
-        right.legend()
+        if right.lines:
+            right.legend()
 
     return draw((9, 2.8), 2, paint)
 
@@ -87,7 +88,8 @@ def usage(curves: Curves, num_codes: int) -> str:
             twin.bar(steps, revived, width=max(steps) / 150, color=EXTRA, alpha=0.6)
             twin.set_ylabel("codes revived", color=EXTRA)
             twin.grid(visible=False)
-        right.legend(loc="lower right")
+        if right.lines:
+            right.legend(loc="lower right")
 
     return draw((9, 2.8), 2, paint)
 
