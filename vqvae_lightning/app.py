@@ -58,16 +58,17 @@ def app(config_name: str) -> Callable[[Callable[[Any], Any]], Callable[[], None]
                 sys.stderr.write(f"{stop}\n")
                 sys.exit(130)
             except KeyboardInterrupt:
-                sys.stderr.write("Interrupted before anything was saved.\n")
+                sys.stderr.write("Interrupted.\n")
                 sys.exit(130)
-            except Exception as error:
+            except (_Failed, Exception) as failure:
+                error = failure.error if isinstance(failure, _Failed) else failure
                 if full:
-                    raise
+                    raise error from None
                 line = _explain(error)
                 if line is None:
-                    traceback.print_exc()
-                    sys.exit(1)
-                sys.stderr.write(f"error: {line}\n")
+                    traceback.print_exception(error)
+                else:
+                    sys.stderr.write(f"error: {line}\n")
                 sys.exit(1)
             finally:
                 if full is None:
@@ -148,8 +149,10 @@ def stoppable(name: str, cfg: Any) -> Iterator[None]:
     """Let an interruption end with the command that goes on from it."""
     try:
         yield
-    except Interrupted as stop:
-        raise Interrupted(f"{stop} Go on with: {name} resume={cfg.folder}") from stop
+    except (Interrupted, KeyboardInterrupt) as stop:
+        begun = (Path(cfg.folder) / "config.yaml").is_file()
+        hint = f" Go on with: {name} resume={cfg.folder}" if begun else ""
+        raise Interrupted(f"{str(stop) or 'Interrupted.'}{hint}") from stop
 
 
 def print_result(title: str, result: dict[str, Any], paths: list[Path]) -> None:
@@ -168,12 +171,31 @@ def print_result(title: str, result: dict[str, Any], paths: list[Path]) -> None:
         console.print(str(path), soft_wrap=True, highlight=False)
 
 
+class _Failed(BaseException):
+    """Carries the error of a single run past Hydra, which would add a line of its own."""
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__(str(error))
+        self.error = error
+
+
 def _guarded(function: Callable[[Any], Any]) -> Callable[[Any], Any]:
     def run(cfg: Any) -> Any:
+        import pytorch_lightning as pl
+        from hydra.core.hydra_config import HydraConfig
+        from hydra.types import RunMode
+
         for message in QUIET:
             warnings.filterwarnings("ignore", message=message)
-        logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
-        return function(cfg)
+        # After its import, which sets a level of its own.
+        logging.getLogger(pl.__name__).setLevel(logging.WARNING)
+        try:
+            return function(cfg)
+        except Exception as error:
+            # In a sweep Hydra goes on with the next job and raises at the end.
+            if HydraConfig.get().mode == RunMode.MULTIRUN:
+                raise
+            raise _Failed(error) from error
 
     return run
 
