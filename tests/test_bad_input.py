@@ -150,7 +150,7 @@ def test_a_checkpoint_may_only_name_our_own_classes(target, checkpoints, tmp_pat
         (["num_samples=0"], "num_samples=0"),
         (["temperature=-1"], "temperature=-1"),
         (["labels=[0,7]"], "labels=[7] must be among 0 to 2"),
-        (["accelerator=warp"], "auto, cpu, gpu"),
+        (["accelerator=warp"], "cpu, gpu, cuda"),
     ],
 )
 def test_vqvae_sample_says_what_is_wrong(overrides, words, checkpoints, command):

@@ -2,6 +2,7 @@
 
 import gzip
 import struct
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -150,7 +151,8 @@ def test_colour_and_grey_non_square_and_labels_optional(toy_npz, tmp_path):
 
 def test_flips_mirror_about_half_of_the_training_images(toy_npz):
     class Trainer:
-        training, global_step, global_rank = True, 3, 0
+        training, global_rank = True, 0
+        fit_loop = SimpleNamespace(total_batch_idx=3)
 
     data = module(NpzSource(str(toy_npz)), flip=True, batch_size=96)
     data.trainer = Trainer()

@@ -60,10 +60,7 @@ def test_result_has_units_seed_split_versions_and_times(finished):
     assert all(entry["unit"] for entry in result["metrics"].values())
     assert set(result["seconds"]) == set(pipeline.STAGES)
     assert (result["seed"], result["split"], result["images"]) == (0, "test", 30)
-    assert (
-        result["versions"]["torch"] == torch.__version__.split("+")[0]
-        or result["versions"]["torch"]
-    )
+    assert torch.__version__.startswith(result["versions"]["torch"].split("+")[0])
     assert result["command"].startswith("vqvae-pipeline experiment=smoke")
     assert {key.rpartition("/")[2] for key in result["metrics"]} <= set(UNITS)
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from vqvae_lightning.configs import CONF_DIR, register_resolvers
-from vqvae_lightning.errors import DivergenceError, InputError, Interrupted
+from vqvae_lightning.errors import DivergenceError, InputError, Interrupted, check_range
 
 # Lightning's and torch's notices about choices that are right here and that a user can do nothing
 # about.
@@ -91,11 +91,18 @@ def started(name: str, cfg: Any) -> Any:
         InputError: If `resume` comes with other overrides: a run goes on as it began.
     """
     from hydra.core.hydra_config import HydraConfig
+    from hydra.types import RunMode
 
     from vqvae_lightning.results import checkout_commit
 
     hydra = HydraConfig.get()
+    check_range("seed", cfg.seed, 0)
     if cfg.resume is None:
+        if (Path(cfg.folder) / "config.yaml").is_file():
+            raise InputError(
+                f"{cfg.folder} holds a run already: go on with resume={cfg.folder}, or choose "
+                "another folder."
+            )
         chosen = hydra.job.config_name
         config = "" if chosen in ("vqvae", "pipeline") else f"--config-name {chosen} "
         cfg.command = f"{name} {config}{shlex.join(hydra.overrides.task)}".strip()
@@ -106,20 +113,24 @@ def started(name: str, cfg: Any) -> Any:
         raise InputError(
             f"resume={cfg.resume} goes on with the config in that folder; drop {' '.join(others)}"
         )
-    return stored_config(Path(cfg.folder))
+    if hydra.mode == RunMode.MULTIRUN:
+        raise InputError("resume goes on with one run: drop -m.")
+    stored = stored_config(Path(cfg.folder), Path(cfg.folder))
+    if str(stored.command).split()[0] != name:
+        raise InputError(f"resume={cfg.resume} is a run of another command: {stored.command}")
+    return stored
 
 
-def stored_config(folder: Path) -> Any:
-    """The config that a run left in `folder`; its paths follow the folder if that was moved."""
+def stored_config(folder: Path, run: Path) -> Any:
+    """The config left in `folder`, the run's or one below it; moved paths follow the run."""
     from omegaconf import OmegaConf
 
     stored = OmegaConf.load(folder / "config.yaml")
     value = OmegaConf.to_container(stored)
-    # A stage's paths may lie beside its own folder, below the run's.
-    old, new = Path(stored.folder), folder.absolute()
-    while old.name == new.name and old != old.parent and old != new:
-        old, new = old.parent, new.parent
-    renewed = OmegaConf.create(_moved(value, str(old), str(new)))
+    old = Path(stored.folder)
+    for _ in folder.relative_to(run).parts:
+        old = old.parent
+    renewed = OmegaConf.create(_moved(value, str(old), str(run.absolute())))
     OmegaConf.set_struct(renewed, True)
     return renewed
 
@@ -149,10 +160,11 @@ def stoppable(name: str, cfg: Any) -> Iterator[None]:
     """Let an interruption end with the command that goes on from it."""
     try:
         yield
-    except (Interrupted, KeyboardInterrupt) as stop:
+    except (Interrupted, KeyboardInterrupt, SystemExit) as stop:  # Lightning exits on Ctrl-C
         begun = (Path(cfg.folder) / "config.yaml").is_file()
         hint = f" Go on with: {name} resume={cfg.folder}" if begun else ""
-        raise Interrupted(f"{str(stop) or 'Interrupted.'}{hint}") from stop
+        said = str(stop) if isinstance(stop, Interrupted) else "Interrupted."
+        raise Interrupted(f"{said}{hint}") from stop
 
 
 def print_result(title: str, result: dict[str, Any], paths: list[Path]) -> None:

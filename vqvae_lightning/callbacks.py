@@ -10,14 +10,20 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.callbacks import Callback, Checkpoint, ProgressBar, WeightAveraging
+from pytorch_lightning.callbacks import (
+    Callback,
+    Checkpoint,
+    ModelCheckpoint,
+    ProgressBar,
+    WeightAveraging,
+)
 from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger, WandbLogger
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
 from vqvae_lightning.data.codes import CodesDataModule
-from vqvae_lightning.data.images import ArrayDataModule
-from vqvae_lightning.errors import Interrupted, check_range
+from vqvae_lightning.data.images import ArrayDataModule, batch_seed
+from vqvae_lightning.errors import Interrupted, check_positive, check_range
 from vqvae_lightning.networks.autoencoder import from_uint8
 from vqvae_lightning.networks.sampling import sample
 from vqvae_lightning.pictures import grid, pairs, save_png
@@ -115,6 +121,37 @@ class StepProgress(ProgressBar):
                 metrics=self._text(trainer),
             )
 
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Say why the bar stands still."""
+        if self._progress is not None:
+            self._progress.update(self._task, metrics="validating ...", refresh=True)
+
+    def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Show a bar over the images to test on."""
+        if self._enabled:
+            datamodule: ArrayDataModule = trainer.datamodule  # type: ignore[attr-defined]
+            columns = (TextColumn("testing"), BarColumn(), RateColumn(), TimeRemainingColumn())
+            self._progress = Progress(*columns, console=console, transient=True)
+            self._task = self._progress.add_task("", total=len(datamodule.datasets["test"]))
+            self._progress.start()
+
+    def on_test_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: Any,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Advance."""
+        if self._progress is not None:
+            self._progress.advance(self._task, len(batch.data))
+
+    def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Remove the bar."""
+        self.on_train_end(trainer, pl_module)
+
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Print a line where a bar would not be seen."""
         if not self._enabled or trainer.sanity_checking or console.is_terminal:
@@ -151,7 +188,7 @@ class StepProgress(ProgressBar):
 
 
 class SeedSteps(Callback):
-    """Seed torch before each training step with the run's seed, the step and the rank.
+    """Seed torch before each training batch with the run's seed, the batch and the rank.
 
     Dropout and noise are then a function of the step: a resumed run draws what an uninterrupted one
     would have, and neither pictures nor validation change what follows.
@@ -167,10 +204,8 @@ class SeedSteps(Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Seed."""
-        # 1024 apart, so that no two ranks of two steps share a seed.
-        torch.manual_seed(
-            (self.seed * 1_000_003 + trainer.global_step) * 1024 + trainer.global_rank
-        )
+        number = trainer.fit_loop.total_batch_idx
+        torch.manual_seed(batch_seed(self.seed, number, trainer.global_rank))
 
 
 class AveragedWeights(WeightAveraging):
@@ -192,6 +227,11 @@ class AveragedWeights(WeightAveraging):
         self.decay = check_range("decay", decay, 0, 1)
         super().__init__(use_buffers=False, multi_avg_fn=self._average)
 
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Bring the average to the device, which the module reaches after Lightning copies it."""
+        if self._average_model is not None:
+            self._average_model.to(pl_module.device)
+
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
@@ -205,32 +245,68 @@ class AveragedWeights(WeightAveraging):
         torch._foreach_lerp_(list(averaged), list(current), 1 - kept)
 
 
-class CleanStop(Checkpoint):
-    """Ctrl-C: finish the step, save `last.ckpt`, stop; a second Ctrl-C stops at once.
+class BestCheckpoint(ModelCheckpoint):
+    """Lightning's checkpoint of the best score, made to remember it when its folder was moved."""
 
-    A `Checkpoint`, so that Lightning calls it last: what is saved has this step's averages.
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore score and paths, with the paths in today's folder."""
+        folder = Path(str(self.dirpath))
+        scores = state_dict["best_k_models"].items()
+        moved = {
+            "dirpath": self.dirpath,
+            "best_k_models": {str(folder / Path(path).name): score for path, score in scores},
+        }
+        for name in ("best_model_path", "kth_best_model_path", "last_model_path"):
+            moved[name] = str(folder / Path(state_dict[name]).name) if state_dict[name] else ""
+        super().load_state_dict({**state_dict, **moved})
+
+
+class LastCheckpoint(Checkpoint):
+    """`last.ckpt`, what `resume` goes on from: every so often, and at Ctrl-C.
+
+    Ctrl-C finishes the step, saves and stops; a second one stops at once. Nothing is saved after
+    the very last step, before its validation: resuming would take training for finished and never
+    validate. A `Checkpoint`, so that Lightning calls it last: what is saved has this step's
+    averages.
 
     Args:
         path: The checkpoint to write.
+        every_n_steps: Optimizer steps between two checkpoints.
+
+    Raises:
+        InputError: If `every_n_steps` is below 1.
     """
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, every_n_steps: int = 500) -> None:
         self.path = path
+        self.every_n_steps = check_positive("every_n_steps", every_n_steps)
         self._asked = False
+        self._step = 0
         self._previous: Any = None
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Watch for Ctrl-C."""
+        self._step = trainer.global_step
         if threading.current_thread() is threading.main_thread():
             self._previous = signal.signal(signal.SIGINT, self._ask)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Save and stop, if asked to."""
+        """Save if it is time to or if asked to; never between accumulated batches."""
+        stepped, self._step = trainer.global_step > self._step, trainer.global_step
+        if not stepped or trainer.global_step >= trainer.estimated_stepping_batches:
+            return
+        if self._asked or trainer.global_step % self.every_n_steps == 0:
+            trainer.save_checkpoint(self.path, weights_only=False)
+        if self._asked:
+            raise Interrupted(f"Interrupted after step {trainer.global_step}; saved {self.path}.")
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Stop after the last validation, if asked to during it."""
         if self._asked:
             trainer.save_checkpoint(self.path, weights_only=False)
-            raise Interrupted(f"Interrupted after step {trainer.global_step}; saved {self.path}.")
+            raise Interrupted(f"Interrupted after the last step; saved {self.path}.")
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Stop watching."""
@@ -279,8 +355,8 @@ class SamplePictures(Callback):
         self.seed = seed
         self.rows = rows
 
-    def on_validation_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        """Draw."""
+    def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        """Draw; before the averaged weights are swapped out again."""
         if trainer.sanity_checking or not trainer.is_global_zero:
             return
         net, data = pl_module.net, trainer.datamodule  # type: ignore[attr-defined]

@@ -1,6 +1,7 @@
 """Networks out of checkpoints, without Lightning and without running anybody's code."""
 
 import hashlib
+import importlib
 import pickle
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -8,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from vqvae_lightning.configs import build, check_targets
+from vqvae_lightning.configs import build
 from vqvae_lightning.errors import InputError
 from vqvae_lightning.networks.autoencoder import VQVAE
 from vqvae_lightning.networks.pixelcnn import PixelCNN
@@ -48,7 +49,7 @@ def load(path: str | Path, kind: str | None = None) -> Loaded:
         raise InputError(f"checkpoint {path} is damaged or no checkpoint: {reason}") from error
     except (KeyError, TypeError) as error:
         raise InputError(f"checkpoint {path} was not written by vqvae_lightning.") from error
-    check_targets(settings, ("vqvae_lightning.",))
+    check_networks(settings)
     net = build(settings)
     found = next((name for name, cls in KINDS.items() if isinstance(net, cls)), "unknown")
     if kind is not None and found != kind:
@@ -62,6 +63,42 @@ def load(path: str | Path, kind: str | None = None) -> Loaded:
             f"checkpoint {path}: its weights do not fit its config: {error}"
         ) from error
     return Loaded(net.eval().requires_grad_(False), config)
+
+
+def check_networks(settings: Any) -> None:
+    """Refuse a stored config that would run anything but constructors of our own networks.
+
+    Raises:
+        InputError: Naming the `_target_` or the interpolation: building it would undo what loading
+            with `weights_only` protects from.
+    """
+    if isinstance(settings, str) and "${" in settings:
+        raise InputError(f"the checkpoint's config holds an interpolation, {settings}: refused.")
+    if isinstance(settings, dict):
+        target = settings.get("_target_")
+        if target is not None and not _is_network(str(target)):
+            raise InputError(
+                f"the checkpoint's _target_ {target} is not a network of vqvae_lightning: refused."
+            )
+    for child in settings.values() if isinstance(settings, dict) else ():
+        check_networks(child)
+    for child in settings if isinstance(settings, list) else ():
+        check_networks(child)
+
+
+def _is_network(target: str) -> bool:
+    module, _, name = target.rpartition(".")
+    if not module.startswith("vqvae_lightning."):
+        return False
+    try:
+        found = getattr(importlib.import_module(module), name, None)
+    except ImportError:  # such as vqvae_lightning.app.os, an attribute and no module
+        return False
+    return (
+        isinstance(found, type)
+        and issubclass(found, nn.Module)
+        and found.__module__.startswith("vqvae_lightning.")
+    )
 
 
 def load_pair(
@@ -79,6 +116,11 @@ def load_pair(
     """
     prior = load(prior_path, "prior")
     vqvae_path = vqvae_path or prior.config["vqvae_checkpoint"]
+    if not Path(vqvae_path).is_file():
+        raise InputError(
+            f"prior {prior_path} needs its VQ-VAE, which is not at {vqvae_path}: give "
+            "vqvae_checkpoint=PATH."
+        )
     vqvae = load(vqvae_path, "vqvae")
     found, wanted = weights_hash(vqvae.net), prior.config["vqvae_hash"]
     if found != wanted:

@@ -77,10 +77,11 @@ def plain(config: Any) -> dict[str, Any]:
 
 
 def register_resolvers() -> None:
-    """Make the interpolations of `conf/` known: `run_folder` and `fast_precision`."""
+    """Make the interpolations of `conf/` known: `run_folder`, `cuda_or_cpu`, `fast_precision`."""
     from omegaconf import OmegaConf
 
     OmegaConf.register_new_resolver("run_folder", _run_folder, replace=True)
+    OmegaConf.register_new_resolver("cuda_or_cpu", _cuda_or_cpu, replace=True)
     OmegaConf.register_new_resolver("fast_precision", _fast_precision, replace=True)
 
 
@@ -93,12 +94,19 @@ def _run_folder(resume: str | None, fresh: str) -> str:
     return resume
 
 
+def _cuda_or_cpu() -> str:
+    """`gpu` where there is a CUDA device; never Apple's, which has no float64."""
+    import torch
+
+    return "gpu" if torch.cuda.is_available() else "cpu"
+
+
 def _fast_precision(accelerator: str) -> str:
     """bf16-mixed where the device multiplies bfloat16 in hardware, else 32-true."""
     import torch
 
-    if accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available():
+    if accelerator in ("gpu", "cuda") and torch.cuda.is_available():
         return "bf16-mixed" if torch.cuda.get_device_capability() >= (8, 0) else "32-true"
     flags = Path("/proc/cpuinfo")
     native = flags.is_file() and re.search(r"\b(amx|avx512)_bf16\b", flags.read_text())
-    return "bf16-mixed" if accelerator in ("auto", "cpu") and native else "32-true"
+    return "bf16-mixed" if accelerator == "cpu" and native else "32-true"

@@ -7,6 +7,23 @@ from typing import Any
 from vqvae_lightning.app import app, load_images, print_result, started
 
 
+def check_evaluation(cfg: Any, prefix: str = "") -> None:
+    """Refuse settings of an evaluation that cannot work.
+
+    Raises:
+        InputError: Naming the key, with `prefix` before it.
+    """
+    from vqvae_lightning.errors import InputError, check_positive, check_range
+
+    if cfg.split not in ("train", "val", "test"):
+        raise InputError(f"{prefix}split={cfg.split} must be one of train, val, test.")
+    for name in ("pictured", "num_samples", "classifier_steps", "classifier_batch_size"):
+        check_positive(f"{prefix}{name}", cfg[name])
+    if cfg.num_samples < 2:
+        raise InputError(f"{prefix}num_samples={cfg.num_samples} must be at least 2.")
+    check_range(f"{prefix}temperature", cfg.temperature, 0)
+
+
 def evaluate(cfg: Any, images: Any = None) -> dict[str, Any]:
     """Evaluate a VQ-VAE, and its prior if there is one.
 
@@ -40,9 +57,7 @@ def evaluate(cfg: Any, images: Any = None) -> dict[str, Any]:
     if finished is not None:
         return finished
     start = time.perf_counter()
-    if cfg.split not in ("train", "val", "test"):
-        raise InputError(f"split={cfg.split} must be one of train, val, test.")
-    write_config(cfg, folder)
+    check_evaluation(cfg)
     pl.seed_everything(cfg.seed, workers=True, verbose=False)
     prior = None
     if cfg.prior_checkpoint is None:
@@ -55,12 +70,18 @@ def evaluate(cfg: Any, images: Any = None) -> dict[str, Any]:
         prior = loaded.net
         vqvae_path = Path(cfg.vqvae_checkpoint or loaded.config["vqvae_checkpoint"])
     images = images or load_images(cfg.dataset or vqvae.config["dataset"])
+    if prior is not None and prior.num_classes and prior.num_classes < images.num_classes:
+        raise InputError(
+            f"the data have {images.num_classes} classes and the prior {prior.num_classes}: choose "
+            "the dataset that it was trained on."
+        )
     options = plain(cfg.trainer)
     device = pl.Trainer(**options, logger=False, enable_checkpointing=False).strategy.root_device
     codes_dir = cfg.codes_dir or vqvae_path.parent.parent / "codes"
     codes = CodesDataModule(images, vqvae.net, weights_hash(vqvae.net), str(codes_dir), 1)
     codes.encode(device)
     codes.setup()
+    write_config(cfg, folder)
     if prior is not None:
         prior.to(device)
 

@@ -23,7 +23,7 @@ from vqvae_lightning.networks.sampling import sample, score
 from vqvae_lightning.progress import progress_bar
 from vqvae_lightning.tasks.classifier import ClassifierTask
 
-SCALE_IMAGES = 2048  # validation images that the decoder's scale is fitted on
+SCALE_VALUES = 2**23  # pixel values of validation images that the decoder's scale is fitted on
 LN2 = math.log(2)
 
 
@@ -222,6 +222,8 @@ class _Features(nn.Module):
     def __init__(self, classifier: Any) -> None:
         super().__init__()
         self.classifier = classifier
+        # Or torchmetrics finds it out with an image on the CPU, wherever the classifier is.
+        self.num_features = classifier.head.in_features
 
     def forward(self, levels: Tensor) -> Tensor:
         """(B, C, H, W) uint8 to (B, features)."""
@@ -250,7 +252,12 @@ def draw_images(
         Images (count, C, H, W) uint8, codes (count, h, w) and labels (count,), or None without
         classes; on the CPU.
     """
-    labels = torch.arange(count) % prior.num_classes if prior.num_classes else None
+    labels = None
+    if prior.num_classes:
+        known = codes.datasets["train"].labels
+        assert known is not None
+        present = known.unique()  # a class without training images has never been learnt
+        labels = present[torch.arange(count) % len(present)]
     generator = torch.Generator().manual_seed(seed)
     with progress_bar("sampling", count) as advance:
         drawn = sample(
@@ -300,8 +307,8 @@ def _scale(codes: CodesDataModule, device: torch.device) -> Tensor:
     for images, grid in _pairs(codes, "val", device, "fitting the scale"):
         means.append((codes.vqvae.decode(grid).float() + 1) * 127.5)
         levels.append(images)
-        count += len(images)
-        if count >= SCALE_IMAGES:
+        count += images.numel()
+        if count >= SCALE_VALUES:
             break
     return fit_log_scale(torch.cat(levels), torch.cat(means))
 

@@ -43,7 +43,7 @@ def stage_configs(cfg: Any) -> dict[str, Any]:
     configs: dict[str, Any] = {}
     for name in STAGES[:-1]:
         if (folder / name / "config.yaml").is_file():
-            configs[name] = stored_config(folder / name)
+            configs[name] = stored_config(folder / name, folder)
             continue
         # Resolved with `folder` at its place in the tree, so that every path below it is the
         # stage's.
@@ -81,25 +81,22 @@ def check_stages(configs: dict[str, Any], images: Any) -> None:
         InputError: Naming the key as the pipeline's config has it.
     """
     from vqvae_lightning.configs import build
-    from vqvae_lightning.errors import InputError, check_positive, check_range
+    from vqvae_lightning.errors import InputError, check_positive
+    from vqvae_lightning.evaluate import check_evaluation
+    from vqvae_lightning.sample import check_sampling
+    from vqvae_lightning.tasks.optimization import check_optimizer
 
     prior, judge, drawing = (configs[name] for name in ("prior", "evaluation", "samples"))
     stand_in = {"num_codes": 2, "height": 1, "width": 1, "num_classes": images.num_classes}
     try:
-        build(prior.model, net=stand_in)
+        check_optimizer(build(prior.model, net=stand_in).optimizer_factory)
     except InputError as error:
         raise InputError(f"prior.{error}") from error
     total = len(images.datasets["train"])
     if check_positive("prior.batch_size", prior.batch_size) > total:
         raise InputError(f"prior.batch_size={prior.batch_size} must be at most {total} images.")
-    if judge.split not in images.datasets:
-        raise InputError(f"evaluation.split={judge.split} must be one of train, val, test.")
-    for name in ("pictured", "num_samples", "classifier_steps", "classifier_batch_size"):
-        check_positive(f"evaluation.{name}", judge[name])
-    for name in ("num_samples", "batch_size"):
-        check_positive(f"sampling.{name}", drawing[name])
-    for name, stage in (("evaluation", judge), ("sampling", drawing)):
-        check_range(f"{name}.temperature", stage.temperature, 0)
+    check_evaluation(judge, "evaluation.")
+    check_sampling(drawing, images.num_classes, "sampling.")
 
 
 def run_pipeline(cfg: Any) -> dict[str, Any]:

@@ -26,7 +26,7 @@ def reconstruct(cfg: Any) -> dict[str, Any]:
     from vqvae_lightning.checkpoints import load
     from vqvae_lightning.data import ImageFolderSource
     from vqvae_lightning.devices import device_for
-    from vqvae_lightning.errors import check_positive
+    from vqvae_lightning.errors import InputError, check_positive
     from vqvae_lightning.evaluation import decode_images
     from vqvae_lightning.networks.autoencoder import from_uint8
     from vqvae_lightning.pictures import pairs, save_png
@@ -37,13 +37,20 @@ def reconstruct(cfg: Any) -> dict[str, Any]:
     vqvae = load(cfg.vqvae_checkpoint, "vqvae")
     device = device_for(cfg.accelerator)
     net = vqvae.net.to(device)
+    count = check_positive("count", cfg.count)
     if cfg.input is None:
         data = load_images(vqvae.config["dataset"])
-        images = data.datasets["test"].data[: check_positive("count", cfg.count)]
+        images = data.datasets["test"].data[:count]
     else:
-        source = ImageFolderSource(cfg.input, size=cfg.size, grey=net.channels == 1)
-        images = source.load().train.images
-    net.grid(*images.shape[2:])
+        try:
+            source = ImageFolderSource(cfg.input, size=cfg.size, grey=net.channels == 1)
+            images = source.load().train.images
+            net.grid(*images.shape[2:])
+        except InputError as error:
+            # The source and the network speak of the keys that training has.
+            own = str(error).replace("dataset.source.root", "input")
+            own = own.replace("dataset.source.size", "size")
+            raise InputError(own.partition(", or model.net")[0]) from error
     write_config(cfg, folder)
     parts = []
     with progress_bar("encoding", len(images)) as advance, torch.inference_mode():
@@ -52,7 +59,7 @@ def reconstruct(cfg: Any) -> dict[str, Any]:
             advance(len(part))
     codes = torch.cat(parts)
     decoded = decode_images(net, codes)
-    shown = pairs(from_uint8(images[: cfg.count]), from_uint8(decoded[: cfg.count]))
+    shown = pairs(from_uint8(images[:count]), from_uint8(decoded[:count]))
     save_png(shown, folder / "reconstructions.png")
     arrays = {
         "images": images.movedim(1, -1),
@@ -60,8 +67,8 @@ def reconstruct(cfg: Any) -> dict[str, Any]:
         "codes": codes.cpu(),
     }
     np.savez_compressed(folder / "reconstructions.npz", **{k: v.numpy() for k, v in arrays.items()})
-    error = float(((decoded.float() - images.float()) / 255).square().mean())
-    metrics = {"images": float(len(images)), "mse": error}
+    squared = float(((decoded.float() - images.float()) / 255).square().mean())
+    metrics = {"images": float(len(images)), "mse": squared}
     return write_result(
         folder, metrics, commit=cfg.commit, vqvae_checkpoint=str(cfg.vqvae_checkpoint)
     )

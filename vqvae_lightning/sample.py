@@ -7,6 +7,32 @@ from typing import Any
 from vqvae_lightning.app import app, print_result, started
 
 
+def check_sampling(cfg: Any, num_classes: int, prefix: str = "") -> None:
+    """Refuse settings of a draw that cannot work.
+
+    Raises:
+        InputError: Naming the key, with `prefix` before it.
+    """
+    from omegaconf import ListConfig
+
+    from vqvae_lightning.errors import InputError, check_positive, check_range
+
+    for name in ("num_samples", "batch_size"):
+        check_positive(f"{prefix}{name}", cfg[name])
+    check_range(f"{prefix}temperature", cfg.temperature, 0)
+    if cfg.top_k is not None:
+        check_positive(f"{prefix}top_k", cfg.top_k)
+    if cfg.labels is None:
+        return
+    if not num_classes:
+        raise InputError(f"{prefix}labels={cfg.labels}: this prior has no classes; drop labels.")
+    if not isinstance(cfg.labels, ListConfig) or not cfg.labels:
+        raise InputError(f"{prefix}labels={cfg.labels} must be a list, such as [0,3].")
+    bad = [label for label in cfg.labels if label not in range(num_classes)]
+    if bad:
+        raise InputError(f"{prefix}labels={bad} must be among 0 to {num_classes - 1}.")
+
+
 def draw(cfg: Any) -> dict[str, Any]:
     """Draw images.
 
@@ -25,7 +51,6 @@ def draw(cfg: Any) -> dict[str, Any]:
 
     from vqvae_lightning.checkpoints import load_pair
     from vqvae_lightning.devices import device_for
-    from vqvae_lightning.errors import InputError, check_positive
     from vqvae_lightning.evaluation import decode_images
     from vqvae_lightning.networks.autoencoder import from_uint8
     from vqvae_lightning.networks.sampling import sample
@@ -38,20 +63,16 @@ def draw(cfg: Any) -> dict[str, Any]:
     if finished is not None:
         return finished
     start = time.perf_counter()
-    count = check_positive("num_samples", cfg.num_samples)
     loaded, vqvae = load_pair(cfg.prior_checkpoint, cfg.vqvae_checkpoint)
+    check_sampling(cfg, loaded.net.num_classes)
     device = device_for(cfg.accelerator)
-    prior = loaded.net.to(device)
-    labels, columns = None, 10
+    prior, count = loaded.net.to(device), cfg.num_samples
+    labels, chosen, columns = None, [], 10
     if prior.num_classes:
-        chosen = list(cfg.labels) if cfg.labels is not None else list(range(prior.num_classes))
-        bad = [label for label in chosen if label not in range(prior.num_classes)]
-        if bad:
-            raise InputError(f"labels={bad} must be among 0 to {prior.num_classes - 1}.")
+        chosen = list(range(prior.num_classes) if cfg.labels is None else cfg.labels)
         labels = torch.tensor(chosen)[torch.arange(count) % len(chosen)]
-        columns = min(len(chosen), 20)
-    elif cfg.labels is not None:
-        raise InputError(f"labels={list(cfg.labels)}: this prior has no classes; drop labels.")
+        # A column per class where they fit; more classes follow each other in rows.
+        columns = len(chosen) if len(chosen) <= 20 else 10
     write_config(cfg, folder)
     generator = torch.Generator().manual_seed(cfg.seed)
     with progress_bar("sampling", count) as advance:
@@ -79,6 +100,7 @@ def draw(cfg: Any) -> dict[str, Any]:
         commit=cfg.commit,
         seconds=time.perf_counter() - start,
         prior_checkpoint=str(cfg.prior_checkpoint),
+        column_classes=chosen if len(chosen) == columns <= count else [],
     )
 
 

@@ -27,8 +27,10 @@ def train(cfg: Any, images: Any = None) -> dict[str, Any]:
 
     from vqvae_lightning.configs import build, plain
     from vqvae_lightning.data import CodesDataModule
+    from vqvae_lightning.errors import InputError
     from vqvae_lightning.progress import console
-    from vqvae_lightning.results import read_result, write_config, write_result
+    from vqvae_lightning.results import UNITS, read_result, write_config, write_result
+    from vqvae_lightning.tasks.optimization import check_optimizer
 
     folder = Path(cfg.folder)
     finished = read_result(folder)
@@ -43,16 +45,28 @@ def train(cfg: Any, images: Any = None) -> dict[str, Any]:
         enable_progress_bar=cfg.callbacks.progress is not None,
     )
     data = images
+    known = [f"val/{name}" for name in UNITS]
+    if cfg.monitor not in known:
+        raise InputError(f"monitor={cfg.monitor} must be one of {', '.join(known)}.")
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
     if "vqvae_checkpoint" in cfg:
         data = codes_of(cfg, images, trainer.strategy.root_device)
         net = {"num_codes": data.num_codes, "num_classes": images.num_classes}
         cfg.model.net.update({**net, "height": data.grid[0], "width": data.grid[1]})
+        if cfg.vqvae_hash not in (None, data.vqvae_hash):
+            raise InputError(
+                f"this prior began on the codes of VQ-VAE {cfg.vqvae_hash}, but vqvae_checkpoint="
+                f"{cfg.vqvae_checkpoint} is now {data.vqvae_hash}: its codes mean something else."
+            )
         cfg.vqvae_hash = data.vqvae_hash
+        cfg.vqvae_checkpoint = str(Path(cfg.vqvae_checkpoint).absolute())
     else:
         cfg.model.net.channels = images.image_shape[0]
     # Just before the weights are drawn: encoding, which a later run is spared, draws numbers too.
     pl.seed_everything(cfg.seed, workers=True, verbose=False)
     task = build(cfg.model)
+    check_optimizer(task.optimizer_factory)
     if not isinstance(data, CodesDataModule):
         task.net.grid(*images.image_shape[1:])
     elif task.net.layers_needed > len(task.net.layers):
@@ -70,6 +84,12 @@ def train(cfg: Any, images: Any = None) -> dict[str, Any]:
     try:
         trainer.fit(task, datamodule=data, ckpt_path=str(last) if last.is_file() else None)
         trainer.save_checkpoint(last, weights_only=False)
+        if not getattr(getattr(task.net, "quantizer", None), "initialised", True):
+            console.print(
+                f"warning: training ended after {trainer.global_step} steps, within the "
+                "quantizer's warmup_steps: the codebook was never set.",
+                highlight=False,
+            )
         if not best.is_file():
             trainer.save_checkpoint(best, weights_only=False)
         scores = trainer.test(task, datamodule=data, ckpt_path=str(best), verbose=False)[0]

@@ -43,6 +43,11 @@ class CodesDataModule(ArrayDataModule):
     ) -> None:
         super().__init__(batch_size, images.eval_batch_size, images.seed)
         images.setup()
+        if images.image_shape[0] != vqvae.channels:
+            raise InputError(
+                f"the images have {images.image_shape[0]} channels, the VQ-VAE {vqvae.channels}: "
+                "choose the dataset that it was trained on."
+            )
         self.images = images
         self.vqvae = vqvae
         self.vqvae_hash = vqvae_hash

@@ -25,6 +25,12 @@ class Batch(NamedTuple):
     """(B,) int64, or None where the set has none."""
 
 
+def batch_seed(seed: int, number: int, rank: int) -> int:
+    """A seed of its own for each run, training batch and rank."""
+    # 1024 apart, so that no two ranks of two batches share one.
+    return (seed * 1_000_003 + number) * 1024 + rank
+
+
 class ArrayDataset(Dataset[Batch]):
     """Rows of an array and their labels; a whole batch is read by one indexing operation."""
 
@@ -235,11 +241,10 @@ class ImageDataModule(ArrayDataModule):
         """To [-1, 1] and, in training, flipped; on the device."""
         images = from_uint8(batch.data)
         if self.flip and self.trainer is not None and self.trainer.training:
-            # A function of seed, step and rank, so that a resumed run flips what the first would
+            # A function of seed, batch and rank, so that a resumed run flips what the first would
             # have.
-            seed = (
-                self.seed * 1_000_003 + self.trainer.global_step
-            ) * 1024 + self.trainer.global_rank
+            number = self.trainer.fit_loop.total_batch_idx + 1  # of the batch that comes now
+            seed = batch_seed(self.seed, number, self.trainer.global_rank)
             generator = torch.Generator().manual_seed(seed)
             mirrored = torch.rand(len(images), generator=generator) < 0.5
             where = mirrored.to(images.device)[:, None, None, None]

@@ -213,6 +213,11 @@ class NpzSource:
             raise InputError(
                 f"{self.path}: label {top} has no entry in class_names ({len(names)})."
             )
+        if top >= len(splits["train"].images):
+            raise InputError(
+                f"{self.path}: label {top} is above the number of training images: labels count "
+                "classes from 0."
+            )
         names = names or [str(number) for number in range(top + 1)]
         return Splits(splits["train"], splits.get("val"), splits["test"], names)
 
@@ -299,7 +304,7 @@ class ImageFolderSource:
         return Splits(splits["train"], splits["val"], splits["test"], classes)
 
     def _read(self, folder: Path, classes: list[str]) -> Split:
-        paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES)
+        paths = _images(folder)
         if not paths:
             raise InputError(
                 f"no images in {folder} (dataset.source.root): looked for "
@@ -327,14 +332,23 @@ class ImageFolderSource:
     def _decode(self, path: Path) -> Tensor:
         try:
             with Image.open(path) as image:
-                array = np.array(image.convert("L" if self.grey else "RGB"))
+                whole: Image.Image = image
+                if image.mode.startswith("I;16"):  # which convert() would clip at 255
+                    whole = Image.fromarray((np.array(image) >> 8).astype(np.uint8))
+                array = np.array(whole.convert("L" if self.grey else "RGB"))
         except (OSError, UnidentifiedImageError) as error:
             raise InputError(f"{path} is not a readable image: {error}") from error
         return torch.from_numpy(array.reshape(*array.shape[:2], -1)).movedim(-1, 0)[None]
 
 
 def _class_folders(folder: Path) -> list[Path]:
-    return [path for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")]
+    return [path for path in folder.iterdir() if path.is_dir() and _images(path)]
+
+
+def _images(folder: Path) -> list[Path]:
+    """Images below `folder`, in order; what a name with a dot hides is left out."""
+    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
+    return [p for p in paths if not any(n.startswith(".") for n in p.relative_to(folder).parts)]
 
 
 def check_size(size: int | Sequence[int] | None) -> tuple[int, int] | None:

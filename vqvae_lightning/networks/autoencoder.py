@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vqvae_lightning.errors import InputError, check_positive
+from vqvae_lightning.errors import InputError, check_positive, check_range
 from vqvae_lightning.quantizers.base import Quantizer, QuantizerOutput
 
 
@@ -151,6 +151,7 @@ class VQVAE(nn.Module):
             ("residual_hidden", residual_hidden),
         ):
             check_positive(name, value)
+        check_range("residual_blocks", residual_blocks, 0)
         if hidden % 2:
             raise InputError(f"hidden={hidden} must be even: the first layer has half of it.")
         self.channels = channels
@@ -185,10 +186,10 @@ class VQVAE(nn.Module):
         if height % factor or width % factor:
             near = [max(factor, round(side / factor) * factor) for side in (height, width)]
             most = next(d for d in range(self.downsamplings, -1, -1) if not (height | width) % 2**d)
+            fewer = f", or model.net.downsamplings to at most {most}" if most else ""
             raise InputError(
                 f"image size {height}x{width} does not divide by 2**downsamplings = {factor}: "
-                f"set dataset.source.size=[{near[0]},{near[1]}], or model.net.downsamplings to at "
-                f"most {most}."
+                f"set dataset.source.size=[{near[0]},{near[1]}]{fewer}."
             )
         return height // factor, width // factor
 

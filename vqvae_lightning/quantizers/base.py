@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from vqvae_lightning.errors import InputError, check_positive, check_range
 
-BLOCK = 2**20  # scores held at a time by `nearest_codes`: 4 MiB, about a core's cache
+BLOCK = 2**22  # scores held at a time by `nearest_codes`: 16 MiB; smaller blocks only cost launches
 POOL = 16  # encoder vectors per code that k-means sees
+POOL_STEPS = 16  # last steps of the warm-up that they are drawn from
 KMEANS_STEPS = 10
 
 
@@ -135,15 +136,15 @@ def all_reduce(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def draw_over_ranks(vectors: Tensor, count: int, generator: torch.Generator) -> Tensor:
+def draw_over_ranks(parts: list[Tensor], count: int, generator: torch.Generator) -> Tensor:
     """`count` random rows out of the vectors of all ranks, equal on every rank.
 
-    The ranks' vectors are numbered one after the other, so that N ranks draw the rows that one
-    process with the concatenated batch draws. Two collectives of fixed size, whatever the data;
-    each rank's `generator` must be in the same state.
+    Rows are numbered part by part, and within a part rank by rank, so that N ranks draw the rows
+    that one process with the concatenated batches draws. Two collectives of fixed size, whatever
+    the data; each rank's `generator` must be in the same state.
 
     Args:
-        vectors: (n, D), of this rank; n may differ between ranks.
+        parts: Vectors (n, D) of this rank, a part per batch; n may differ between ranks.
         count: Rows to draw.
         generator: A CPU generator.
 
@@ -152,14 +153,17 @@ def draw_over_ranks(vectors: Tensor, count: int, generator: torch.Generator) -> 
     """
     ranked = dist.is_available() and dist.is_initialized()
     rank, world = (dist.get_rank(), dist.get_world_size()) if ranked else (0, 1)
-    sizes = torch.zeros(world, dtype=torch.int64, device=vectors.device)
-    sizes[rank] = len(vectors)
+    device = parts[0].device
+    sizes = torch.zeros(len(parts), world, dtype=torch.int64, device=device)
+    sizes[:, rank] = torch.tensor([len(part) for part in parts], device=device)
     sizes = all_reduce(sizes).cpu()
-    first = int(sizes[:rank].sum())
-    rows = random_rows(int(sizes.sum()), count, generator) - first
-    here = (rows >= 0) & (rows < len(vectors))
-    drawn = vectors.new_zeros(count, vectors.shape[1])
-    drawn[here.to(vectors.device)] = vectors[rows[here].to(vectors.device)]
+    firsts = sizes.flatten().cumsum(0).view_as(sizes) - sizes
+    rows = random_rows(int(sizes.sum()), count, generator)
+    drawn = parts[0].new_zeros(count, parts[0].shape[1])
+    for part, first in zip(parts, firsts[:, rank].tolist(), strict=True):
+        own = rows - first
+        here = (own >= 0) & (own < len(part))
+        drawn[here.to(device)] = part[own[here].to(device)]
     return all_reduce(drawn)
 
 
@@ -302,7 +306,7 @@ class VectorQuantizer(nn.Module):
         self.learn()
         if not self._revives(self.steps) or not self._recent:
             return {}
-        recent, self._recent = torch.cat(self._recent), []
+        recent, self._recent = self._recent, []
         if progress >= self.revive_until:
             return {"revived_codes": 0.0}
         fresh = draw_over_ranks(recent, self.num_codes, self._generator())
@@ -332,16 +336,13 @@ class VectorQuantizer(nn.Module):
         return torch.Generator().manual_seed(self.steps)
 
     def _remember(self, flat: Tensor) -> None:
-        """Keep the newest encoder vectors for k-means, at most POOL per code."""
-        if self.init == "uniform":
-            return
-        self._pool.append(flat.detach())
-        while sum(map(len, self._pool[1:])) >= POOL * self.num_codes:
-            self._pool.pop(0)
+        """Keep the encoder vectors of the last steps of the warm-up, to set the codebook with."""
+        if self.init != "uniform" and self.steps >= self.warmup_steps - POOL_STEPS:
+            self._pool.append(flat.detach())
 
     @torch.no_grad()
     def _initialise(self, flat: Tensor) -> None:
-        pool, self._pool = torch.cat([*self._pool, flat.detach()]), []
+        pool, self._pool = [*self._pool, flat.detach()], []
         per_code = POOL if self.init == "kmeans" else 1
         generator = self._generator()
         rows = draw_over_ranks(pool, per_code * self.num_codes, generator)

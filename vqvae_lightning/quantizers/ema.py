@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vqvae_lightning.errors import check_range
 from vqvae_lightning.quantizers.base import VectorQuantizer, all_reduce
 
 
@@ -37,7 +38,7 @@ class EMAQuantizer(VectorQuantizer):
         self, num_codes: int, code_dim: int, epsilon: float = 1e-5, **options: Any
     ) -> None:
         super().__init__(num_codes, code_dim, **options)
-        self.epsilon = epsilon
+        self.epsilon = check_range("epsilon", epsilon, 0)
         rows = self.first_rows()
         self.register_buffer("codebook", rows)
         self.register_buffer("sums", rows.clone())

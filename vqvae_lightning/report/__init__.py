@@ -24,9 +24,11 @@ def write_report(folder: Path) -> Path:
         Its path.
     """
     result = read_result(folder)
-    stages = {name: read_result(folder / name) for name in ("vqvae", "prior", "evaluation")}
+    stages = {name: read_result(folder / name) for name in ("evaluation", "samples")}
     assert result is not None
-    assert all(stage is not None for stage in stages.values())
+    assert stages["evaluation"] is not None
+    assert stages["samples"] is not None
+    names = stages["evaluation"]["class_names"]
     curves = {name: read_curves(folder / name / "metrics.csv") for name in ("vqvae", "prior")}
     with np.load(folder / "evaluation" / "codes.npz") as arrays:
         histogram, codes = arrays["histogram"], arrays["codes"]
@@ -46,7 +48,8 @@ def write_report(folder: Path) -> Path:
         result=result,
         split=split,
         value=lambda name: result["metrics"].get(f"{split}/{name}", {}).get("value"),
-        evaluation=stages["evaluation"],
+        conditional=bool(names),
+        columns=[names[number] for number in stages["samples"]["column_classes"]],
         stages={name: result["seconds"][name] for name in result["seconds"]},
         pictures={name: inline_png(path) for name, path in pictures.items()},
         progress=[inline_png(path) for path in _some(folder / "prior" / "pictures", 4)],

@@ -32,11 +32,13 @@ STYLE: dict[Any, Any] = {
 }
 
 
-def draw(size: tuple[float, float], columns: int, paint: Callable[[list[Axes]], None]) -> str:
-    """An SVG of `size` inches with a row of axes that `paint` fills."""
+def draw(
+    size: tuple[float, float], columns: int, paint: Callable[[list[Axes]], None], rows: int = 1
+) -> str:
+    """An SVG of `size` inches with rows of axes, given in reading order, that `paint` fills."""
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=size, layout="constrained")
-        paint(list(np.atleast_1d(figure.subplots(1, columns))))
+        paint(list(figure.subplots(rows, columns, squeeze=False).flat))
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     text = buffer.getvalue()
@@ -140,21 +142,16 @@ def code_maps(images: Array, codes: Array, counts: Array, columns: int = 10) -> 
     rank[np.argsort(-counts)] = np.arange(len(counts))
     shown = min(columns, len(images))
 
-    with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(9, 1.95), layout="constrained")
-        axes = np.atleast_2d(figure.subplots(2, shown, squeeze=False))
+    def paint(axes: list[Axes]) -> None:
         for column in range(shown):
             picture = images[column].transpose(1, 2, 0)
-            axes[0, column].imshow(picture.squeeze(), cmap="gray", vmin=0, vmax=255)
-            axes[1, column].imshow(
-                rank[codes[column]], cmap="viridis", vmin=0, vmax=len(counts) - 1
-            )
-        for one in axes.flat:
+            axes[column].imshow(picture.squeeze(), cmap="gray", vmin=0, vmax=255)
+            below = rank[codes[column]]
+            axes[shown + column].imshow(below, cmap="viridis", vmin=0, vmax=len(counts) - 1)
+        for one in axes:
             one.set_axis_off()
-        buffer = io.StringIO()
-        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
-    text = buffer.getvalue()
-    return text[text.index("<svg") :]
+
+    return draw((9, 1.95), shown, paint, rows=2)
 
 
 def rate(metrics: dict[str, Any], split: str) -> str:

@@ -60,6 +60,18 @@ def optimization(
     return {"optimizer": built, "lr_scheduler": {"scheduler": rate, "interval": "step"}}
 
 
+def check_optimizer(optimizer: OptimizerFactory) -> None:
+    """Make an optimizer once, so that a bad value is found before any training.
+
+    Raises:
+        InputError: With what the optimizer says of its arguments.
+    """
+    try:
+        optimizer([nn.Parameter(torch.zeros(1))])
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise InputError(f"model.optimizer: {error}") from error
+
+
 def require_finite(step: int, loss: Tensor, terms: dict[str, Tensor]) -> None:
     """Stop the run if `loss` is NaN or infinite, before the optimizer can spread it to the weights.
 

@@ -43,6 +43,7 @@ class VQVAETask(pl.LightningModule):
         self.optimizer_factory = optimizer
         self.schedule = schedule
         self.total_steps = float("inf")
+        self.since_logged: dict[str, float] = {}
         self.register_buffer("pixel_variance", torch.ones(()), persistent=False)
         self.codebook_usage = CodebookUsage(net.quantizer.num_codes)
         self.squared_error = MeanSquaredError()
@@ -53,14 +54,16 @@ class VQVAETask(pl.LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """One step on images in [-1, 1]; logs every `trainer.log_every_n_steps`."""
-        loss, terms, _ = self._losses(batch.data, train=True)
+        loss, terms, _ = self._losses(batch.data)
         require_finite(self.global_step, loss, terms)
         if (self.global_step + 1) % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
-            logged = {f"train/{name}": value for name, value in terms.items()}
+            logged: dict[str, Any] = {f"train/{name}": v for name, v in terms.items()}
             for name, weight in self.net.quantizer.weights.items():
                 if name in terms:
                     logged[f"train/{name}_weighted"] = weight * terms[name]
             self.log("train/loss", loss, prog_bar=True)
+            logged |= {f"train/{name}": value for name, value in self.since_logged.items()}
+            self.since_logged = {}
             self.log_dict(logged)
             self.log("train/learning_rate", self.optimizers().param_groups[0]["lr"])  # type: ignore[union-attr]
             if self.codebook_usage.update_called:
@@ -95,7 +98,7 @@ class VQVAETask(pl.LightningModule):
         super().optimizer_step(*args, **options)
         progress = (self.global_step + 1) / self.total_steps
         for name, value in self.net.quantizer.update(progress).items():
-            self.log(f"train/{name}", value)
+            self.since_logged[name] = self.since_logged.get(name, 0.0) + value
 
     def configure_optimizers(self) -> Any:
         """The optimizer and its schedule."""
@@ -104,7 +107,7 @@ class VQVAETask(pl.LightningModule):
             self.net.parameters(), self.optimizer_factory, self.schedule, self.total_steps
         )
 
-    def _losses(self, images: Tensor, train: bool) -> tuple[Tensor, dict[str, Tensor], Tensor]:
+    def _losses(self, images: Tensor) -> tuple[Tensor, dict[str, Tensor], Tensor]:
         output = self.net(images)
         squared_error = F.mse_loss(output.reconstruction.float(), images)
         # 4: pixels in [-1, 1] vary by four times their variance in [0, 1].
@@ -115,7 +118,7 @@ class VQVAETask(pl.LightningModule):
         return loss, {"nmse": nmse, **output.quantized.terms}, output.reconstruction
 
     def _evaluate(self, batch: Batch, split: str) -> None:
-        loss, terms, reconstruction = self._losses(batch.data, train=False)
+        loss, terms, reconstruction = self._losses(batch.data)
         self.squared_error.update(
             to_uint8(reconstruction).float() / 255, to_uint8(batch.data).float() / 255
         )
