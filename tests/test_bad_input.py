@@ -206,3 +206,90 @@ def test_finished_checkpoints_sample_evaluate_and_reconstruct(checkpoints, comma
     odd = command("vqvae-reconstruct", vqvae, f"input={tmp_path}/mine", folder=tmp_path / "o")
     assert odd.status == 1
     assert "30x40" in odd.err
+
+
+@pytest.mark.usefixtures("_no_training")
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["model.optimizer.lr=-1"], ["model.optimizer", "-1"]),
+        (["monitor=val/typo"], ["monitor=val/typo", "val/nmse"]),
+        (["seed=-1"], ["seed=-1"]),
+        (["model.net.residual_blocks=-1"], ["residual_blocks=-1"]),
+        (["model.net.quantizer.epsilon=-1"], ["epsilon=-1"]),
+        (["callbacks.last.every_n_steps=0"], ["every_n_steps=0"]),
+    ],
+)
+def test_values_that_only_training_would_stumble_over_are_found_before(overrides, words, command):
+    outcome = command("vqvae-train", *overrides)
+    assert outcome.status == 1
+    assert len(outcome.err.strip().splitlines()) == 1, outcome.err
+    for word in words:
+        assert word in outcome.err
+
+
+@pytest.mark.usefixtures("_no_training")
+@pytest.mark.parametrize(
+    "override",
+    ["sampling.labels=[99]", "sampling.labels=3", "sampling.top_k=0", "evaluation.num_samples=1"],
+)
+def test_the_pipeline_checks_what_it_will_draw(override, command):
+    outcome = command("vqvae-pipeline", override)
+    assert outcome.status == 1
+    assert override.partition("=")[0] in outcome.err
+    assert "Traceback" not in outcome.err
+
+
+def test_a_folder_holds_one_run(checkpoints, command):
+    # The old result was printed as if it were the new one's.
+    outcome = command("vqvae-train", "seed=5", folder=checkpoints / "vqvae0")
+    assert outcome.status == 1
+    assert f"resume={checkpoints}/vqvae0" in outcome.err
+
+
+def test_resume_with_the_wrong_command_is_refused(toy, command, tmp_path):
+    assert command("vqvae-train", *toy, *TINY_VQVAE).status == 0
+    outcome = command("vqvae-pipeline", f"resume={tmp_path}/run")
+    assert outcome.status == 1
+    assert "another command: vqvae-train" in outcome.err
+
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        "vqvae_lightning.app.os.getcwd",
+        "vqvae_lightning.results.write_text",
+        "vqvae_lightning.configs.Path",
+        "${oc.create:'{_target_: pathlib.PurePath}'}",
+    ],
+)
+def test_a_checkpoint_cannot_reach_beyond_networks(target, checkpoints, tmp_path):
+    raw = torch.load(checkpoints / "vqvae0/checkpoints/best.ckpt", weights_only=True)
+    net = raw["hyper_parameters"]["model"]["net"]
+    net["quantizer"] = target if target.startswith("${") else {"_target_": target}
+    torch.save(raw, tmp_path / "evil.ckpt")
+    with pytest.raises(InputError, match="refused"):
+        load(tmp_path / "evil.ckpt")
+
+
+def test_a_prior_is_not_resumed_on_another_vqvae(toy, checkpoints, tmp_path, command):
+    path = tmp_path / "vqvae.ckpt"
+    path.write_bytes((checkpoints / "vqvae0/checkpoints/best.ckpt").read_bytes())
+    prior = ("--config-name", "prior", "trainer=debug", "model.net.channels=8", "batch_size=8")
+    begun = command("vqvae-train", *prior, *toy, f"vqvae_checkpoint={path}")
+    assert begun.status == 0, begun.err
+    (tmp_path / "run/result.json").unlink()
+    path.write_bytes((checkpoints / "vqvae1/checkpoints/best.ckpt").read_bytes())
+    outcome = command("vqvae-train", f"resume={tmp_path}/run")
+    assert outcome.status == 1
+    assert "its codes mean something else" in outcome.err
+
+
+def test_data_that_do_not_fit_the_checkpoint_are_refused(checkpoints, command):
+    outcome = command(
+        "vqvae-evaluate",
+        f"vqvae_checkpoint={checkpoints}/vqvae0/checkpoints/best.ckpt",
+        "dataset=fashion_mnist_mini",
+    )
+    assert outcome.status == 1
+    assert "1 channels, the VQ-VAE 3" in outcome.err

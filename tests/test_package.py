@@ -143,6 +143,11 @@ def test_the_wheel_runs_the_pipeline_outside_the_checkout(tmp_path):
     ):
         assert f"vqvae_lightning/{inside}" in names
     assert all(name.startswith("vqvae_lightning") for name in names), "a second top-level package"
+    inside = zipfile.ZipFile(wheel)
+    (scripts,) = (name for name in names if name.endswith("entry_points.txt"))
+    assert all(f"{name} = vqvae_lightning" in inside.read(scripts).decode() for name in COMMANDS)
+    (metadata,) = (name for name in names if name.endswith("METADATA"))
+    assert "Requires-Dist: pytorch-lightning" in inside.read(metadata).decode()
     # A fresh environment that has the dependencies of this one but not this checkout.
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "venv"], check=True)
     (site,) = (tmp_path / "venv").glob("lib/python*/site-packages")

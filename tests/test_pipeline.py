@@ -176,3 +176,12 @@ def test_scalars_and_pictures_reach_the_logger(logger, toy, tmp_path, command, m
         runs = list((stage / "wandb").glob("offline-run-*"))
         assert len(runs) == 1
         assert list(runs[0].glob("files/media/images/val/reconstructions*.png"))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_the_pipeline_runs_on_a_gpu(toy, command):
+    on_gpu = ("trainer.accelerator=gpu", "prior.trainer.accelerator=gpu")
+    outcome = command("vqvae-pipeline", *SMOKE, *toy, *on_gpu)
+    assert outcome.status == 0, outcome.err
+    assert "sample_accuracy" in outcome.out
