@@ -26,6 +26,7 @@ QUIET = (
     ".*You are resuming from a checkpoint that was saved before the epoch ended.*",  # ours can
     ".*lr_scheduler.step.*",  # first step after resuming: the schedule was restored before it
     ".*GPU available but not used.*",
+    ".*smaller than the logging interval.*",  # the curve is over steps, not within an epoch
     ".*no `validation_step`.*",  # the classifier is judged on test images
 )
 
