@@ -178,9 +178,7 @@ class StepProgress(ProgressBar):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
     ) -> None:
         """Remove the bar, so that the message is not drawn over."""
-        if self._progress is not None:
-            self._progress.stop()
-            self._progress = None
+        self.on_train_end(trainer, pl_module)
 
     def _text(self, trainer: pl.Trainer) -> str:
         metrics: Mapping[str, Tensor] = trainer.progress_bar_metrics  # type: ignore[assignment]
@@ -295,10 +293,10 @@ class LastCheckpoint(Checkpoint):
     ) -> None:
         """Save if it is time to or if asked to; never between accumulated batches."""
         stepped, self._step = trainer.global_step > self._step, trainer.global_step
-        if not stepped or trainer.global_step >= trainer.estimated_stepping_batches:
+        due = self._asked or trainer.global_step % self.every_n_steps == 0
+        if not stepped or not due or trainer.global_step >= trainer.estimated_stepping_batches:
             return
-        if self._asked or trainer.global_step % self.every_n_steps == 0:
-            trainer.save_checkpoint(self.path, weights_only=False)
+        trainer.save_checkpoint(self.path, weights_only=False)
         if self._asked:
             raise Interrupted(f"Interrupted after step {trainer.global_step}; saved {self.path}.")
 

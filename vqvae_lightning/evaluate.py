@@ -4,7 +4,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from vqvae_lightning.app import app, load_images, print_result, started
+from vqvae_lightning.app import app, load_codes, load_images, print_result, started
 
 
 def check_evaluation(cfg: Any, prefix: str = "") -> None:
@@ -44,9 +44,8 @@ def evaluate(cfg: Any, images: Any = None) -> dict[str, Any]:
     import torch
 
     from vqvae_lightning import evaluation
-    from vqvae_lightning.checkpoints import load, load_pair, weights_hash
+    from vqvae_lightning.checkpoints import load, load_pair
     from vqvae_lightning.configs import build, plain
-    from vqvae_lightning.data import CodesDataModule
     from vqvae_lightning.errors import InputError
     from vqvae_lightning.networks.autoencoder import from_uint8
     from vqvae_lightning.pictures import pairs, save_png
@@ -77,10 +76,7 @@ def evaluate(cfg: Any, images: Any = None) -> dict[str, Any]:
         )
     options = plain(cfg.trainer)
     device = pl.Trainer(**options, logger=False, enable_checkpointing=False).strategy.root_device
-    codes_dir = cfg.codes_dir or vqvae_path.parent.parent / "codes"
-    codes = CodesDataModule(images, vqvae.net, weights_hash(vqvae.net), str(codes_dir), 1)
-    codes.encode(device)
-    codes.setup()
+    codes = load_codes(images, vqvae.net, vqvae_path, cfg, 1, device)
     write_config(cfg, folder)
     if prior is not None:
         prior.to(device)
@@ -95,8 +91,19 @@ def evaluate(cfg: Any, images: Any = None) -> dict[str, Any]:
     arrays = {"histogram": codes.histogram(), "codes": shown_codes, "images": shown}
     np.savez(folder / "codes.npz", **{k: v.numpy() for k, v in arrays.items()})
     if prior is not None:
-        drawn, _, labels = evaluation.draw_images(
-            codes, prior, cfg.num_samples, cfg.seed, device, temperature=cfg.temperature
+        labels = None
+        if prior.num_classes:
+            # A class without training images has never been learnt.
+            present = images.datasets["train"].labels.unique()
+            labels = present[torch.arange(cfg.num_samples) % len(present)]
+        drawn, _ = evaluation.draw_images(
+            codes.vqvae,
+            prior,
+            cfg.num_samples,
+            labels,
+            cfg.seed,
+            device,
+            temperature=cfg.temperature,
         )
         nearest = evaluation.nearest_training_images(images, drawn[:10])
         save_png(pairs(from_uint8(drawn[:10]), from_uint8(nearest)), folder / "nearest.png")

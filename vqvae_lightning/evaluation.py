@@ -15,7 +15,7 @@ from torchmetrics.image.fid import FrechetInceptionDistance
 from vqvae_lightning.callbacks import SeedSteps, StepProgress
 from vqvae_lightning.data.codes import CodesDataModule
 from vqvae_lightning.data.images import ImageDataModule, SplitName
-from vqvae_lightning.metrics import CodebookUsage
+from vqvae_lightning.metrics import CodebookUsage, unigram_log_probabilities
 from vqvae_lightning.networks.autoencoder import from_uint8, to_uint8
 from vqvae_lightning.networks.likelihoods import discretised_logistic, fit_log_scale
 from vqvae_lightning.networks.pixelcnn import PixelCNN
@@ -91,8 +91,7 @@ def likelihood_metrics(
     """
     dims = math.prod(codes.images.image_shape)
     positions = math.prod(codes.grid)
-    histogram = (codes.histogram() + 1).float().to(device)
-    unigram = torch.log(histogram / histogram.sum())
+    unigram = unigram_log_probabilities(codes.histogram()).to(device)
     by_position = _position_log_probabilities(codes).to(device)
     log_scale = _scale(codes, device)
     sums = dict.fromkeys(("pixels", "unigram", "position", "prior"), 0.0)
@@ -182,12 +181,11 @@ def classifier_metrics(
         and samples, in the classifier's features. The distance depends on the classifier: compare
         it within a run only.
     """
-    distances = {
-        name: FrechetInceptionDistance(
-            feature=_Features(classifier), input_img_size=codes.images.image_shape
-        ).to(device)
-        for name in ("reconstruction", "sample")
-    }
+    distance = FrechetInceptionDistance(
+        feature=_Features(classifier),
+        reset_real_features=False,  # the real images serve both distances
+        input_img_size=codes.images.image_shape,
+    ).to(device)
     right = {"real": 0, "reconstruction": 0, "sample": 0}
     truth = codes.datasets[split].labels
     assert truth is not None
@@ -198,12 +196,13 @@ def classifier_metrics(
         done += len(levels)
         for name, batch in (("real", levels), ("reconstruction", decoded)):
             right[name] += int((classifier(from_uint8(batch)).argmax(1) == part).sum())
-        for distance in distances.values():
-            distance.update(levels, real=True)
-        distances["reconstruction"].update(decoded, real=False)
+        distance.update(levels, real=True)
+        distance.update(decoded, real=False)
+    distances = {"reconstruction_fid": float(distance.compute())}
+    distance.reset()
     for start in range(0, len(samples), 256):
         batch = samples[start : start + 256].to(device)
-        distances["sample"].update(batch, real=False)
+        distance.update(batch, real=False)
         if labels is not None:
             guess = classifier(from_uint8(batch)).argmax(1)
             right["sample"] += int((guess == labels[start : start + 256].to(device)).sum())
@@ -213,7 +212,7 @@ def classifier_metrics(
     }
     if labels is not None:
         metrics["sample_accuracy"] = right["sample"] / len(samples)
-    return {**metrics, **{f"{k}_fid": float(v.compute()) for k, v in distances.items()}}
+    return {**metrics, **distances, "sample_fid": float(distance.compute())}
 
 
 class _Features(nn.Module):
@@ -231,44 +230,39 @@ class _Features(nn.Module):
 
 
 def draw_images(
-    codes: CodesDataModule,
+    vqvae: Any,
     prior: PixelCNN,
     count: int,
+    labels: Tensor | None,
     seed: int,
     device: torch.device,
     **options: Any,
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """`count` samples, the classes in turn.
+) -> tuple[Tensor, Tensor]:
+    """New images, under a progress bar.
 
     Args:
-        codes: Give the grid and the decoder.
+        vqvae: The decoder of the prior's codes.
         prior: In evaluation mode.
         count: Images to draw.
+        labels: (count,) classes to draw; None for an unconditional prior.
         seed: Of the draw.
         device: To compute on.
         **options: Of `sample`.
 
     Returns:
-        Images (count, C, H, W) uint8, codes (count, h, w) and labels (count,), or None without
-        classes; on the CPU.
+        Images (count, C, H, W) uint8 and codes (count, h, w), on the CPU.
     """
-    labels = None
-    if prior.num_classes:
-        known = codes.datasets["train"].labels
-        assert known is not None
-        present = known.unique()  # a class without training images has never been learnt
-        labels = present[torch.arange(count) % len(present)]
     generator = torch.Generator().manual_seed(seed)
     with progress_bar("sampling", count) as advance:
-        drawn = sample(
+        codes = sample(
             prior.to(device),
-            (count, *codes.grid),
+            (count, prior.height, prior.width),
             labels,
             generator=generator,
             on_batch=advance,
             **options,
         )
-    return decode_images(codes.vqvae.to(device), drawn), drawn.cpu(), labels
+    return decode_images(vqvae.to(device), codes), codes.cpu()
 
 
 @torch.inference_mode()

@@ -14,6 +14,12 @@ def entropy_nats(counts: Tensor) -> Tensor:
     return entropy
 
 
+def unigram_log_probabilities(counts: Tensor) -> Tensor:
+    """Natural log p of each code (K,) under the histogram `counts` (K,) with one added to each."""
+    smoothed = counts.float() + 1
+    return torch.log(smoothed / smoothed.sum())
+
+
 class CodebookUsage(Metric):
     """How the codebook is used, by the histogram of all codes of all batches and ranks.
 

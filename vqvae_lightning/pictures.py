@@ -1,7 +1,5 @@
 """Grids of images as PNG files."""
 
-import os
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,6 +9,7 @@ from torch import Tensor
 from torchvision.utils import make_grid
 
 from vqvae_lightning.networks.autoencoder import to_uint8
+from vqvae_lightning.results import replacing
 
 
 def pairs(originals: Tensor, reconstructions: Tensor, columns: int = 10) -> Tensor:
@@ -38,17 +37,8 @@ def grid(rows: Sequence[Tensor] | Tensor, columns: int = 10) -> Tensor:
     return picture
 
 
-def save_png(picture: Tensor, path: Path) -> Path:
-    """Write (3, H, W) uint8 beside `path` and rename it, so that no half picture is ever seen."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    Image.fromarray(picture.movedim(0, -1).numpy()).save(partial, format="PNG", optimize=True)
-    partial.rename(path)
-    return path
-
-
-def copy_file(source: Path, target: Path) -> None:
-    """Copy beside `target`, then rename."""
-    partial = target.with_name(f".{target.name}.{os.getpid()}")
-    shutil.copyfile(source, partial)
-    partial.rename(target)
+def save_png(picture: Tensor, path: Path) -> None:
+    """Replace `path` by a PNG of (3, H, W) uint8, so that no half picture is ever seen."""
+    with replacing(path) as partial:
+        image = Image.fromarray(picture.movedim(0, -1).numpy())
+        image.save(partial, format="PNG", optimize=True)

@@ -1,5 +1,6 @@
 """vqvae-pipeline, the main job: from real images to new images, each stage resumable."""
 
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -112,10 +113,9 @@ def run_pipeline(cfg: Any) -> dict[str, Any]:
         InputError: As the stages do, before any of them has begun where that can be known.
     """
     from vqvae_lightning.evaluate import evaluate
-    from vqvae_lightning.pictures import copy_file
     from vqvae_lightning.progress import console
     from vqvae_lightning.report import write_report
-    from vqvae_lightning.results import read_result, write_config, write_result
+    from vqvae_lightning.results import read_result, replacing, write_config, write_result
     from vqvae_lightning.sample import draw
     from vqvae_lightning.train import train
 
@@ -139,8 +139,9 @@ def run_pipeline(cfg: Any) -> dict[str, Any]:
         results[name] = run(configs[name])
         console.print(_line(name, results[name], known), highlight=False, soft_wrap=True)
     start = time.perf_counter()
-    copy_file(folder / "evaluation" / "reconstructions.png", folder / "reconstructions.png")
-    copy_file(folder / "samples" / "samples.png", folder / "samples.png")
+    for stage, picture in (("evaluation", "reconstructions.png"), ("samples", "samples.png")):
+        with replacing(folder / picture) as partial:
+            shutil.copyfile(folder / stage / picture, partial)
     seconds = {name: result["seconds"] for name, result in results.items()}
     metrics = {k: v["value"] for k, v in results["evaluation"]["metrics"].items()}
     facts = {

@@ -4,6 +4,8 @@ import json
 import os
 import platform
 import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -47,12 +49,19 @@ UNITS = {
 """Unit of each logged name, by its last part."""
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write beside `path`, then rename: a reader sees the old text or the new, never a half."""
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A path beside `path` to write to, then renamed: a reader sees the old file or the new."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}")
-    partial.write_text(text)
+    yield partial
     partial.rename(path)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace `path` by a file with `text`."""
+    with replacing(path) as partial:
+        partial.write_text(text)
 
 
 def write_config(cfg: Any, folder: Path) -> None:

@@ -51,11 +51,9 @@ def draw(cfg: Any) -> dict[str, Any]:
 
     from vqvae_lightning.checkpoints import load_pair
     from vqvae_lightning.devices import device_for
-    from vqvae_lightning.evaluation import decode_images
+    from vqvae_lightning.evaluation import draw_images
     from vqvae_lightning.networks.autoencoder import from_uint8
-    from vqvae_lightning.networks.sampling import sample
     from vqvae_lightning.pictures import grid, save_png
-    from vqvae_lightning.progress import progress_bar
     from vqvae_lightning.results import read_result, write_config, write_result
 
     folder = Path(cfg.folder)
@@ -66,7 +64,7 @@ def draw(cfg: Any) -> dict[str, Any]:
     loaded, vqvae = load_pair(cfg.prior_checkpoint, cfg.vqvae_checkpoint)
     check_sampling(cfg, loaded.net.num_classes)
     device = device_for(cfg.accelerator)
-    prior, count = loaded.net.to(device), cfg.num_samples
+    prior, count = loaded.net, cfg.num_samples
     labels, chosen, columns = None, [], 10
     if prior.num_classes:
         chosen = list(range(prior.num_classes) if cfg.labels is None else cfg.labels)
@@ -74,22 +72,20 @@ def draw(cfg: Any) -> dict[str, Any]:
         # A column per class where they fit; more classes follow each other in rows.
         columns = len(chosen) if len(chosen) <= 20 else 10
     write_config(cfg, folder)
-    generator = torch.Generator().manual_seed(cfg.seed)
-    with progress_bar("sampling", count) as advance:
-        codes = sample(
-            prior,
-            (count, prior.height, prior.width),
-            labels,
-            temperature=cfg.temperature,
-            top_k=cfg.top_k,
-            generator=generator,
-            batch_size=cfg.batch_size,
-            on_batch=advance,
-        )
-    images = decode_images(vqvae.net.to(device), codes)
+    images, codes = draw_images(
+        vqvae.net,
+        prior,
+        count,
+        labels,
+        cfg.seed,
+        device,
+        temperature=cfg.temperature,
+        top_k=cfg.top_k,
+        batch_size=cfg.batch_size,
+    )
     shown = from_uint8(images[: 10 * columns])
     save_png(grid(shown, columns), folder / "samples.png")
-    arrays: dict[str, Any] = {"images": images.movedim(1, -1), "codes": codes.cpu()}
+    arrays: dict[str, Any] = {"images": images.movedim(1, -1), "codes": codes}
     if labels is not None:
         arrays["labels"] = labels
     np.savez_compressed(folder / "samples.npz", **{k: v.numpy() for k, v in arrays.items()})

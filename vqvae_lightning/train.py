@@ -4,7 +4,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from vqvae_lightning.app import app, load_images, print_result, started, stoppable
+from vqvae_lightning.app import app, load_codes, load_images, print_result, started, stoppable
 
 
 def train(cfg: Any, images: Any = None) -> dict[str, Any]:
@@ -118,16 +118,10 @@ def train(cfg: Any, images: Any = None) -> dict[str, Any]:
 
 def codes_of(cfg: Any, images: Any, device: Any) -> Any:
     """The codes of `images` under `cfg.vqvae_checkpoint`, encoded on `device` if need be."""
-    from vqvae_lightning.checkpoints import load, weights_hash
-    from vqvae_lightning.data import CodesDataModule
+    from vqvae_lightning.checkpoints import load
 
     path = Path(cfg.vqvae_checkpoint)
-    vqvae = load(path, "vqvae").net
-    folder = cfg.codes_dir or path.parent.parent / "codes"
-    codes = CodesDataModule(images, vqvae, weights_hash(vqvae), str(folder), cfg.batch_size)
-    codes.encode(device)
-    codes.setup()
-    return codes
+    return load_codes(images, load(path, "vqvae").net, path, cfg, cfg.batch_size, device)
 
 
 @app("vqvae")

@@ -2,7 +2,6 @@
 
 import base64
 import csv
-import html
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +49,7 @@ def write_report(folder: Path) -> Path:
         value=lambda name: result["metrics"].get(f"{split}/{name}", {}).get("value"),
         conditional=bool(names),
         columns=[names[number] for number in stages["samples"]["column_classes"]],
-        stages={name: result["seconds"][name] for name in result["seconds"]},
+        stages=result["seconds"],
         pictures={name: inline_png(path) for name, path in pictures.items()},
         progress=[inline_png(path) for path in _some(folder / "prior" / "pictures", 4)],
         losses=Markup(figures.losses(curves["vqvae"])),
@@ -84,7 +83,7 @@ def read_curves(path: Path) -> dict[str, tuple[list[float], list[float]]]:
 def inline_png(path: Path) -> dict[str, Any]:
     """A PNG as a data URI, with its name for the alternative text."""
     data = base64.b64encode(path.read_bytes()).decode()
-    return {"name": html.escape(path.stem), "uri": f"data:image/png;base64,{data}"}
+    return {"name": path.stem, "uri": f"data:image/png;base64,{data}"}
 
 
 def _some(folder: Path, count: int) -> list[Path]:

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vqvae_lightning.data.images import Batch
+from vqvae_lightning.metrics import unigram_log_probabilities
 from vqvae_lightning.networks.pixelcnn import PixelCNN
 from vqvae_lightning.tasks.optimization import (
     OptimizerFactory,
@@ -44,8 +45,8 @@ class PriorTask(pl.LightningModule):
 
     def setup(self, stage: str) -> None:
         """Take the unigram model from the training codes."""
-        counts = self.trainer.datamodule.histogram().float() + 1  # type: ignore[attr-defined]
-        self.unigram.copy_(torch.log(counts / counts.sum()))
+        counts = self.trainer.datamodule.histogram()  # type: ignore[attr-defined]
+        self.unigram.copy_(unigram_log_probabilities(counts))
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """One step on codes; logs every `trainer.log_every_n_steps`."""
