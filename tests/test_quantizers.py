@@ -51,9 +51,10 @@ def test_codes_are_the_nearest_codebook_rows(
 
 
 def test_look_up_in_several_blocks_equals_one(monkeypatch):
-    vectors, codebook = torch.randn(1000, 5), torch.randn(30, 5)
+    vectors, codebook = torch.randn(1000, 5), torch.randn(600, 5)
     whole = nearest_codes(vectors, codebook)
-    monkeypatch.setattr("vqvae_lightning.quantizers.base.BLOCK", 30 * 7)
+    monkeypatch.setattr("vqvae_lightning.quantizers.base.COLUMNS", 128)
+    monkeypatch.setattr("vqvae_lightning.quantizers.base.SCORES", 128 * 7)
     assert torch.equal(nearest_codes(vectors, codebook), whole)
 
 
@@ -212,7 +213,7 @@ def test_ema_state_is_buffers_only():
 
 @BOTH
 @pytest.mark.parametrize("init", ["kmeans", "data"])
-def test_first_rows_come_from_the_first_training_batch_only(make, init):
+def test_first_rows_come_from_training_batches_only(make, init):
     # A look-up in evaluation (Lightning's sanity check) must not start it.
     quantizer = make(7, 3, init=init, warmup_steps=0)
     z = 40 + torch.randn(8, 3, 4, 5)
@@ -220,7 +221,10 @@ def test_first_rows_come_from_the_first_training_batch_only(make, init):
     quantizer.eval()(z)
     assert not quantizer.initialised
     assert torch.equal(quantizer.codebook, before)
+    quantizer.update(0.5)  # a step of something else
+    assert not quantizer.initialised
     quantizer.train()(z)
+    quantizer.update(0.0)
     assert quantizer.initialised
     assert (quantizer.codebook > 30).all()
 

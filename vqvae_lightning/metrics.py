@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
+ACTIVE_VARIANCE = 0.01  # of the posterior means over the data (Burda et al., arXiv:1509.00519)
+
 
 def entropy_nats(counts: Tensor) -> Tensor:
     """Entropy in nats of the histogram `counts` (K,); 0 for an empty one."""
@@ -59,3 +61,47 @@ class CodebookUsage(Metric):
             "use": used / self.num_codes,
             "dead_codes": (self.num_codes - used).float(),
         }
+
+
+class LatentUsage(Metric):
+    """How the latents of a variational autoencoder are used: posterior collapse made visible.
+
+    `compute` returns:
+        kl_nats: (D,) KL divergence from the standard normal per latent value, mean over the data.
+        active: (D,) bool: whether the channel's posterior mean varies by more than 0.01 over the
+            data (Burda et al. 2015, arXiv:1509.00519, section 5.2): one that does not has collapsed
+            onto the prior and tells the decoder nothing.
+
+    Exact over batches, partial batches and ranks.
+
+    Args:
+        channels: D.
+        **options: Of `torchmetrics.Metric`.
+    """
+
+    full_state_update = False
+    count: Tensor
+    kl: Tensor
+    means: Tensor
+    squares: Tensor
+
+    def __init__(self, channels: int, **options: Any) -> None:
+        super().__init__(**options)
+        self.add_state("count", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+        for name in ("kl", "means", "squares"):
+            zeros = torch.zeros(channels, dtype=torch.float64)
+            self.add_state(name, zeros, dist_reduce_fx="sum")
+
+    def update(self, mean: Tensor, kl: Tensor) -> None:
+        """Add the posterior means and divergences (B, D, H, W) of a batch."""
+        mean = mean.double().movedim(1, 0).flatten(1)
+        self.count += mean.shape[1]
+        self.kl += kl.double().movedim(1, 0).flatten(1).sum(1)
+        self.means += mean.sum(1)
+        self.squares += mean.square().sum(1)
+
+    def compute(self) -> dict[str, Tensor]:
+        """See the class."""
+        count = self.count.clamp(min=1)
+        variance = self.squares / count - (self.means / count).square()
+        return {"kl_nats": (self.kl / count).float(), "active": variance > ACTIVE_VARIANCE}

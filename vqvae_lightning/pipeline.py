@@ -82,11 +82,13 @@ def check_stages(configs: dict[str, Any], images: Any) -> None:
         InputError: Naming the key as the pipeline's config has it.
     """
     from vqvae_lightning.configs import build
+    from vqvae_lightning.data.codes import require_codes
     from vqvae_lightning.errors import InputError, check_positive
     from vqvae_lightning.evaluate import check_evaluation
     from vqvae_lightning.sample import check_sampling
     from vqvae_lightning.tasks.optimization import check_optimizer
 
+    require_codes(build(configs["vqvae"].model.net.quantizer))
     prior, judge, drawing = (configs[name] for name in ("prior", "evaluation", "samples"))
     stand_in = {"num_codes": 2, "height": 1, "width": 1, "num_classes": images.num_classes}
     try:

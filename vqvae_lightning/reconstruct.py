@@ -15,7 +15,7 @@ def reconstruct(cfg: Any) -> dict[str, Any]:
     Returns:
         The contents of `result.json`; beside it lie `reconstructions.png` (originals above their
         reconstructions) and `reconstructions.npz` (images and reconstructions uint8 (N, H, W, C),
-        codes).
+        and codes where there are any).
 
     Raises:
         InputError: If the checkpoint or the images cannot be used.
@@ -27,8 +27,7 @@ def reconstruct(cfg: Any) -> dict[str, Any]:
     from vqvae_lightning.data import ImageFolderSource
     from vqvae_lightning.devices import device_for
     from vqvae_lightning.errors import InputError, check_positive
-    from vqvae_lightning.evaluation import decode_images
-    from vqvae_lightning.networks.autoencoder import from_uint8
+    from vqvae_lightning.networks.autoencoder import from_uint8, to_uint8
     from vqvae_lightning.pictures import pairs, save_png
     from vqvae_lightning.progress import progress_bar
     from vqvae_lightning.results import write_config, write_result
@@ -52,22 +51,24 @@ def reconstruct(cfg: Any) -> dict[str, Any]:
             own = own.replace("dataset.source.size", "size")
             raise InputError(own.partition(", or model.net")[0]) from error
     write_config(cfg, folder)
-    parts = []
+    codes, decoded = [], []
     with progress_bar("encoding", len(images)) as advance, torch.inference_mode():
         for part in images.split(256):
-            parts.append(net.encode(from_uint8(part.to(device))))
+            output = net(from_uint8(part.to(device)))
+            decoded.append(to_uint8(output.reconstruction).cpu())
+            if output.quantized.codes is not None:  # a continuous bottleneck has none
+                codes.append(output.quantized.codes.cpu())
             advance(len(part))
-    codes = torch.cat(parts)
-    decoded = decode_images(net, codes)
-    shown = pairs(from_uint8(images[:count]), from_uint8(decoded[:count]))
+    reconstructed = torch.cat(decoded)
+    shown = pairs(from_uint8(images[:count]), from_uint8(reconstructed[:count]))
     save_png(shown, folder / "reconstructions.png")
     arrays = {
         "images": images.movedim(1, -1),
-        "reconstructions": decoded.movedim(1, -1),
-        "codes": codes.cpu(),
+        "reconstructions": reconstructed.movedim(1, -1),
+        **({"codes": torch.cat(codes)} if codes else {}),
     }
     np.savez_compressed(folder / "reconstructions.npz", **{k: v.numpy() for k, v in arrays.items()})
-    squared = float(((decoded.float() - images.float()) / 255).square().mean())
+    squared = float(((reconstructed.float() - images.float()) / 255).square().mean())
     metrics = {"images": float(len(images)), "mse": squared}
     return write_result(
         folder, metrics, commit=cfg.commit, vqvae_checkpoint=str(cfg.vqvae_checkpoint)

@@ -12,9 +12,13 @@ from typing import Any
 
 UNITS = {
     "accuracy": "share of codes predicted",
+    "active_dims": "latent channels",
+    "auxiliary": "1",
+    "auxiliary_weighted": "1",
     "bits_per_code": "bits/code",
     "code_entropy_bits": "bits/code",
     "codebook": "squared latent value",
+    "codebook_drift": "share of mean row length",
     "codebook_use": "share of codes",
     "codebook_weighted": "1",
     "commitment": "squared latent value",
@@ -22,6 +26,9 @@ UNITS = {
     "dead_codes": "codes",
     "histogram_bits_per_dim": "bits/dim",
     "images": "images",
+    "kl": "nats per latent value",
+    "kl_nats_dim": "nats per latent value",
+    "kl_weighted": "1",
     "learning_rate": "1",
     "loss": "1",
     "mse": "squared pixel value in [0, 1]",
@@ -46,7 +53,7 @@ UNITS = {
     "unigram_nats_per_code": "nats/code",
     "uniform_bits_per_dim": "bits/dim",
 }
-"""Unit of each logged name, by its last part."""
+"""Unit of each logged name, by its last part; a number that ends it is left out."""
 
 
 @contextmanager
@@ -88,10 +95,16 @@ def write_result(folder: Path, metrics: dict[str, float], **facts: Any) -> dict[
     Returns:
         What was written.
     """
-    named = {k: {"value": v, "unit": UNITS[k.rpartition("/")[2]]} for k, v in metrics.items()}
+    named = {name: {"value": value, "unit": unit(name)} for name, value in metrics.items()}
     result = {"metrics": named, **facts, **circumstances()}
     write_text(folder / "result.json", json.dumps(result, indent=1))
     return result
+
+
+def unit(name: str) -> str:
+    """The unit of a logged name such as `val/kl_nats_dim7`."""
+    last = name.rpartition("/")[2]
+    return UNITS.get(last) or UNITS[last.rstrip("0123456789")]
 
 
 def circumstances() -> dict[str, Any]:

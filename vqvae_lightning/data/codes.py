@@ -19,6 +19,22 @@ from vqvae_lightning.progress import progress_bar
 SPLITS = ("train", "val", "test")
 
 
+def require_codes(quantizer: Any) -> None:
+    """Refuse a quantizer whose codes no prior could learn.
+
+    Raises:
+        InputError: If it has none, or several per position.
+    """
+    count = quantizer.codes_per_position
+    if count != 1:
+        name = getattr(quantizer, "name", type(quantizer).__name__)
+        raise InputError(
+            f"a prior and an evaluation need one code per position, but quantizer {name} has "
+            f"{count or 'none'}: train it with vqvae-train alone, or choose another, such as "
+            "quantizer=ema, loss, fsq."
+        )
+
+
 class CodesDataModule(ArrayDataModule):
     """The codes of a data set under a trained VQ-VAE.
 
@@ -43,6 +59,7 @@ class CodesDataModule(ArrayDataModule):
     ) -> None:
         super().__init__(batch_size, images.eval_batch_size, images.seed)
         images.setup()
+        require_codes(vqvae.quantizer)
         if images.image_shape[0] != vqvae.channels:
             raise InputError(
                 f"the images have {images.image_shape[0]} channels, the VQ-VAE {vqvae.channels}: "

@@ -123,7 +123,10 @@ class VQVAE(nn.Module):
     """Autoencoder with a discrete bottleneck (van den Oord et al. 2017, arXiv:1711.00937).
 
     Args:
-        quantizer: What turns vectors into codes; its `code_dim` is the encoder's output.
+        quantizer: What turns vectors into codes, or a continuous bottleneck: then this is a plain
+            or a variational autoencoder. The encoder ends in a 1x1 convolution to its channels: a
+            small `code_dim` is a learnt projection of wide features to few for the look-up (Yu et
+            al. 2021, arXiv:2110.04627, section 3.2), which keeps large codebooks in use.
         channels: Channels of the images.
         hidden: Width of encoder and decoder; even.
         downsamplings: Halvings of height and width; the images' sides divide by 2**downsamplings.
@@ -157,9 +160,9 @@ class VQVAE(nn.Module):
         self.channels = channels
         self.downsamplings = downsamplings
         self.quantizer = quantizer
-        sizes = (channels, hidden, quantizer.code_dim, downsamplings)
-        self.encoder = Encoder(*sizes, residual_blocks, residual_hidden)
-        self.decoder = Decoder(*sizes, residual_blocks, residual_hidden)
+        inner = (downsamplings, residual_blocks, residual_hidden)
+        self.encoder = Encoder(channels, hidden, quantizer.encoder_channels, *inner)
+        self.decoder = Decoder(channels, hidden, quantizer.code_dim, *inner)
 
     def forward(self, images: Tensor) -> VQVAEOutput:
         """Reconstruct images (B, C, H, W) in [-1, 1]; in training the quantizer observes them."""

@@ -1,7 +1,19 @@
 """How a grid of vectors becomes a grid of codes (torch only)."""
 
-from vqvae_lightning.quantizers.base import Quantizer, QuantizerOutput, VectorQuantizer
+from vqvae_lightning.quantizers.base import Posterior, Quantizer, QuantizerOutput, VectorQuantizer
+from vqvae_lightning.quantizers.continuous import GaussianBottleneck, NoQuantizer
 from vqvae_lightning.quantizers.ema import EMAQuantizer
+from vqvae_lightning.quantizers.library import LibraryQuantizer
 from vqvae_lightning.quantizers.loss import LossQuantizer
 
-__all__ = ["EMAQuantizer", "LossQuantizer", "Quantizer", "QuantizerOutput", "VectorQuantizer"]
+__all__ = [
+    "EMAQuantizer",
+    "GaussianBottleneck",
+    "LibraryQuantizer",
+    "LossQuantizer",
+    "NoQuantizer",
+    "Posterior",
+    "Quantizer",
+    "QuantizerOutput",
+    "VectorQuantizer",
+]

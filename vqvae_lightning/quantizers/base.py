@@ -1,7 +1,8 @@
-"""What every quantizer shares: output, look-up, straight-through estimator, first codebook."""
+"""What every quantizer shares: output, look-up, gradient estimators, first codebook, revival."""
 
 from abc import abstractmethod
-from typing import Literal, NamedTuple, Protocol, cast
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple, Protocol, Self, cast
 
 import torch
 import torch.distributed as dist
@@ -10,35 +11,53 @@ from torch import Tensor, nn
 
 from vqvae_lightning.errors import InputError, check_positive, check_range
 
-BLOCK = 2**22  # scores held at a time by `nearest_codes`: 16 MiB; smaller blocks only cost launches
+SCORES = 2**21  # scores held at a time by `nearest_codes`: 8 MiB, which caches hold
+COLUMNS = 2**12  # codes compared at a time, so that a block keeps enough rows for a large codebook
+CHUNK = 64  # neighbouring scores of which the largest is found first
 POOL = 16  # encoder vectors per code that k-means sees
 POOL_STEPS = 16  # last steps of the warm-up that they are drawn from
 KMEANS_STEPS = 10
 
 
+class Posterior(NamedTuple):
+    """What a Gaussian bottleneck knows of its latents; both (B, D, H, W)."""
+
+    mean: Tensor
+    kl: Tensor
+    """KL divergence from the standard normal in nats, per latent value."""
+
+
 class QuantizerOutput(NamedTuple):
-    """What a quantizer returns for encoder vectors `z` of shape (B, D, H, W)."""
+    """What a quantizer returns for encoder vectors `z` of shape (B, encoder_channels, H, W)."""
 
     vectors: Tensor
-    """(B, D, H, W) float32, the decoder's input; its gradient passes straight through to `z`."""
+    """(B, D, H, W) float32, the decoder's input."""
     codes: Tensor | None
-    """(B, H, W) int64 in [0, num_codes); None while the codebook still waits for the warm-up to
-    end."""
+    """(B, H, W) int64 in [0, num_codes), or (B, H, W, Q) with Q = codes_per_position > 1; None from
+    a continuous bottleneck, and while the codebook waits for the warm-up to end."""
     loss: Tensor
     """() the weighted sum of `terms`: add it to the reconstruction term."""
     terms: dict[str, Tensor]
     """Unweighted parts of `loss`, each (), for logging; the weights are `Quantizer.weights`."""
+    posterior: Posterior | None = None
+    """Of a Gaussian bottleneck only."""
 
 
 class Quantizer(Protocol):
-    """What the networks and tasks need of a quantizer."""
+    """What the networks and tasks need of a bottleneck."""
 
     num_codes: int
+    """Rows of (each) codebook; 0 for a continuous bottleneck."""
+    codes_per_position: int
+    """1, or more for residual quantizers, or 0 for a continuous bottleneck."""
     code_dim: int
+    """Channels that the decoder gets."""
+    encoder_channels: int
+    """Channels that the encoder delivers."""
     weights: dict[str, float]
 
     def __call__(self, z: Tensor) -> QuantizerOutput:
-        """Quantize (B, D, H, W); in training mode gather what `update` needs."""
+        """Quantize (B, encoder_channels, H, W); in training mode gather what `update` needs."""
 
     def encode(self, z: Tensor) -> Tensor:
         """Codes (B, H, W) of `z`; never learns, even in training mode."""
@@ -62,48 +81,119 @@ class StraightThrough(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: torch.autograd.function.FunctionCtx, z: Tensor, vectors: Tensor) -> Tensor:
+    def forward(ctx: Any, z: Tensor, vectors: Tensor) -> Tensor:
         """Return `vectors` bit for bit."""
-        ctx.dtype = z.dtype  # type: ignore[attr-defined]
         return vectors.view_as(vectors)
 
     @staticmethod
-    def backward(
-        ctx: torch.autograd.function.FunctionCtx, *gradients: Tensor
-    ) -> tuple[Tensor, None]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
         """The identity for `z`, nothing for `vectors`."""
-        return gradients[0].to(ctx.dtype), None  # type: ignore[attr-defined]
+        return gradients[0], None
+
+
+class Rotation(torch.autograd.Function):
+    """Replace `z` by `vectors` and turn and scale the gradient as `z` was turned and scaled.
+
+    Each vector e is written as (|e| / |z|) R z with the rotation R = 1 - 2 r r' + 2 e^ z^' that
+    takes the direction z^ to e^ within their plane, r = (z^ + e^) / |z^ + e^|; factor and rotation
+    count as constants. Source: Fifty et al. 2024 (arXiv:2410.06424), section 4.2. Rows are the last
+    dimension.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, z: Tensor, vectors: Tensor) -> Tensor:
+        """Return `vectors` bit for bit."""
+        ctx.save_for_backward(z, vectors)
+        return vectors.view_as(vectors)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        """(|e| / |z|) R' gradient for `z`, nothing for `vectors`."""
+        z, vectors = ctx.saved_tensors
+        gradient = gradients[0]
+        source, target = F.normalize(z, dim=-1), F.normalize(vectors, dim=-1)
+        middle = F.normalize(source + target, dim=-1)
+        turned = (
+            gradient
+            - 2 * middle * (middle * gradient).sum(-1, keepdim=True)
+            + 2 * source * (target * gradient).sum(-1, keepdim=True)
+        )
+        length = z.norm(dim=-1, keepdim=True).clamp(min=1e-12)
+        return turned * (vectors.norm(dim=-1, keepdim=True) / length), None
+
+
+ESTIMATORS = {"straight_through": StraightThrough, "rotation": Rotation}
 
 
 def nearest_codes(vectors: Tensor, codebook: Tensor) -> Tensor:
     """Index of the nearest codebook row (Euclidean) for each vector.
 
-    The distances are float32 and never held all at once: blocks of rows go through one reused
-    buffer, which is several times faster than an N x K matrix of fresh memory. argmin |z - e|^2 =
-    argmax z.e - |e|^2 / 2.
+    The distances are float32 and never held all at once: blocks go through one reused buffer, which
+    is several times faster than an N x K matrix of fresh memory. argmin |z - e|^2 = argmax z.e -
+    |e|^2 / 2, with both moved by the mean row: far from the origin the terms would cancel to noise.
 
     Args:
         vectors: (N, D).
         codebook: (K, D).
 
     Returns:
-        (N,) int64 in [0, K).
+        (N,) int64 in [0, K); the lowest of codes at the same distance.
     """
+    return torch.ops.vqvae_lightning.nearest_codes(vectors.detach(), codebook.detach())  # type: ignore[no-any-return]
+
+
+def _nearest_codes(vectors: Tensor, codebook: Tensor) -> Tensor:
     # float32 even under autocast: in bfloat16 near-equal distances tie and 1 to 3 % of the codes
     # change.
-    with torch.no_grad(), torch.autocast(vectors.device.type, enabled=False):
-        vectors, codebook = vectors.detach().float(), codebook.detach().float()
-        bias = codebook.square().sum(1).mul_(-0.5)
-        block = max(1, min(len(vectors), BLOCK // len(codebook)))
-        buffer = vectors.new_empty(block, len(codebook))
-        best = vectors.new_empty(len(vectors))
+    with torch.autocast(vectors.device.type, enabled=False):
+        centre = codebook.float().mean(0)
+        table = codebook.float() - centre
+        bias = table.square().sum(1).mul_(-0.5)
+        padding = -len(table) % CHUNK  # never chosen
+        table = F.pad(table, (0, 0, 0, padding))
+        bias = F.pad(bias, (0, padding), value=-torch.inf)
+        tiles = list(zip(table.split(COLUMNS), bias.split(COLUMNS), strict=True))
+        width = min(len(table), COLUMNS)
+        height = max(1, min(len(vectors), SCORES // width))
+        buffer = table.new_empty(height * width)
         codes = torch.empty(len(vectors), dtype=torch.int64, device=vectors.device)
-        for start in range(0, len(vectors), block):
-            rows = vectors[start : start + block]
-            scores = torch.addmm(bias, rows, codebook.t(), out=buffer[: len(rows)])
-            part = slice(start, start + len(rows))
-            torch.max(scores, dim=1, out=(best[part], codes[part]))
-        return codes
+        for rows, out in zip(vectors.split(height), codes.split(height), strict=True):
+            centred = rows.float() - centre
+            best: Tensor | None = None
+            for number, (tile, offset) in enumerate(tiles):
+                scores = buffer[: len(rows) * len(tile)].view(len(rows), len(tile))
+                torch.addmm(offset, centred, tile.t(), out=scores)
+                # The largest of each chunk, then the place within the best chunk: a maximum alone
+                # is vectorised, one with its index is not.
+                chunks = scores.view(len(rows), -1, CHUNK)
+                tops = chunks.amax(2)
+                which = tops.argmax(1)
+                each = torch.arange(len(rows), device=which.device)
+                found = which * CHUNK + chunks[each, which].argmax(1)
+                top = tops[each, which]
+                if best is None:
+                    best = top
+                    out.copy_(found)
+                else:
+                    better = top > best
+                    best = torch.where(better, top, best)
+                    out.copy_(torch.where(better, found + number * COLUMNS, out))
+        # Vectors that are not finite find the padding; what stops such a run is its loss.
+        return codes.clamp_(max=len(codebook) - 1)
+
+
+# An operator of its own, so that `torch.compile` takes it as it is. Not `torch.library.custom_op`,
+# whose first call imports the compiler: 160 MB and seconds that an uncompiled run has no use for.
+_operators = torch.library.Library("vqvae_lightning", "DEF")
+_operators.define("nearest_codes(Tensor vectors, Tensor codebook) -> Tensor")
+_operators.impl("nearest_codes", _nearest_codes, "CompositeExplicitAutograd")
+
+
+torch.library.register_fake(
+    "vqvae_lightning::nearest_codes",
+    lambda vectors, codebook: vectors.new_empty(len(vectors), dtype=torch.int64),
+    lib=_operators,
+)
 
 
 def kmeans(vectors: Tensor, num_codes: int, generator: torch.Generator) -> Tensor:
@@ -168,22 +258,28 @@ def draw_over_ranks(parts: list[Tensor], count: int, generator: torch.Generator)
 
 
 class VectorQuantizer(nn.Module):
-    """A codebook: look-up, straight-through, first rows out of data, revival of dead codes.
+    """A codebook: look-up, gradient estimator, first rows out of data, revival of dead codes.
 
-    Subclasses say how the rows learn. The codebook is set by the first training batch after
-    `warmup_steps` optimizer steps, in which the quantizer passes `z` on as it is, so that it starts
-    where the encoder's vectors are. Codes that hardly any vector chooses are moved onto random
-    encoder vectors: without the two, most of K=512 codes stay unused for ever (Dhariwal et al.
-    2020, arXiv:2005.00341, section 3.1).
+    Subclasses say how the rows learn. A training run starts as a plain autoencoder: for
+    `warmup_steps` optimizer steps `z` is passed on as it is, and the last of them sets the
+    codebook, so that it starts where the encoder's vectors are. Codes that hardly any vector
+    chooses are moved onto random encoder vectors: without the two, most of K=512 codes stay unused
+    for ever (Dhariwal et al. 2020, arXiv:2005.00341, section 3.1).
+
+    `forward` gathers, `update` learns: all collectives and everything random are in `update`, once
+    per optimizer step, so that `forward` compiles as one graph.
 
     Args:
         num_codes: Rows of the codebook (K), at least 2.
         code_dim: Channels of `z` (D).
         commitment: Weight of the commitment term (beta in van den Oord et al. 2017, equation 3).
+        estimator: The gradient of `z`: `straight_through`, or `rotation` (arXiv:2410.06424).
+        normalize: Whether `z` and the rows have unit length, so that the nearest row is the one at
+            the smallest angle (Yu et al. 2021, arXiv:2110.04627, section 3.2).
         decay: Share of the old average kept per optimizer step, in [0, 1).
-        init: First rows: `kmeans` or `data` (random encoder vectors), or `uniform` in [-1/K, 1/K]
-            at once.
-        warmup_steps: Optimizer steps as a plain autoencoder before the codebook is set.
+        init: First rows: `kmeans` or `data` (random encoder vectors), or `uniform` in [-1/K, 1/K].
+        warmup_steps: Optimizer steps as a plain autoencoder; `kmeans` and `data` need one at least,
+            to see vectors, and take it even at 0.
         revive_below: A code is dead when its average count is below this share of the mean count; 0
             switches revival off. Free of units: neither batch size nor number of ranks changes it.
         revive_every: Optimizer steps between two revivals.
@@ -196,12 +292,15 @@ class VectorQuantizer(nn.Module):
 
     codebook: Tensor
     counts: Tensor
+    codes_per_position = 1
 
     def __init__(
         self,
         num_codes: int,
         code_dim: int,
         commitment: float = 0.25,
+        estimator: Literal["straight_through", "rotation"] = "straight_through",
+        normalize: bool = False,
         decay: float = 0.99,
         init: Literal["kmeans", "data", "uniform"] = "kmeans",
         warmup_steps: int = 200,
@@ -218,8 +317,12 @@ class VectorQuantizer(nn.Module):
             raise InputError("decay=1 would never let the codebook move; it must be below 1.")
         if init not in ("kmeans", "data", "uniform"):
             raise InputError(f"init={init} must be one of kmeans, data, uniform.")
+        if estimator not in ESTIMATORS:
+            raise InputError(f"estimator={estimator} must be one of {', '.join(ESTIMATORS)}.")
         self.num_codes = num_codes
-        self.code_dim = code_dim
+        self.code_dim = self.encoder_channels = code_dim
+        self.estimator = estimator
+        self.normalize = normalize
         self.decay = decay
         self.init = init
         self.warmup_steps = int(check_range("warmup_steps", warmup_steps, 0))
@@ -231,47 +334,55 @@ class VectorQuantizer(nn.Module):
         # Both are kept as Python numbers too cheap to wait for on a GPU; `get_extra_state` saves
         # them.
         self.steps = 0
-        self.initialised = init == "uniform"
+        self.initialised = init == "uniform" and warmup_steps == 0
+        # Hits of the batches since the last update. Not a buffer: DistributedDataParallel would put
+        # rank 0's in the place of this rank's. A checkpoint never falls between batch and update.
+        self.new_counts = torch.zeros(num_codes)
+        self._newest: Tensor | None = None
         self._pool: list[Tensor] = []
-        self._recent: list[Tensor] = []
 
     def first_rows(self) -> Tensor:
         """Random rows (K, D) in [-1/K, 1/K]: van den Oord's own initialisation (sonnet v1)."""
-        return torch.empty(self.num_codes, self.code_dim).uniform_(-1, 1) / self.num_codes
+        rows = torch.empty(self.num_codes, self.code_dim).uniform_(-1, 1) / self.num_codes
+        return self.scaled(rows)
+
+    def scaled(self, rows: Tensor) -> Tensor:
+        """Rows (..., D) at unit length if `normalize`, else as they are."""
+        return F.normalize(rows, dim=-1) if self.normalize else rows
+
+    def table(self) -> Tensor:
+        """The rows (K, D) as look-up and decoder see them."""
+        return self.codebook
 
     def forward(self, z: Tensor) -> QuantizerOutput:
         """Quantize `z` (B, D, H, W), or pass it on during the warm-up of a training run."""
-        if z.ndim < 2 or z.shape[1] != self.code_dim:
-            raise InputError(
-                f"the quantizer expects (batch, {self.code_dim}, ...) but got {tuple(z.shape)}: "
-                "code_dim must equal the encoder's output channels."
-            )
+        self._check(z)
         with torch.autocast(z.device.type, enabled=False):
-            rows = z.float().movedim(1, -1)
-            flat = rows.reshape(-1, self.code_dim)
-            if self.training and self.steps < self.warmup_steps:
-                self._remember(flat)
-                return QuantizerOutput(z.float(), None, flat.new_zeros(()), {})
+            rows = self.scaled(z.to(self.codebook.dtype).movedim(1, -1))
+            flat = rows.detach().reshape(-1, self.code_dim)
+            if self.training:
+                self._newest = flat
             if self.training and not self.initialised:
-                self._initialise(flat)
-            codes = nearest_codes(flat, self.codebook)
-            chosen = F.embedding(codes, self.codebook).view_as(rows)
+                # The codebook's zero: or a distributed run would wait for a gradient of it.
+                return QuantizerOutput(rows.movedim(-1, 1), None, self.codebook.sum() * 0, {})
+            table = self.table()
+            codes = nearest_codes(flat, table.detach())
+            chosen = F.embedding(codes, table).view_as(rows)
             terms = self.losses(rows, chosen)
             if self.training:
-                self.observe(flat.detach(), codes)
-                if self._revives(self.steps + 1):
-                    self._recent.append(flat.detach())
+                self.observe(flat, codes)
             loss = torch.stack([self.weights[name] * term for name, term in terms.items()]).sum()
-            vectors = cast(Tensor, StraightThrough.apply(z, chosen.detach().movedim(-1, 1)))
+            passed = ESTIMATORS[self.estimator].apply(rows, chosen.detach())
+        vectors = cast(Tensor, passed).movedim(-1, 1)
         return QuantizerOutput(vectors, codes.view(rows.shape[:-1]), loss, terms)
 
     @abstractmethod
     def losses(self, rows: Tensor, chosen: Tensor) -> dict[str, Tensor]:
         """Unweighted terms for vectors and their codebook rows, both (B, H, W, D) float32."""
 
-    @abstractmethod
     def observe(self, flat: Tensor, codes: Tensor) -> None:
         """Take in the vectors (N, D) and codes (N,) of one training batch."""
+        self.new_counts.scatter_add_(0, codes, torch.ones_like(codes, dtype=self.new_counts.dtype))
 
     @abstractmethod
     def learn(self) -> None:
@@ -283,12 +394,15 @@ class VectorQuantizer(nn.Module):
 
     def encode(self, z: Tensor) -> Tensor:
         """Codes (B, H, W) of `z` (B, D, H, W); never learns, even in training mode."""
-        rows = z.movedim(1, -1)
-        return nearest_codes(rows.reshape(-1, self.code_dim), self.codebook).view(rows.shape[:-1])
+        self._check(z)
+        with torch.no_grad(), torch.autocast(z.device.type, enabled=False):
+            rows = self.scaled(z.to(self.codebook.dtype).movedim(1, -1))
+            flat = rows.reshape(-1, self.code_dim)
+            return nearest_codes(flat, self.table()).view(rows.shape[:-1])
 
     def decode(self, codes: Tensor) -> Tensor:
         """Codebook rows (B, D, H, W) of `codes` (B, H, W)."""
-        return F.embedding(codes, self.codebook).movedim(-1, 1)
+        return F.embedding(codes, self.table()).movedim(-1, 1)
 
     @torch.no_grad()
     def update(self, progress: float = 0.0) -> dict[str, float]:
@@ -301,15 +415,21 @@ class VectorQuantizer(nn.Module):
             `revived_codes`, in the steps in which dead codes are looked for.
         """
         self.steps += 1
-        if not self.initialised or self.steps <= self.warmup_steps:
+        newest, self._newest = self._newest, None
+        if newest is None:  # no batch was seen: somebody else's network stepped
+            return {}
+        if not self.initialised:
+            if self.init != "uniform" and self.steps > self.warmup_steps - POOL_STEPS:
+                self._pool.append(newest)
+            if self.steps >= self.warmup_steps:
+                self._initialise()
             return {}
         self.learn()
-        if not self._revives(self.steps) or not self._recent:
+        if self.revive_below == 0 or self.steps % self.revive_every:
             return {}
-        recent, self._recent = self._recent, []
         if progress >= self.revive_until:
             return {"revived_codes": 0.0}
-        fresh = draw_over_ranks(recent, self.num_codes, self._generator())
+        fresh = draw_over_ranks([newest], self.num_codes, self._generator())
         share = self.counts.mean()
         dead = self.counts < self.revive_below * share
         self.place(fresh, dead, share)
@@ -327,27 +447,37 @@ class VectorQuantizer(nn.Module):
         """Size and way of starting, for `print(net)`."""
         return f"num_codes={self.num_codes}, code_dim={self.code_dim}, init={self.init}"
 
-    def _revives(self, step: int) -> bool:
-        return self.revive_below > 0 and step % self.revive_every == 0
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Move what is no buffer along with the rest: `to`, `cuda`, `double`."""
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self.new_counts = fn(self.new_counts)
+        return self
+
+    def _check(self, z: Tensor) -> None:
+        if z.ndim < 2 or z.shape[1] != self.code_dim:
+            raise InputError(
+                f"the quantizer expects (batch, {self.code_dim}, ...) but got {tuple(z.shape)}: "
+                "code_dim must equal the encoder's output channels."
+            )
+        if self.codebook.dtype in (torch.bfloat16, torch.float16):
+            raise InputError(
+                f"the codebook is {self.codebook.dtype}, in which averages stand still and codes "
+                "change; set trainer.precision to 32-true, bf16-mixed or 16-mixed."
+            )
 
     def _generator(self) -> torch.Generator:
         # Seeded by the step: every rank draws the same, and a resumed run draws what the first
         # would have.
         return torch.Generator().manual_seed(self.steps)
 
-    def _remember(self, flat: Tensor) -> None:
-        """Keep the encoder vectors of the last steps of the warm-up, to set the codebook with."""
-        if self.init != "uniform" and self.steps >= self.warmup_steps - POOL_STEPS:
-            self._pool.append(flat.detach())
-
-    @torch.no_grad()
-    def _initialise(self, flat: Tensor) -> None:
-        pool, self._pool = [*self._pool, flat.detach()], []
-        per_code = POOL if self.init == "kmeans" else 1
-        generator = self._generator()
-        rows = draw_over_ranks(pool, per_code * self.num_codes, generator)
-        if self.init == "kmeans":
-            rows = kmeans(rows, self.num_codes, generator)
-        everywhere = torch.ones(self.num_codes, dtype=torch.bool, device=rows.device)
-        self.place(rows, everywhere, rows.new_ones(()))
+    def _initialise(self) -> None:
+        pool, self._pool = self._pool, []
+        if self.init != "uniform":
+            per_code = POOL if self.init == "kmeans" else 1
+            generator = self._generator()
+            rows = draw_over_ranks(pool, per_code * self.num_codes, generator)
+            if self.init == "kmeans":
+                rows = kmeans(rows, self.num_codes, generator)
+            everywhere = torch.ones(self.num_codes, dtype=torch.bool, device=rows.device)
+            self.place(rows, everywhere, rows.new_ones(()))
         self.initialised = True

@@ -1,6 +1,7 @@
 """A codebook that follows the encoder by moving averages."""
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -31,8 +32,6 @@ class EMAQuantizer(VectorQuantizer):
     """
 
     sums: Tensor
-    new_counts: Tensor
-    new_sums: Tensor
 
     def __init__(
         self, num_codes: int, code_dim: int, epsilon: float = 1e-5, **options: Any
@@ -42,10 +41,7 @@ class EMAQuantizer(VectorQuantizer):
         rows = self.first_rows()
         self.register_buffer("codebook", rows)
         self.register_buffer("sums", rows.clone())
-        # Hits and sums of the batches since the last update; a checkpoint never falls between the
-        # two.
-        self.register_buffer("new_counts", torch.zeros(num_codes), persistent=False)
-        self.register_buffer("new_sums", torch.zeros(num_codes, code_dim), persistent=False)
+        self.new_sums = torch.zeros(num_codes, code_dim)
 
     def losses(self, rows: Tensor, chosen: Tensor) -> dict[str, Tensor]:
         """Commitment |z - sg[e]|^2, the mean over all elements; the codebook needs no term."""
@@ -53,7 +49,7 @@ class EMAQuantizer(VectorQuantizer):
 
     def observe(self, flat: Tensor, codes: Tensor) -> None:
         """Add one batch to the hits and sums per code."""
-        self.new_counts += codes.bincount(minlength=self.num_codes)
+        super().observe(flat, codes)
         self.new_sums.index_add_(0, codes, flat)
 
     def learn(self) -> None:
@@ -65,10 +61,16 @@ class EMAQuantizer(VectorQuantizer):
         self.new_sums.zero_()
         total = self.counts.sum()
         share = (self.counts + self.epsilon) / (total + self.num_codes * self.epsilon)
-        self.codebook.copy_(self.sums / (share * total)[:, None])
+        self.codebook.copy_(self.scaled(self.sums / (share * total)[:, None]))
 
     def place(self, rows: Tensor, where: Tensor, count: Tensor) -> None:
         """Move rows, with counts and sums to match: an update that follows must not undo it."""
+        rows = self.scaled(rows)
         self.codebook.copy_(torch.where(where[:, None], rows, self.codebook))
         self.counts.copy_(torch.where(where, count, self.counts))
         self.sums.copy_(torch.where(where[:, None], rows * count, self.sums))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        super()._apply(fn, recurse)
+        self.new_sums = fn(self.new_sums)
+        return self

@@ -27,15 +27,12 @@ class LossQuantizer(VectorQuantizer):
         InputError: If a value is outside its range.
     """
 
-    new_counts: Tensor
-
     def __init__(
         self, num_codes: int, code_dim: int, codebook: float = 1.0, **options: Any
     ) -> None:
         super().__init__(num_codes, code_dim, **options)
         self.weights["codebook"] = check_range("codebook", codebook, 0)
         self.codebook = nn.Parameter(self.first_rows())
-        self.register_buffer("new_counts", torch.zeros(num_codes), persistent=False)
 
     def losses(self, rows: Tensor, chosen: Tensor) -> dict[str, Tensor]:
         """|sg[z] - e|^2 and |z - sg[e]|^2, each the mean over all elements."""
@@ -44,9 +41,9 @@ class LossQuantizer(VectorQuantizer):
             "commitment": F.mse_loss(rows, chosen.detach()),
         }
 
-    def observe(self, flat: Tensor, codes: Tensor) -> None:
-        """Add one batch to the hits per code."""
-        self.new_counts += codes.bincount(minlength=self.num_codes)
+    def table(self) -> Tensor:
+        """The rows (K, D) as look-up and decoder see them: the optimizer changes their length."""
+        return self.scaled(self.codebook)
 
     def learn(self) -> None:
         """Average the hits per code; the rows have moved with the optimizer."""

@@ -9,8 +9,9 @@ from torch import Tensor
 from torchmetrics import MeanSquaredError
 
 from vqvae_lightning.data.images import Batch
-from vqvae_lightning.metrics import CodebookUsage
+from vqvae_lightning.metrics import CodebookUsage, LatentUsage
 from vqvae_lightning.networks.autoencoder import VQVAE, to_uint8
+from vqvae_lightning.quantizers.base import QuantizerOutput, all_reduce
 from vqvae_lightning.tasks.optimization import (
     OptimizerFactory,
     WarmupCosine,
@@ -45,7 +46,10 @@ class VQVAETask(pl.LightningModule):
         self.total_steps = float("inf")
         self.since_logged: dict[str, float] = {}
         self.register_buffer("pixel_variance", torch.ones(()), persistent=False)
-        self.codebook_usage = CodebookUsage(net.quantizer.num_codes)
+        quantizer = net.quantizer
+        rows = quantizer.num_codes * quantizer.codes_per_position
+        self.codebook_usage = CodebookUsage(rows) if rows else None
+        self.latent_usage = LatentUsage(quantizer.code_dim) if "kl" in quantizer.weights else None
         self.squared_error = MeanSquaredError()
 
     def setup(self, stage: str) -> None:
@@ -54,7 +58,8 @@ class VQVAETask(pl.LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """One step on images in [-1, 1]; logs every `trainer.log_every_n_steps`."""
-        loss, terms, _ = self._losses(batch.data)
+        loss, terms, _, quantized = self._losses(batch.data)
+        self._use(quantized)
         require_finite(self.global_step, loss, terms)
         if (self.global_step + 1) % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
             logged: dict[str, Any] = {f"train/{name}": v for name, v in terms.items()}
@@ -66,12 +71,8 @@ class VQVAETask(pl.LightningModule):
             self.since_logged = {}
             self.log_dict(logged)
             self.log("train/learning_rate", self.optimizers().param_groups[0]["lr"])  # type: ignore[union-attr]
-            if self.codebook_usage.update_called:
-                usage = self.codebook_usage.compute()
-                self.log("train/perplexity", usage["perplexity"], prog_bar=True)
-                self.log("train/codebook_use", usage["use"])
-                self.codebook_usage.reset()
-        return loss
+            self._log_use("train")
+        return loss * self._share(len(batch.data))
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Add a batch to the metrics of the epoch."""
@@ -83,7 +84,7 @@ class VQVAETask(pl.LightningModule):
 
     def on_validation_epoch_start(self) -> None:
         """Start the epoch's histogram: training has been filling it."""
-        self.codebook_usage.reset()
+        self._reset_use()
 
     def on_validation_epoch_end(self) -> None:
         """Log the metrics of the whole split."""
@@ -107,18 +108,56 @@ class VQVAETask(pl.LightningModule):
             self.net.parameters(), self.optimizer_factory, self.schedule, self.total_steps
         )
 
-    def _losses(self, images: Tensor) -> tuple[Tensor, dict[str, Tensor], Tensor]:
+    def _losses(self, images: Tensor) -> tuple[Tensor, dict[str, Tensor], Tensor, QuantizerOutput]:
         output = self.net(images)
         squared_error = F.mse_loss(output.reconstruction.float(), images)
         # 4: pixels in [-1, 1] vary by four times their variance in [0, 1].
         nmse = squared_error / (4 * self.pixel_variance)
         loss = nmse + output.quantized.loss
-        if output.quantized.codes is not None:
-            self.codebook_usage.update(output.quantized.codes)
-        return loss, {"nmse": nmse, **output.quantized.terms}, output.reconstruction
+        terms = {"nmse": nmse, **output.quantized.terms}
+        return loss, terms, output.reconstruction, output.quantized
+
+    def _share(self, images: int) -> float | Tensor:
+        """This rank's part of the step's images, times the ranks: 1 where all have as many.
+
+        DistributedDataParallel averages the ranks' gradients as if their batches were of one size.
+        """
+        if self.trainer.world_size == 1:
+            return 1.0
+        total = all_reduce(torch.tensor(float(images), device=self.device))
+        return images * self.trainer.world_size / total
+
+    def _use(self, quantized: QuantizerOutput) -> None:
+        if self.codebook_usage is not None and quantized.codes is not None:
+            codes = quantized.codes
+            if codes.ndim > 3:  # several codebooks: a row of each is a code of its own
+                steps = torch.arange(codes.shape[-1], device=codes.device)
+                codes = codes + steps * self.net.quantizer.num_codes
+            self.codebook_usage.update(codes)
+        if self.latent_usage is not None and quantized.posterior is not None:
+            self.latent_usage.update(*quantized.posterior)
+
+    def _log_use(self, split: str) -> None:
+        """Log how codebook or latents were used since the last time, and start anew."""
+        if self.codebook_usage is not None and self.codebook_usage.update_called:
+            usage = self.codebook_usage.compute()
+            self.log(f"{split}/perplexity", usage["perplexity"], prog_bar=split == "train")
+            self.log(f"{split}/codebook_use", usage["use"])
+        if self.latent_usage is not None and self.latent_usage.update_called:
+            kl, active = self.latent_usage.compute().values()
+            self.log(f"{split}/active_dims", active.sum().float(), prog_bar=split == "train")
+            if split != "train":
+                self.log_dict({f"{split}/kl_nats_dim{i}": nats for i, nats in enumerate(kl)})
+        self._reset_use()
+
+    def _reset_use(self) -> None:
+        for metric in (self.codebook_usage, self.latent_usage):
+            if metric is not None:
+                metric.reset()
 
     def _evaluate(self, batch: Batch, split: str) -> None:
-        loss, terms, reconstruction = self._losses(batch.data)
+        loss, terms, reconstruction, quantized = self._losses(batch.data)
+        self._use(quantized)
         self.squared_error.update(
             to_uint8(reconstruction).float() / 255, to_uint8(batch.data).float() / 255
         )
@@ -132,15 +171,8 @@ class VQVAETask(pl.LightningModule):
         )
 
     def _log_epoch(self, split: str) -> None:
-        error, usage = self.squared_error.compute(), self.codebook_usage.compute()
-        self.log_dict(
-            {
-                f"{split}/mse": error,
-                f"{split}/psnr_db": -10 * torch.log10(error),
-                f"{split}/perplexity": usage["perplexity"],
-                f"{split}/codebook_use": usage["use"],
-            }
-        )
+        error = self.squared_error.compute()
+        self.log_dict({f"{split}/mse": error, f"{split}/psnr_db": -10 * torch.log10(error)})
         self.log(f"{split}/nmse", error / self.pixel_variance, prog_bar=True)
         self.squared_error.reset()
-        self.codebook_usage.reset()
+        self._log_use(split)

@@ -1,0 +1,103 @@
+"""Quantizers of the package vector-quantize-pytorch, behind the same door."""
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from vqvae_lightning.errors import InputError, check_positive, check_range
+from vqvae_lightning.quantizers.base import QuantizerOutput
+
+
+class LibraryQuantizer(nn.Module):
+    """Any quantizer of vector-quantize-pytorch (extra `library`) that works on rows of vectors.
+
+    What it learns, it learns in its own forward pass: warm-up, revival over ranks and the rest of
+    `VectorQuantizer` are not added to it.
+
+    Args:
+        name: Its class, such as FSQ (arXiv:2309.15505), LFQ (arXiv:2310.05737), SimVQ
+            (arXiv:2411.02038), ResidualVQ (arXiv:2107.03312) or VectorQuantize.
+        code_dim: Channels of `z` (D); given to the class as `dim`.
+        weight: Of the loss that the class returns, if it returns one.
+        options: Further arguments of the class.
+
+    Raises:
+        InputError: If the package is missing, has no such class, or refuses the options.
+    """
+
+    def __init__(
+        self, name: str, code_dim: int, weight: float = 1.0, options: dict[str, Any] | None = None
+    ) -> None:
+        super().__init__()
+        try:
+            import vector_quantize_pytorch as library
+        except ImportError as error:
+            raise InputError(
+                "quantizer=library needs the package vector-quantize-pytorch: install the extra "
+                "`library`."
+            ) from error
+        made = getattr(library, name, None)
+        if not (isinstance(made, type) and issubclass(made, nn.Module)):
+            raise InputError(
+                f"name={name} is no class of vector-quantize-pytorch, such as FSQ, LFQ, SimVQ, "
+                "ResidualVQ, VectorQuantize."
+            )
+        self.name = name
+        self.code_dim = self.encoder_channels = check_positive("code_dim", code_dim)
+        self.weights = {"auxiliary": check_range("weight", weight, 0)}
+        try:
+            quantizer: Any = made(dim=code_dim, **(options or {}))
+            self.num_codes = int(quantizer.codebook_size)
+        except (TypeError, ValueError, AssertionError, AttributeError) as error:
+            raise InputError(
+                f"options={options or {}} do not make a {name} over codes: {error}"
+            ) from error
+        self.quantizer = quantizer
+        counts = [
+            getattr(quantizer, key, 1)
+            for key in ("num_quantizers", "num_codebooks", "heads", "groups")
+        ]
+        self.codes_per_position = int(torch.tensor(counts).prod())
+
+    def forward(self, z: Tensor) -> QuantizerOutput:
+        """Quantize `z` (B, D, H, W)."""
+        with torch.autocast(z.device.type, enabled=False):
+            vectors, codes, *losses = self.quantizer(self._rows(z))
+        # One loss, or one per codebook, or none.
+        auxiliary = losses[0].float().sum() if losses else vectors.new_zeros(())
+        grid = codes.long().unflatten(1, z.shape[2:])
+        return QuantizerOutput(
+            vectors.unflatten(1, z.shape[2:]).movedim(-1, 1),
+            grid,
+            self.weights["auxiliary"] * auxiliary,
+            {"auxiliary": auxiliary},
+        )
+
+    @torch.no_grad()
+    def encode(self, z: Tensor) -> Tensor:
+        """Codes (B, H, W) of `z`, or (B, H, W, Q); never learns, even in training mode."""
+        training = self.training
+        self.eval()
+        try:
+            codes = self.forward(z).codes
+        finally:
+            self.train(training)
+        assert codes is not None
+        return codes
+
+    def decode(self, codes: Tensor) -> Tensor:
+        """Vectors (B, D, H, W) of `codes`."""
+        rows = codes.flatten(1, 2)
+        decode = getattr(self.quantizer, "get_output_from_indices", None)
+        vectors = cast(Tensor, (decode or self.quantizer.indices_to_codes)(rows))
+        grid: Tensor = vectors.unflatten(1, codes.shape[1:3])
+        return grid.movedim(-1, 1)
+
+    def update(self, progress: float = 0.0) -> dict[str, float]:
+        """Nothing: these learn in their forward pass."""
+        return {}
+
+    def _rows(self, z: Tensor) -> Tensor:
+        """(B, H * W, D), the one layout that all of them take."""
+        return z.float().flatten(2).transpose(1, 2)
