@@ -80,6 +80,7 @@ def test_networks_need_neither_lightning_nor_hydra(folder):
             "abc",
             "collections",
             "itertools",
+            "os",
         }, path
 
 

@@ -8,12 +8,21 @@ import torch.nn.functional as F
 
 from vqvae_lightning.errors import InputError
 from vqvae_lightning.networks.pixelcnn import PixelCNN
-from vqvae_lightning.networks.sampling import choose, sample, score
+from vqvae_lightning.networks.sampling import (
+    batch_that_fits,
+    choose,
+    distribution,
+    sample,
+    sample_batches,
+    score,
+)
 
 CHANNELS = 16  # enough that no position has only dead ReLUs
 
 
-def make(height, width, *, num_codes=5, num_classes=0, layers=None, first_kernel=3, kernel=3):
+def make(
+    height, width, *, num_codes=5, num_classes=0, layers=None, first_kernel=3, kernel=3, **options
+):
     enough = layers or 1 + max(height, width)
     return PixelCNN(
         num_codes,
@@ -24,6 +33,7 @@ def make(height, width, *, num_codes=5, num_classes=0, layers=None, first_kernel
         layers=enough,
         first_kernel=first_kernel,
         kernel=kernel,
+        **options,
     ).eval()
 
 
@@ -59,29 +69,176 @@ def test_layers_needed_is_the_smallest_number_without_a_blind_spot():
             assert seen[: size * (size - 1)].all() == complete
 
 
+def naive(prior, shape, labels=None, context=None, known=None, guidance=1.0, **options):
+    """`sample` by its definition: the whole network anew for every position."""
+    uniform = torch.rand(shape, generator=seeded(), dtype=torch.float64)
+    codes = torch.zeros(shape, dtype=torch.long)
+    given = torch.zeros(shape, dtype=torch.bool) if known is None else known >= 0
+    codes[given] = known[given] if known is not None else 0
+    with torch.no_grad():
+        for row, column in itertools.product(range(shape[1]), range(shape[2])):
+            logits = prior(codes, labels, context)[:, :, row, column]
+            if guidance != 1:
+                nulls = torch.full_like(labels, prior.num_classes)
+                without = prior(codes, nulls, context)[:, :, row, column]
+                logits = without + guidance * (logits - without)
+            drawn = choose(distribution(logits, **options), uniform[:, row, column])
+            before = codes[:, row, column]
+            codes[:, row, column] = torch.where(given[:, row, column], before, drawn)
+    return codes
+
+
+def seeded():
+    return torch.Generator().manual_seed(3)
+
+
+def trained(prior, steps=30, **conditions):
+    """The same prior after some steps on grids with structure: far from its first state."""
+    optimizer = torch.optim.AdamW(prior.parameters(), lr=1e-2)
+    prior.train()
+    size = (16, prior.height, prior.width)
+    for _ in range(steps):
+        codes = (torch.randint(0, 2, size).cumsum(2) + torch.randint(0, 2, size)) % prior.num_codes
+        given = {name: value[torch.arange(16) % len(value)] for name, value in conditions.items()}
+        optimizer.zero_grad()
+        F.cross_entropy(prior(codes, **given), codes).backward()
+        optimizer.step()
+    return prior.eval()
+
+
 @pytest.mark.parametrize("num_classes", [0, 3])
 @pytest.mark.parametrize(("height", "width"), [(4, 4), (3, 6), (6, 3)])
 @pytest.mark.parametrize("kernel", [3, 5, 7])
-@pytest.mark.parametrize("options", [{}, {"temperature": 0}, {"temperature": 0.7, "top_k": 3}])
+@pytest.mark.parametrize(
+    "options", [{}, {"temperature": 0}, {"temperature": 0.7, "top_k": 3}, {"top_p": 0.6}]
+)
 def test_sample_equals_full_reevaluation(num_classes, height, width, kernel, options):
     prior = make(height, width, num_classes=num_classes, first_kernel=kernel, kernel=kernel)
     labels = torch.arange(5) % 3 if num_classes else None
     shape = (5, height, width)
-    drawn = sample(
-        prior, shape, labels, generator=torch.Generator().manual_seed(3), batch_size=2, **options
-    )
-    uniform = torch.rand(shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
-    naive = torch.zeros(shape, dtype=torch.long)
+    drawn = sample(prior, shape, labels, generator=seeded(), batch_size=2, **options)
+    assert torch.equal(drawn, naive(prior, shape, labels, **options))
+
+
+@pytest.mark.parametrize("learnt", [False, True])
+@pytest.mark.parametrize("guidance", [0.0, 0.5, 1.0, 3.0])
+@pytest.mark.parametrize("completing", [False, True])
+def test_sample_equals_full_reevaluation_with_every_option_together(learnt, guidance, completing):
+    prior = make(4, 5, num_classes=3, context_channels=2, null_label_rate=0.3, first_kernel=5)
+    labels, context = torch.arange(5) % 3, torch.randn(5, 2, 2, 3)
+    if learnt:
+        prior = trained(prior, labels=labels, context=context)
+    known = None
+    if completing:  # another number of known codes in each image, and whole rows in all
+        known = torch.randint(0, 5, (5, 4, 5))
+        known.view(5, 20)[torch.arange(20) >= torch.tensor([5, 7, 10, 19, 20])[:, None]] = -1
+    options = {"temperature": 0.8, "top_k": 4, "top_p": 0.9}
+    given = {"labels": labels, "context": context, "known": known, "guidance": guidance, **options}
+    drawn = sample(prior, (5, 4, 5), generator=seeded(), batch_size=3, **given)
+    assert torch.equal(drawn, naive(prior, (5, 4, 5), **given))
+    if completing:
+        assert torch.equal(drawn[known >= 0], known[known >= 0])
+
+
+def test_guidance_zero_and_one_are_the_two_models():
+    prior = trained(make(3, 4, num_classes=2, null_label_rate=0.5), labels=torch.tensor([0, 1]))
+    labels = torch.tensor([0, 1, 1, 0])
+    drawn = {
+        guidance: sample(prior, (4, 3, 4), labels, generator=seeded(), guidance=guidance)
+        for guidance in (0, 1)
+    }
+    unconditional = sample(prior, (4, 3, 4), torch.full((4,), 2), generator=seeded())
+    assert torch.equal(drawn[0], unconditional)
+    assert torch.equal(drawn[1], sample(prior, (4, 3, 4), labels, generator=seeded()))
+
+
+def test_null_labels_are_what_training_sees_at_their_rate():
+    prior = make(2, 2, num_classes=2, null_label_rate=0.25)
+    seen = []
+    prior.layers[0].register_forward_pre_hook(lambda layer, inputs: seen.append(inputs[2]))
+    prior.train()(torch.zeros(4000, 2, 2, dtype=torch.long), torch.arange(4000) % 2)
+    assert (seen[0] == 2).float().mean() == pytest.approx(0.25, abs=0.03)
+    prior.eval()(torch.zeros(4000, 2, 2, dtype=torch.long), torch.arange(4000) % 2)
+    assert torch.equal(seen[1], torch.arange(4000) % 2)
+
+
+def test_context_reaches_every_position_by_its_own_place():
+    prior = make(4, 6, context_channels=3).double()
+    context = torch.randn(1, 3, 2, 3, dtype=torch.float64, requires_grad=True)
+    logits = prior(torch.zeros(1, 4, 6, dtype=torch.long), context=context)
+    (gradient,) = torch.autograd.grad(logits[0, :, 0, 0].sum(), context)
+    seen = gradient[0].abs().sum(0) > 0
+    assert seen[0, 0]
+    assert not seen[1:].any(), "the first code sees the context of its own row only"
+
+
+def test_the_reported_entropy_is_the_mean_likelihood_of_the_samples():
+    prior = trained(make(3, 3, num_codes=4))
+    batches = list(sample_batches(prior, (6000, 3, 3), generator=seeded()))
+    codes = torch.cat([batch.codes for batch in batches])
     with torch.no_grad():
-        for row, column in itertools.product(range(height), range(width)):
-            logits = prior(naive, labels)[:, :, row, column]
-            naive[:, row, column] = choose(
-                logits,
-                uniform[:, row, column],
-                options.get("temperature", 1.0),
-                options.get("top_k", prior.num_codes),
-            )
-    assert torch.equal(drawn, naive)
+        nats = -score(prior, codes)
+    entropy = torch.cat([batch.nats for batch in batches])
+    error = (nats - entropy).std() / 6000**0.5
+    assert abs(float(nats.mean() - entropy.mean())) < 4 * float(error)
+    assert 0.1 < entropy.mean() < 9 * 1.386
+
+
+def test_numbering_of_the_codes_means_nothing_to_the_model():
+    # A prior that took codes for quantities would learn the permuted ones worse.
+    results = []
+    for permutation in (torch.arange(6), torch.tensor([3, 5, 0, 4, 1, 2])):
+        torch.manual_seed(0)
+        prior = make(4, 4, num_codes=6, layers=3)
+        optimizer = torch.optim.AdamW(prior.train().parameters(), lr=5e-3)
+        generator = torch.Generator().manual_seed(1)
+        for step in range(150):
+            codes = (torch.randint(0, 2, (64, 4, 4), generator=generator).cumsum(2)) % 6
+            nats = F.cross_entropy(prior(permutation[codes]), permutation[codes])
+            optimizer.zero_grad()
+            nats.backward()
+            optimizer.step()
+            if step >= 130:
+                results.append(nats.item())
+    first, second = sum(results[:20]) / 20, sum(results[20:]) / 20
+    assert first == pytest.approx(second, abs=0.03)
+    assert first < 0.9  # log 2 per code is what there is to know
+
+
+@pytest.mark.parametrize(
+    ("options", "allowed"),
+    [
+        ({"top_k": 1}, [3]),
+        ({"top_k": 2}, [3, 0]),
+        ({"top_k": 99}, [0, 1, 2, 3]),
+        ({"top_p": 1.0}, [0, 1, 2, 3]),
+        ({"top_p": 0.3}, [3]),
+        ({"top_p": 0.41}, [3, 0]),
+        ({"top_p": 0.71}, [3, 0, 1]),
+        ({"top_p": 1e-9}, [3]),
+        ({"top_k": 2, "top_p": 0.57}, [3]),  # 0.4 of the 0.7 that top_k leaves is 0.571
+        ({"temperature": 0}, [3]),
+    ],
+)
+def test_options_leave_the_likeliest_codes_in_proportion(options, allowed):
+    share = torch.tensor([[0.3, 0.2, 0.1, 0.4]], dtype=torch.float64)
+    left = distribution(share.log(), **options)
+    assert sorted(allowed) == left[0].nonzero()[:, 0].tolist()
+    torch.testing.assert_close(left[0, allowed], share[0, allowed] / share[0, allowed].sum())
+    assert left.sum().item() == pytest.approx(1)
+
+
+def test_equal_codes_at_the_edge_go_by_their_number():
+    left = distribution(torch.zeros(1, 5), top_k=2)
+    assert left[0].tolist() == [0.5, 0.5, 0, 0, 0]
+
+
+def test_a_batch_takes_no_more_than_its_share_of_memory(monkeypatch):
+    prior = make(8, 8)
+    assert batch_that_fits(prior, 8, 8, torch.device("cpu")) == 256
+    monkeypatch.setattr("os.sysconf", lambda name: 2000)  # 4 MB free
+    assert 1 < batch_that_fits(prior, 8, 8, torch.device("cpu")) < 256
+    assert batch_that_fits(prior, 200, 200, torch.device("cpu")) == 1
 
 
 def test_likelihoods_of_all_grids_sum_to_one_and_samples_follow_them():
@@ -121,20 +278,17 @@ def test_a_sample_does_not_depend_on_its_batch():
 
 
 def test_choose_draws_each_code_with_its_probability():
-    logits = torch.tensor([[0.0, 1.0, -30.0, 2.0]])
-    uniform = (torch.arange(10_000) + 0.5) / 10_000
-    drawn = choose(logits.expand(10_000, -1), uniform, 1.0, 4)
-    share = drawn.bincount(minlength=4) / 10_000
-    torch.testing.assert_close(share, logits[0].softmax(0), atol=2e-4, rtol=0)
+    share = torch.tensor([[0.1, 0.3, 0.0, 0.6, 0.0]], dtype=torch.float64)
+    uniform = (torch.arange(10_000, dtype=torch.float64) + 0.5) / 10_000
+    drawn = choose(share.expand(10_000, -1), uniform)
+    found = drawn.bincount(minlength=5).double() / 10_000
+    torch.testing.assert_close(found, share[0], atol=2e-4, rtol=0)
 
 
-@pytest.mark.parametrize("keep", [1, 4])
-def test_choose_keeps_the_likeliest_codes_only(keep):
-    logits = torch.randn(6, 9)
-    allowed = logits.topk(keep).indices
-    for uniform in (0.0, 0.3, 0.999999999):
-        drawn = choose(logits, torch.full((6,), uniform, dtype=torch.float64), 1.0, keep)
-        assert (allowed == drawn[:, None]).any(1).all()
+@pytest.mark.parametrize(("uniform", "code"), [(0.0, 1), (1 - 2**-53, 2)])
+def test_choose_never_draws_a_code_of_probability_zero(uniform, code):
+    share = torch.tensor([[0.0, 0.7, 0.3, 0.0]] * 3, dtype=torch.float64) / 3
+    assert choose(share, torch.full((3,), uniform, dtype=torch.float64)).tolist() == [code] * 3
 
 
 def test_labels_change_the_likelihood():
@@ -162,6 +316,13 @@ def test_sampling_in_training_mode_is_refused():
         ({"temperature": -1}, "temperature=-1"),
         ({"top_k": 0}, "top_k=0"),
         ({"batch_size": 0}, "batch_size=0"),
+        ({"top_p": 0}, "top_p=0"),
+        ({"top_p": 1.5}, r"top_p=1\.5"),
+        ({"guidance": 2.0}, "null_label_rate"),
+        ({"context": torch.zeros(1, 3, 2, 2)}, "context_channels=0"),
+        ({"known": torch.full((1, 2, 2), 5)}, "0 to 4"),
+        ({"known": torch.zeros(1, 2, 3, dtype=torch.long)}, r"shape \(1, 2, 3\)"),
+        ({"known": torch.tensor([[[0, -1], [1, -1]]])}, "raster order"),
         ({"labels": torch.tensor([0])}, "takes no labels"),
     ],
 )

@@ -330,3 +330,207 @@ def test_bad_options_are_named(options, message):
 def test_wrong_channels_are_named():
     with pytest.raises(InputError, match="code_dim"):
         EMAQuantizer(7, 3)(torch.randn(2, 4, 5, 5))
+
+
+@pytest.mark.parametrize("num_codes", [2, 63, 65, 4097, 262_144])
+@pytest.mark.parametrize("code_dim", [1, 5])
+def test_any_size_of_codebook_and_ties_to_the_lowest(num_codes, code_dim):
+    # Whole numbers with a mean of 0: float32 distances are exact, so that ties are ties.
+    half = torch.randint(-3, 4, (num_codes // 2, code_dim)).float()
+    codebook = torch.cat([half, -half, torch.zeros(num_codes % 2, code_dim)])
+    vectors = torch.randint(-3, 4, (40, code_dim)).float()
+    distances = (vectors[:, None].double() - codebook.double()).square().sum(2)
+    first = (distances == distances.min(1, keepdim=True).values).int().argmax(1)
+    assert torch.equal(nearest_codes(vectors, codebook), first)
+
+
+@pytest.mark.parametrize("times", [2, 100, 1000])
+def test_of_equal_rows_the_first_is_chosen(times):
+    rows = torch.randn(70, 64)
+    codes = nearest_codes(torch.randn(3000, 64), rows.repeat(times, 1))
+    assert (codes < 70).all()
+
+
+def test_codes_far_from_the_origin_are_still_the_nearest():
+    # |z|^2 - 2 z.e + |e|^2 cancels there: the textbook form gets most of these wrong.
+    codebook = 1000 + torch.randn(200, 16)
+    vectors = 1000 + torch.randn(500, 16)
+    exact = torch.cdist(
+        vectors.double(), codebook.double(), compute_mode="donot_use_mm_for_euclid_dist"
+    )
+    assert (nearest_codes(vectors, codebook) == exact.argmin(1)).float().mean() > 0.99
+    formula = vectors.square().sum(1, True) - 2 * vectors @ codebook.t() + codebook.square().sum(1)
+    assert (formula.argmin(1) == exact.argmin(1)).float().mean() < 0.9
+
+
+def test_vectors_that_are_not_finite_do_not_leave_the_codebook():
+    vectors = torch.tensor([[torch.nan, 0.0], [torch.inf, 0.0], [-torch.inf, torch.inf]])
+    codes = nearest_codes(vectors, torch.randn(70, 2))
+    assert ((codes >= 0) & (codes < 70)).all()
+
+
+def test_codes_do_not_depend_on_the_precision_that_matrix_products_are_allowed():
+    vectors, codebook = torch.randn(4000, 64), torch.randn(512, 64)
+    exact = nearest_codes(vectors, codebook)
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        assert torch.equal(nearest_codes(vectors, codebook), exact)
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+@BOTH
+@pytest.mark.parametrize("shape", [(6,), (6, 4), (6, 4, 5), (2, 3, 4, 5)])
+def test_any_number_of_dimensions(make, shape):
+    quantizer = ready(make)
+    z = torch.randn(shape[0], 3, *shape[1:])
+    output = quantizer(z)
+    assert output.codes.shape == shape
+    assert output.vectors.shape == z.shape
+    assert torch.equal(quantizer.decode(output.codes), output.vectors)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    make=st.sampled_from([EMAQuantizer, LossQuantizer]),
+    size=st.tuples(*[st.integers(1, 4)] * 3),
+    num_codes=st.integers(2, 130),
+    code_dim=st.integers(1, 9),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+    layout=st.sampled_from(["contiguous", "channels_last", "sliced", "flipped"]),
+    estimator=st.sampled_from(["straight_through", "rotation"]),
+    normalize=st.booleans(),
+)
+def test_what_the_decoder_gets_is_what_codes_decode_to(
+    make, size, num_codes, code_dim, dtype, layout, estimator, normalize
+):
+    quantizer = ready(make, num_codes, code_dim, estimator=estimator, normalize=normalize)
+    batch, height, width = size
+    z = torch.randn(batch, code_dim, height, 2 * width).to(dtype)
+    if layout == "channels_last":
+        z = z.to(memory_format=torch.channels_last)
+    z = z.flip(3) if layout == "flipped" else z
+    z = z[..., ::2] if layout == "sliced" else z
+    z = z.requires_grad_()
+    output = quantizer(z)
+    assert torch.equal(output.vectors, quantizer.decode(output.codes))
+    assert torch.equal(output.codes, quantizer.encode(z))
+    rows = z.detach().double().movedim(1, -1)
+    table = quantizer.codebook.detach().double()
+    if normalize:
+        rows, table = F.normalize(rows, dim=-1), F.normalize(table, dim=-1)
+    distances = (rows[..., None, :] - table).norm(dim=-1)
+    chosen = distances.gather(-1, output.codes[..., None])[..., 0]
+    torch.testing.assert_close(chosen, distances.min(-1).values, rtol=1e-5, atol=1e-5)
+    output.vectors.sum().backward()
+    assert torch.isfinite(z.grad).all()
+    if estimator == "straight_through" and not normalize:
+        assert (z.grad == 1).all()
+
+
+@BOTH
+def test_rotation_turns_the_gradient_as_its_paper_says(make):
+    quantizer = ready(make, estimator="rotation")
+    z = torch.randn(2, 3, 4, 5, requires_grad=True)
+    output = quantizer(z)
+    direction = torch.randn(2, 3, 4, 5)
+    (output.vectors * direction).sum().backward()
+    # Equation 3 of arXiv:2410.06424 by autograd, a matrix per vector, in float64.
+    rows = z.detach().double().movedim(1, -1).reshape(-1, 3).requires_grad_()
+    target = output.vectors.detach().double().movedim(1, -1).reshape(-1, 3)
+    source_unit, target_unit = F.normalize(rows.detach(), dim=1), F.normalize(target, dim=1)
+    middle = F.normalize(source_unit + target_unit, dim=1)
+    rotation = (
+        torch.eye(3, dtype=torch.float64)
+        - 2 * middle[:, :, None] * middle[:, None]
+        + 2 * target_unit[:, :, None] * source_unit[:, None]
+    )
+    scale = target.norm(dim=1) / rows.detach().norm(dim=1)
+    turned = scale[:, None] * torch.einsum("nij,nj->ni", rotation, rows)
+    torch.testing.assert_close(turned.detach(), target, rtol=1e-4, atol=1e-5)
+    (turned * direction.movedim(1, -1).reshape(-1, 3)).sum().backward()
+    torch.testing.assert_close(
+        z.grad.movedim(1, -1).reshape(-1, 3).double(), rows.grad, rtol=1e-4, atol=1e-5
+    )
+
+
+@BOTH
+def test_unit_length_codes_are_those_at_the_smallest_angle(make):
+    quantizer = ready(make, num_codes=40, normalize=True)
+    z = 5 * torch.randn(2, 3, 4, 5)
+    output = quantizer(z)
+    angles = F.cosine_similarity(z.movedim(1, -1)[..., None, :], quantizer.codebook, dim=-1)
+    assert torch.equal(output.codes, angles.argmax(-1))
+    quantizer.update(0.0)
+    vectors = quantizer(z).vectors
+    torch.testing.assert_close(vectors.norm(dim=1), torch.ones(2, 4, 5))
+    # The length of z says nothing.
+    torch.testing.assert_close(quantizer(3 * z).loss, quantizer(z).loss)
+
+
+@BOTH
+@pytest.mark.parametrize("training", [True, False])
+def test_the_whole_network_compiles_as_one_graph(make, training):
+    from vqvae_lightning.networks.autoencoder import VQVAE
+
+    net = VQVAE(ready(make, code_dim=4), channels=1, hidden=8, residual_hidden=4).train(training)
+    reference = copy.deepcopy(net)
+    # fullgraph: a break anywhere in encoder, quantizer or decoder is an error.
+    compiled = torch.compile(net, fullgraph=True, backend="aot_eager")
+    for step in range(3):
+        images = torch.randn(2, 1, 8, 8)
+        outputs = [module(images) for module in (compiled, reference)]
+        for output in outputs:
+            (output.reconstruction.square().mean() + output.quantized.loss).backward()
+        assert torch.equal(outputs[0].quantized.codes, outputs[1].quantized.codes), step
+        torch.testing.assert_close(outputs[0].reconstruction, outputs[1].reconstruction)
+        for module in (net, reference):
+            module.quantizer.update(0.0)
+        torch.testing.assert_close(net.quantizer.codebook, reference.quantizer.codebook)
+    for one, other in zip(net.parameters(), reference.parameters(), strict=True):
+        torch.testing.assert_close(one.grad, other.grad)
+
+
+def test_a_second_forward_in_a_step_does_not_move_the_averages_twice():
+    # GAN losses, activation checkpointing: the decay counts optimizer steps.
+    quantizer = ready(EMAQuantizer, num_codes=2, code_dim=1, decay=0.9, epsilon=0.0)
+    rows = torch.tensor([[0.0], [10.0]])
+    quantizer.place(rows, torch.ones(2, dtype=torch.bool), torch.tensor(4.0))
+    z = torch.tensor([1.0, 1.0, 9.0, 9.0]).view(4, 1)
+    quantizer(z)
+    quantizer(z)
+    quantizer.update(0.0)
+    assert quantizer.steps == 1
+    # counts 0.9 * 4 + 0.1 * 4 each, sums 0.1 * 4 * 1 and 0.9 * 40 + 0.1 * 36
+    torch.testing.assert_close(quantizer.counts, torch.tensor([4.0, 4.0]))
+    torch.testing.assert_close(quantizer.codebook, torch.tensor([[0.1], [9.9]]))
+
+
+def test_what_is_gathered_in_a_step_is_no_buffer():
+    # DistributedDataParallel overwrites the buffers of all ranks by those of the first.
+    quantizer = ready(EMAQuantizer)
+    held = {id(tensor) for tensor in [*quantizer.buffers(), *quantizer.parameters()]}
+    assert not held & {id(quantizer.new_counts), id(quantizer.new_sums)}
+    moved = quantizer.to(torch.float64)
+    assert moved.new_counts.dtype == moved.new_sums.dtype == torch.float64
+    output = moved(torch.randn(2, 3, 4, 5, dtype=torch.float64))
+    moved.update(0.0)
+    assert output.vectors.dtype == torch.float64
+
+
+def test_a_codebook_in_half_precision_is_refused():
+    # Averages with a decay of 0.99 stand still in bfloat16.
+    with pytest.raises(InputError, match=r"trainer\.precision"):
+        ready(EMAQuantizer).to(torch.bfloat16)(torch.randn(2, 3, 4, 5))
+
+
+@BOTH
+def test_warm_up_gives_the_codebook_a_gradient_of_zero(make):
+    # Without one DistributedDataParallel waits for it and stops with an error.
+    quantizer = make(7, 3, warmup_steps=2).train()
+    loss = quantizer(torch.randn(2, 3, 4, 5)).loss
+    assert loss == 0
+    for parameter in quantizer.parameters():
+        (gradient,) = torch.autograd.grad(loss, [parameter])
+        assert (gradient == 0).all()

@@ -2,6 +2,7 @@
 
 import csv
 import signal
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -78,9 +79,12 @@ def test_prior_overfits_one_batch():
     codes, labels = torch.randint(0, 16, (8, 4, 4)), torch.arange(8) % 2
     net = PixelCNN(16, 4, 4, 2, channels=32, layers=4, first_kernel=3, dropout=0.0)
     task = PriorTask(net, lambda p: torch.optim.AdamW(p, 5e-3))
-    overfit(
-        task, Batch(codes, labels), 200, histogram=lambda: codes.flatten().bincount(minlength=16)
-    )
+    attributes = {
+        "histogram": lambda: codes.flatten().bincount(minlength=16),
+        "grid": (4, 4),
+        "images": SimpleNamespace(image_shape=(1, 16, 16)),
+    }
+    overfit(task, Batch(codes, labels), 200, **attributes)
     with torch.no_grad():
         loss = torch.nn.functional.cross_entropy(net.eval()(codes, labels), codes)
     # The first code of each image cannot be known: at best log 4 for 4 images per class, in 1 of 16

@@ -355,7 +355,7 @@ class CollapseWarning(Callback):
         if self._below == self.patience and trainer.is_global_zero:
             limit = f"callbacks.collapse.threshold={self.threshold:g}"
             console.print(
-                f"warning: {use:.0%} of the {what}, below {limit} for {self.patience} "
+                f"warning: {use:.1%} of the {what}, below {limit} for {self.patience} "
                 f"validations. Try {self._advice(quantizer)}",
                 highlight=False,
             )

@@ -96,7 +96,7 @@ def evaluate(cfg: Any, images: Any = None) -> dict[str, Any]:
             # A class without training images has never been learnt.
             present = images.datasets["train"].labels.unique()
             labels = present[torch.arange(cfg.num_samples) % len(present)]
-        drawn, _ = evaluation.draw_images(
+        drawn = evaluation.draw_images(
             codes.vqvae,
             prior,
             cfg.num_samples,
@@ -104,7 +104,7 @@ def evaluate(cfg: Any, images: Any = None) -> dict[str, Any]:
             cfg.seed,
             device,
             temperature=cfg.temperature,
-        )
+        ).images
         nearest = evaluation.nearest_training_images(images, drawn[:10])
         save_png(pairs(from_uint8(drawn[:10]), from_uint8(nearest)), folder / "nearest.png")
         if images.num_classes > 1:

@@ -3,7 +3,7 @@
 import copy
 import math
 from collections.abc import Iterator
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import pytorch_lightning as pl
 import torch
@@ -19,7 +19,7 @@ from vqvae_lightning.metrics import CodebookUsage, unigram_log_probabilities
 from vqvae_lightning.networks.autoencoder import from_uint8, to_uint8
 from vqvae_lightning.networks.likelihoods import discretised_logistic, fit_log_scale
 from vqvae_lightning.networks.pixelcnn import PixelCNN
-from vqvae_lightning.networks.sampling import sample, score
+from vqvae_lightning.networks.sampling import Drawn, sample_batches, score
 from vqvae_lightning.progress import progress_bar
 from vqvae_lightning.tasks.classifier import ClassifierTask
 
@@ -229,6 +229,17 @@ class _Features(nn.Module):
         return self.classifier.features(from_uint8(levels))  # type: ignore[no-any-return]
 
 
+class Samples(NamedTuple):
+    """New images, on the CPU."""
+
+    images: Tensor
+    """(N, C, H, W) uint8."""
+    codes: Tensor
+    """(N, h, w) int64."""
+    nats: Tensor
+    """(N,) entropy of the distributions that were drawn from, summed over the drawn positions."""
+
+
 def draw_images(
     vqvae: Any,
     prior: PixelCNN,
@@ -236,8 +247,9 @@ def draw_images(
     labels: Tensor | None,
     seed: int,
     device: torch.device,
+    keep_finished: bool = False,
     **options: Any,
-) -> tuple[Tensor, Tensor]:
+) -> Samples:
     """New images, under a progress bar.
 
     Args:
@@ -247,22 +259,24 @@ def draw_images(
         labels: (count,) classes to draw; None for an unconditional prior.
         seed: Of the draw.
         device: To compute on.
-        **options: Of `sample`.
-
-    Returns:
-        Images (count, C, H, W) uint8 and codes (count, h, w), on the CPU.
+        keep_finished: Whether Ctrl-C returns the batches finished so far, if there are any.
+        **options: Of `sample_batches`.
     """
     generator = torch.Generator().manual_seed(seed)
+    shape = count, prior.height, prior.width
+    drawn: list[Drawn] = []
     with progress_bar("sampling", count) as advance:
-        codes = sample(
-            prior.to(device),
-            (count, prior.height, prior.width),
-            labels,
-            generator=generator,
-            on_batch=advance,
-            **options,
-        )
-    return decode_images(vqvae.to(device), codes), codes.cpu()
+        try:
+            for batch in sample_batches(
+                prior.to(device), shape, labels, generator=generator, **options
+            ):
+                drawn.append(Drawn(*(part.cpu() for part in batch)))
+                advance(len(batch.codes))
+        except KeyboardInterrupt:
+            if not (keep_finished and drawn):
+                raise
+    codes, nats = (torch.cat(parts) for parts in zip(*drawn, strict=True))
+    return Samples(decode_images(vqvae.to(device), codes.to(device)), codes, nats)
 
 
 @torch.inference_mode()

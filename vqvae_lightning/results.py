@@ -24,6 +24,7 @@ UNITS = {
     "commitment": "squared latent value",
     "commitment_weighted": "1",
     "dead_codes": "codes",
+    "entropy_nats_per_code": "nats/code",
     "histogram_bits_per_dim": "bits/dim",
     "images": "images",
     "kl": "nats per latent value",
@@ -52,6 +53,7 @@ UNITS = {
     "total_bits_per_dim": "bits/dim",
     "unigram_nats_per_code": "nats/code",
     "uniform_bits_per_dim": "bits/dim",
+    "uniform_nats_per_code": "nats/code",
 }
 """Unit of each logged name, by its last part; a number that ends it is left out."""
 

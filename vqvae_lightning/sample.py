@@ -16,12 +16,17 @@ def check_sampling(cfg: Any, num_classes: int, prefix: str = "") -> None:
     from omegaconf import ListConfig
 
     from vqvae_lightning.errors import InputError, check_positive, check_range
+    from vqvae_lightning.networks.sampling import check_top_p
 
-    for name in ("num_samples", "batch_size"):
+    for name in ("num_samples", "completions"):
         check_positive(f"{prefix}{name}", cfg[name])
+    for name in ("top_k", "batch_size"):
+        if cfg[name] is not None:
+            check_positive(f"{prefix}{name}", cfg[name])
     check_range(f"{prefix}temperature", cfg.temperature, 0)
-    if cfg.top_k is not None:
-        check_positive(f"{prefix}top_k", cfg.top_k)
+    check_range(f"{prefix}guidance", cfg.guidance, 0)
+    check_range(f"{prefix}keep_rows", cfg.keep_rows, 0, 1)
+    check_top_p(cfg.top_p, prefix)
     if cfg.labels is None:
         return
     if not num_classes:
@@ -34,27 +39,30 @@ def check_sampling(cfg: Any, num_classes: int, prefix: str = "") -> None:
 
 
 def draw(cfg: Any) -> dict[str, Any]:
-    """Draw images.
+    """Draw images, or complete given ones.
 
     Args:
         cfg: The composed config `conf/sample.yaml`.
 
     Returns:
-        The contents of `result.json`; beside it lie `samples.png` (a column per class) and
-        `samples.npz` (images uint8 (N, H, W, C), codes, labels).
+        The contents of `result.json`; beside it lie `samples.png` (a column per class; or rows of
+        originals, what is kept of them, and their completions) and `samples.npz` (images uint8 (N,
+        H, W, C), codes, labels).
 
     Raises:
         InputError: If a checkpoint cannot be used, or an option is outside its range.
+        Interrupted: After Ctrl-C; what was finished is in `samples.npz`.
     """
     import numpy as np
     import torch
 
     from vqvae_lightning.checkpoints import load_pair
     from vqvae_lightning.devices import device_for
+    from vqvae_lightning.errors import Interrupted
     from vqvae_lightning.evaluation import draw_images
     from vqvae_lightning.networks.autoencoder import from_uint8
     from vqvae_lightning.pictures import grid, save_png
-    from vqvae_lightning.results import read_result, write_config, write_result
+    from vqvae_lightning.results import read_result, replacing, write_config, write_result
 
     folder = Path(cfg.folder)
     finished = read_result(folder)
@@ -62,42 +70,128 @@ def draw(cfg: Any) -> dict[str, Any]:
         return finished
     start = time.perf_counter()
     loaded, vqvae = load_pair(cfg.prior_checkpoint, cfg.vqvae_checkpoint)
-    check_sampling(cfg, loaded.net.num_classes)
+    prior = loaded.net
+    check_sampling(cfg, prior.num_classes)
     device = device_for(cfg.accelerator)
-    prior, count = loaded.net, cfg.num_samples
     labels, chosen, columns = None, [], 10
-    if prior.num_classes:
-        chosen = list(range(prior.num_classes) if cfg.labels is None else cfg.labels)
-        labels = torch.tensor(chosen)[torch.arange(count) % len(chosen)]
-        # A column per class where they fit; more classes follow each other in rows.
-        columns = len(chosen) if len(chosen) <= 20 else 10
+    known = originals = None
+    count = cfg.num_samples
+    if cfg.complete is None:
+        if prior.num_classes:
+            chosen = list(range(prior.num_classes) if cfg.labels is None else cfg.labels)
+            labels = torch.tensor(chosen)[torch.arange(count) % len(chosen)]
+            # A column per class where they fit; more classes follow each other in rows.
+            columns = len(chosen) if len(chosen) <= 20 else 10
+    else:
+        originals, labels = images_to_complete(cfg, prior, vqvae)
+        known = codes_to_complete(vqvae.net.to(device), originals, cfg.keep_rows)
+        known = known.repeat(cfg.completions, 1, 1)
+        labels = None if labels is None else labels.repeat(cfg.completions)
+        count = len(known)
     write_config(cfg, folder)
-    images, codes = draw_images(
+    samples = draw_images(
         vqvae.net,
         prior,
         count,
         labels,
         cfg.seed,
         device,
+        keep_finished=True,
         temperature=cfg.temperature,
         top_k=cfg.top_k,
+        top_p=cfg.top_p,
+        guidance=cfg.guidance,
+        known=known,
         batch_size=cfg.batch_size,
     )
-    shown = from_uint8(images[: 10 * columns])
-    save_png(grid(shown, columns), folder / "samples.png")
-    arrays: dict[str, Any] = {"images": images.movedim(1, -1), "codes": codes}
+    done = len(samples.images)
+    if originals is None:
+        save_png(grid(from_uint8(samples.images[: 10 * columns]), columns), folder / "samples.png")
+    else:
+        save_png(completions_picture(originals, samples.images, cfg), folder / "samples.png")
+    arrays: dict[str, Any] = {"images": samples.images.movedim(1, -1), "codes": samples.codes}
     if labels is not None:
-        arrays["labels"] = labels
-    np.savez_compressed(folder / "samples.npz", **{k: v.numpy() for k, v in arrays.items()})
+        arrays["labels"] = labels[:done]
+    with replacing(folder / "samples.npz") as partial, partial.open("wb") as file:
+        np.savez_compressed(file, **{k: v.numpy() for k, v in arrays.items()})
+    if done < count:
+        raise Interrupted(
+            f"Interrupted: {done} of {count} samples are in {folder / 'samples.npz'}."
+        )
+    positions = samples.codes[0].numel() if known is None else int((known[0] < 0).sum())
     return write_result(
         folder,
-        {"images": float(count)},
+        {"images": float(count), "entropy_nats_per_code": float(samples.nats.mean()) / positions},
         seed=cfg.seed,
         commit=cfg.commit,
         seconds=time.perf_counter() - start,
         prior_checkpoint=str(cfg.prior_checkpoint),
         column_classes=chosen if len(chosen) == columns <= count else [],
     )
+
+
+def images_to_complete(cfg: Any, prior: Any, vqvae: Any) -> tuple[Any, Any]:
+    """Images (N, C, H, W) uint8 to complete, and their classes (N,) for a conditional prior.
+
+    Raises:
+        InputError: If there are none, they do not fit the VQ-VAE, or their classes are not given.
+    """
+    import torch
+
+    from vqvae_lightning.app import load_images
+    from vqvae_lightning.data import ImageFolderSource
+    from vqvae_lightning.errors import InputError
+
+    if cfg.complete == "test":
+        data = load_images(vqvae.config["dataset"]).datasets["test"]
+        labels = data.labels[: cfg.num_samples] if prior.num_classes else None
+        return data.data[: cfg.num_samples], labels
+    # The codes' grid is the prior's: the images must have the size that it was trained on.
+    factor = 2**vqvae.net.downsamplings
+    size = [prior.height * factor, prior.width * factor]
+    try:
+        source = ImageFolderSource(cfg.complete, size=size, grey=vqvae.net.channels == 1)
+        images = source.load().train.images[: cfg.num_samples]
+    except InputError as error:
+        raise InputError(str(error).replace("dataset.source.root", "complete")) from error
+    if not prior.num_classes:
+        return images, None
+    if cfg.labels is None:
+        raise InputError(
+            f"complete={cfg.complete}: this prior has classes; give those of the images in order "
+            "of their names, as in labels=[0,3]; a list that is too short is repeated."
+        )
+    return images, torch.tensor(list(cfg.labels))[torch.arange(len(images)) % len(cfg.labels)]
+
+
+def codes_to_complete(vqvae: Any, images: Any, keep_rows: float) -> Any:
+    """Codes (N, h, w) of images (N, C, H, W) uint8 with -1 below the rows that are kept."""
+    import torch
+
+    from vqvae_lightning.networks.autoencoder import from_uint8
+
+    device = next(vqvae.parameters()).device
+    with torch.inference_mode():
+        parts = [vqvae.encode(from_uint8(part.to(device))).cpu() for part in images.split(256)]
+    codes = torch.cat(parts).clone()
+    codes[:, round(keep_rows * codes.shape[1]) :] = -1
+    return codes
+
+
+def completions_picture(originals: Any, drawn: Any, cfg: Any) -> Any:
+    """Ten originals, what is kept of them, and their completions, row by row."""
+    import torch
+
+    from vqvae_lightning.networks.autoencoder import from_uint8
+    from vqvae_lightning.pictures import grid
+
+    shown = originals[:10]
+    kept = shown.clone()
+    kept[:, :, round(cfg.keep_rows * kept.shape[2]) :] = 128
+    rows = [shown, kept]
+    for first in range(0, len(drawn) - len(shown) + 1, len(originals)):
+        rows.append(drawn[first : first + len(shown)])
+    return grid(from_uint8(torch.cat(rows)), len(shown))
 
 
 @app("sample")

@@ -1,6 +1,6 @@
 """Gated PixelCNN over grids of codes."""
 
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -27,12 +27,20 @@ class GatedLayer(nn.Module):
         channels: Channels of both stacks.
         kernel: Width of the receptive field of a full (unmasked) kernel, odd.
         first: Whether this is the layer that sees the codes themselves.
-        num_classes: Classes that shift the gates; 0 for an unconditional model.
+        num_labels: Labels that shift the gates; 0 for an unconditional model.
+        context_channels: Channels of the map that shifts the gates position by position; 0 for
+            none.
         dropout: Share of the horizontal stack's gate outputs dropped in training.
     """
 
     def __init__(
-        self, channels: int, kernel: int, first: bool, num_classes: int, dropout: float
+        self,
+        channels: int,
+        kernel: int,
+        first: bool,
+        num_labels: int,
+        context_channels: int,
+        dropout: float,
     ) -> None:
         super().__init__()
         self.reach = kernel // 2
@@ -43,15 +51,20 @@ class GatedLayer(nn.Module):
         self.vertical_to_horizontal = nn.Conv2d(channels, 2 * channels, 1)
         self.residual = nn.Conv2d(channels, channels, 1)
         self.skip = nn.Conv2d(channels, channels, 1)
-        self.label = nn.Embedding(num_classes, 4 * channels) if num_classes else None
+        self.label = nn.Embedding(num_labels, 4 * channels) if num_labels else None
+        self.context = nn.Conv2d(context_channels, 4 * channels, 1) if context_channels else None
         self.dropout = nn.Dropout(dropout)
 
     def forward(
-        self, vertical: Tensor, horizontal: Tensor, labels: Tensor | None
+        self,
+        vertical: Tensor,
+        horizontal: Tensor,
+        labels: Tensor | None,
+        context: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Next vertical and horizontal stack and the skip output, all (B, channels, H, W)."""
         height, width = vertical.shape[-2:]
-        for_vertical, for_horizontal = self.shifts(labels)
+        for_vertical, for_horizontal = self.shifts(labels, context)
         # One row (column) too many comes out of the first layer, whose window ends before its own:
         # cut it off.
         above = F.pad(vertical, (self.reach, self.reach, self.reach, 0))
@@ -62,16 +75,24 @@ class GatedLayer(nn.Module):
         residual = self.residual(gated)
         return vertical, residual if self.first else horizontal + residual, self.skip(gated)
 
-    def shifts(self, labels: Tensor | None) -> tuple[Tensor | float, Tensor | float]:
-        """What the class adds to the two gates, each (B, 2 * channels, 1, 1)."""
-        if self.label is None:
+    def shifts(self, labels: Tensor | None, context: Tensor | None) -> tuple[Any, Any]:
+        """What class and context add to the two gates, each (B, 2 * channels, 1 or H, 1 or W).
+
+        0.0 where there is neither.
+        """
+        total: Tensor | float = 0.0
+        if self.label is not None:
+            total = self.label(labels)[..., None, None]
+        if self.context is not None:
+            total = total + self.context(context)
+        if isinstance(total, float):
             return 0.0, 0.0
-        for_vertical, for_horizontal = self.label(labels)[..., None, None].chunk(2, dim=1)
+        for_vertical, for_horizontal = total.chunk(2, dim=1)
         return for_vertical, for_horizontal
 
 
 class PixelCNN(nn.Module):
-    """Gated PixelCNN (arXiv:1606.05328): p(codes | label) as a product over raster positions.
+    """Gated PixelCNN (arXiv:1606.05328): p(codes | label, context), a product over positions.
 
     Codes enter by an embedding, so their numbering has no meaning to the model.
 
@@ -80,6 +101,11 @@ class PixelCNN(nn.Module):
         height: Rows of the grid it is meant for; it runs on any size.
         width: Columns of that grid.
         num_classes: Classes to condition on; 0 for an unconditional model.
+        context_channels: Channels of a map to condition on, such as the codes of a coarser level,
+            embedded; 0 for none.
+        null_label_rate: Share of the labels that training replaces by the label `num_classes`, "no
+            class": one model is then conditional and unconditional, as `guidance` needs (Ho and
+            Salimans 2022, arXiv:2207.12598).
         channels: Channels of the stacks.
         layers: Gated layers, the first one included.
         first_kernel: Kernel of the first layer, odd.
@@ -96,6 +122,8 @@ class PixelCNN(nn.Module):
         height: int,
         width: int,
         num_classes: int = 0,
+        context_channels: int = 0,
+        null_label_rate: float = 0.0,
         channels: int = 64,
         layers: int = 8,
         first_kernel: int = 7,
@@ -115,13 +143,20 @@ class PixelCNN(nn.Module):
             if check_positive(name, value) % 2 == 0 or value == 1:
                 raise InputError(f"{name}={value} must be odd and at least 3.")
         check_range("num_classes", num_classes, 0)
+        check_range("context_channels", context_channels, 0)
+        check_range("null_label_rate", null_label_rate, 0, 1)
         check_range("dropout", dropout, 0, 1)
         self.num_codes = num_codes
         self.height, self.width = height, width
         self.num_classes = num_classes
+        self.context_channels = context_channels
+        self.null_label_rate = null_label_rate
+        labels = num_classes + 1 if num_classes and null_label_rate else num_classes
         self.embedding = nn.Embedding(num_codes, channels)
         self.layers = nn.ModuleList(
-            GatedLayer(channels, kernel if i else first_kernel, i == 0, num_classes, dropout)
+            GatedLayer(
+                channels, kernel if i else first_kernel, i == 0, labels, context_channels, dropout
+            )
             for i in range(layers)
         )
         self.head = nn.Sequential(
@@ -141,18 +176,30 @@ class PixelCNN(nn.Module):
     def _reaches(self) -> list[int]:
         return [cast(GatedLayer, layer).reach for layer in self.layers]
 
-    def forward(self, codes: Tensor, labels: Tensor | None = None) -> Tensor:
-        """Logits (B, K, H, W) given the earlier codes; `codes` (B, H, W), `labels` (B,)."""
-        self.check_labels(labels)
+    def forward(
+        self, codes: Tensor, labels: Tensor | None = None, context: Tensor | None = None
+    ) -> Tensor:
+        """Logits (B, K, H, W) given the earlier codes.
+
+        Args:
+            codes: (B, H, W) int64.
+            labels: (B,) int64 for a conditional model; `num_classes` for "no class".
+            context: (B, context_channels, h, w) for a model with context, enlarged to (H, W).
+        """
+        self.check_conditions(labels, context)
+        if self.training and labels is not None and self.null_label_rate:
+            nulls = torch.rand(len(labels), device=labels.device) < self.null_label_rate
+            labels = labels.masked_fill(nulls, self.num_classes)
+        context = enlarged(context, codes.shape[1], codes.shape[2])
         vertical = horizontal = self.embedding(codes).movedim(-1, 1)
         total: Tensor | float = 0.0
         for layer in self.layers:
-            vertical, horizontal, skip = layer(vertical, horizontal, labels)
+            vertical, horizontal, skip = layer(vertical, horizontal, labels, context)
             total = total + skip
         return self.head(total)  # type: ignore[no-any-return]
 
-    def check_labels(self, labels: Tensor | None) -> None:
-        """Refuse labels of an unconditional model and missing labels of a conditional one.
+    def check_conditions(self, labels: Tensor | None, context: Tensor | None) -> None:
+        """Refuse conditions that the model does not have, and a lack of those that it has.
 
         Raises:
             InputError: Saying which.
@@ -160,3 +207,15 @@ class PixelCNN(nn.Module):
         if (labels is None) != (self.num_classes == 0):
             says = "needs a label per image" if self.num_classes else "takes no labels"
             raise InputError(f"this prior has num_classes={self.num_classes} and {says}.")
+        found = 0 if context is None else context.shape[1]
+        if found != self.context_channels:
+            raise InputError(
+                f"this prior has context_channels={self.context_channels}, the context {found}."
+            )
+
+
+def enlarged(context: Tensor | None, height: int, width: int) -> Tensor | None:
+    """`context` (B, C, h, w) at the size of the grid, each value repeated."""
+    if context is None or context.shape[2:] == (height, width):
+        return context
+    return F.interpolate(context, (height, width), mode="nearest-exact")

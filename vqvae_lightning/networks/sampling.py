@@ -1,35 +1,58 @@
 """Draw codes from a PixelCNN: its own layers, run one row and one code at a time."""
 
-import math
-from collections.abc import Callable
-from typing import cast
+import os
+from collections.abc import Iterator
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from vqvae_lightning.errors import InputError, check_positive, check_range
-from vqvae_lightning.networks.pixelcnn import GatedLayer, PixelCNN, gate
+from vqvae_lightning.networks.pixelcnn import GatedLayer, PixelCNN, enlarged, gate
+
+LARGEST_BATCH = 256  # from here on a larger one is no faster
+MEMORY_SHARE = 0.25  # of the free memory that the caches of a batch may take
+
+
+class Drawn(NamedTuple):
+    """A batch of samples."""
+
+    codes: Tensor
+    """(B, H, W) int64."""
+    nats: Tensor
+    """(B,) sum over the drawn positions of the entropies of the distributions drawn from; its mean
+    is the entropy of the samples, and without options the expected -log p of one."""
+
+
+def sample(
+    prior: PixelCNN, shape: tuple[int, int, int], labels: Tensor | None = None, **options: Any
+) -> Tensor:
+    """Draw codes (number of images, rows, columns) int64; arguments as for `sample_batches`."""
+    return torch.cat([batch.codes for batch in sample_batches(prior, shape, labels, **options)])
 
 
 @torch.no_grad()
-def sample(
+def sample_batches(
     prior: PixelCNN,
     shape: tuple[int, int, int],
     labels: Tensor | None = None,
     *,
     temperature: float = 1.0,
     top_k: int | None = None,
+    top_p: float = 1.0,
+    guidance: float = 1.0,
     generator: torch.Generator | None = None,
-    batch_size: int = 256,
-    on_batch: Callable[[int], None] | None = None,
-) -> Tensor:
-    """Draw codes in raster order.
+    context: Tensor | None = None,
+    known: Tensor | None = None,
+    batch_size: int | None = None,
+) -> Iterator[Drawn]:
+    """Draw codes in raster order, batch by batch.
 
     The vertical stack runs once per row and the horizontal one once per code, so that all positions
-    together cost about one forward pass. One uniform number per code is drawn for all images before
-    the first batch: an image depends on the generator and on its own place, not on the batch it is
-    drawn in.
+    together cost about one forward pass (Ramachandran et al. 2017, arXiv:1704.06001). One uniform
+    number per code is drawn for all images before the first batch: an image depends on the
+    generator and on its own place, not on the batch it is drawn in.
 
     Args:
         prior: In evaluation mode.
@@ -37,153 +60,320 @@ def sample(
         labels: (number of images,) int64 for a conditional prior.
         temperature: Divides the logits; 0 takes the likeliest code.
         top_k: Draw among the `top_k` likeliest codes only; None or at least K for all.
+        top_p: Then among the fewest likeliest codes that hold this share of the probability
+            (Holtzman et al. 2019, arXiv:1904.09751), in (0, 1]; at least one.
+        guidance: Logits u + guidance (c - u) of the model with class (c) and without (u): 1 is the
+            conditional model, 0 the unconditional one, more exaggerates the class (Ho and Salimans
+            2022, arXiv:2207.12598). Other than 1 it needs a prior with `null_label_rate` > 0.
         generator: CPU generator of the uniform numbers; None for torch's own.
-        batch_size: Images drawn together.
-        on_batch: Called with the number of images finished, after each batch.
+        context: (number of images, context_channels, h, w) for a prior with context.
+        known: (number of images, rows, columns) int64: codes to complete, -1 where to draw. In each
+            image they come before the rest in raster order.
+        batch_size: Images drawn together; None for as many as fit into a quarter of the free
+            memory, at most 256.
 
-    Returns:
-        (number of images, rows, columns) int64 on the prior's device.
+    Yields:
+        Batches, on the prior's device.
 
     Raises:
-        InputError: If the prior is in training mode (its dropout would change the samples), labels
-            do not fit, or an option is outside its range.
+        InputError: If the prior is in training mode (its dropout would change the samples), a
+            condition does not fit, or an option is outside its range.
     """
     if prior.training:
         raise InputError("sample() needs prior.eval(): dropout would change the samples.")
-    prior.check_labels(labels)
+    prior.check_conditions(labels, context)
     count, height, width = shape
     check_range("temperature", temperature, 0)
-    check_positive("batch_size", batch_size)
-    keep = (
-        prior.num_codes if top_k is None else min(check_positive("top_k", top_k), prior.num_codes)
-    )
+    check_top_p(top_p)
+    keep = prior.num_codes if top_k is None else check_positive("top_k", top_k)
     device = prior.embedding.weight.device
-    if labels is not None:
-        if len(labels) != count:
-            raise InputError(f"{len(labels)} labels for {count} images: give one each.")
-        labels = labels.to(device)
-    uniform = torch.rand(count, height, width, generator=generator, dtype=torch.float64).to(device)
-    drawn = torch.empty(shape, dtype=torch.int64, device=device)
+    parts = {"labels": labels, "context": enlarged(context, height, width), "known": known}
+    for name, part in parts.items():
+        if part is not None and len(part) != count:
+            raise InputError(f"{len(part)} {name} for {count} images: give one each.")
+    if known is not None:
+        check_known(known, shape, prior.num_codes)
+    if guidance != 1 and not (prior.num_classes and prior.null_label_rate):
+        raise InputError(
+            f"guidance={guidance} needs a prior that was trained with classes and "
+            "model.net.null_label_rate above 0."
+        )
+    if batch_size is None:
+        batch_size = batch_that_fits(prior, height, width, device)
+    check_positive("batch_size", batch_size)
+    uniform = torch.rand(count, height, width, generator=generator, dtype=torch.float64)
+    options = {"temperature": temperature, "top_k": keep, "top_p": top_p}
     for start in range(0, count, batch_size):
-        part = slice(start, min(start + batch_size, count))
-        batch_labels = None if labels is None else labels[part]
-        _draw(prior, drawn[part], uniform[part], batch_labels, temperature, keep)
-        if on_batch is not None:
-            on_batch(len(drawn[part]))
-    return drawn
+        rows = slice(start, start + batch_size)
+        own = {name: None if p is None else p[rows].to(device) for name, p in parts.items()}
+        yield _draw(prior, uniform[rows].to(device), guidance=guidance, options=options, **own)
 
 
-def choose(logits: Tensor, uniform: Tensor, temperature: float, keep: int) -> Tensor:
+def check_top_p(top_p: object, prefix: str = "") -> None:
+    """Refuse a `top_p` outside (0, 1].
+
+    Raises:
+        InputError: Naming it.
+    """
+    if check_range(f"{prefix}top_p", top_p, 0, 1) == 0:
+        raise InputError(f"{prefix}top_p=0 leaves no code; top_p is in (0, 1], 1 for all codes.")
+
+
+def check_known(known: Tensor, shape: tuple[int, int, int], num_codes: int) -> None:
+    """Refuse codes to complete that are no codes, or that come after a position to draw.
+
+    Raises:
+        InputError: Saying which.
+    """
+    if known.shape != shape:
+        raise InputError(f"known codes of shape {tuple(known.shape)} for samples of {shape}.")
+    if int(known.min()) < -1 or int(known.max()) >= num_codes:
+        raise InputError(f"known codes must be -1 (to draw) or 0 to {num_codes - 1}.")
+    given = (known >= 0).flatten(1).int()
+    if bool((given.diff(dim=1) > 0).any()):
+        raise InputError(
+            "known codes must come before the rest in raster order: a code drawn before a known "
+            "one would not know of it."
+        )
+
+
+def batch_that_fits(prior: PixelCNN, height: int, width: int, device: torch.device) -> int:
+    """Images whose caches fit into `MEMORY_SHARE` of the free memory, 1 to `LARGEST_BATCH`."""
+    if device.type == "cuda":
+        free = torch.cuda.mem_get_info(device)[0]
+    else:
+        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    channels = prior.embedding.embedding_dim
+    reach = cast(GatedLayer, prior.layers[0]).reach
+    cells = (height + reach) * (width + 2 * reach)
+    # Per layer the vertical stack's input and, twice as wide, what it hands to the horizontal one.
+    floats = len(prior.layers) * channels * (cells + 4 * width) + 4 * prior.num_codes
+    return max(1, min(LARGEST_BATCH, int(MEMORY_SHARE * free) // (4 * floats)))
+
+
+def distribution(
+    logits: Tensor, temperature: float = 1.0, top_k: int | None = None, top_p: float = 1.0
+) -> Tensor:
+    """Probabilities (B, K) float64 to draw from, of `logits` (B, K); options as `sample_batches`.
+
+    Codes of equal probability at the edge of `top_k` or `top_p` stay in order of their number.
+    """
+    if temperature == 0:
+        return F.one_hot(logits.argmax(1), logits.shape[1]).double()
+    share = (logits.double() / temperature).softmax(1)
+    keep = share.shape[1] if top_k is None else top_k
+    if keep >= share.shape[1] and top_p == 1:
+        return share
+    best, order = share.sort(dim=1, descending=True, stable=True)
+    best[:, keep:] = 0
+    # A code stays if what comes before it holds less than `top_p`: the first always does.
+    before = best.cumsum(1) - best
+    best = torch.where(before < top_p * best.sum(1, keepdim=True), best, 0)
+    best /= best.sum(1, keepdim=True)
+    return torch.zeros_like(share).scatter_(1, order, best)
+
+
+def choose(share: Tensor, uniform: Tensor) -> Tensor:
     """One code per row by inverting the distribution function at `uniform`.
 
     Args:
-        logits: (B, K).
-        uniform: (B,) in [0, 1).
-        temperature: At least 0; 0 takes the likeliest code.
-        keep: Number of likeliest codes to draw among.
+        share: (B, K) float64, probabilities.
+        uniform: (B,) float64 in [0, 1).
 
     Returns:
-        (B,) int64.
+        (B,) int64; never a code of probability 0.
     """
-    if temperature == 0:
-        return logits.argmax(1)
-    scaled = logits.double() / temperature
-    if keep < scaled.shape[1]:
-        best, where = scaled.topk(keep, dim=1)
-        scaled = torch.full_like(scaled, -math.inf).scatter_(1, where, best)
-    cumulative = scaled.softmax(1).cumsum(1)
-    # Scaled by the last sum, so that rounding never leaves a gap above it in which no code is
-    # found.
-    drawn = torch.searchsorted(cumulative, uniform[:, None] * cumulative[:, -1:], right=True)
-    return drawn[:, 0].clamp_max(logits.shape[1] - 1)
+    cumulative = share.cumsum(1)
+    # Scaled by the last sum and kept below it: rounding leaves no gap in which no code is found.
+    total = cumulative[:, -1:]
+    wanted = torch.minimum(uniform[:, None] * total, torch.nextafter(total, total - 1))
+    return torch.searchsorted(cumulative, wanted, right=True)[:, 0]
 
 
 def _draw(
     prior: PixelCNN,
-    codes: Tensor,
     uniform: Tensor,
+    *,
     labels: Tensor | None,
-    temperature: float,
-    keep: int,
-) -> None:
-    """Fill `codes` (B, H, W) in place."""
-    batch, height, width = codes.shape
-    layers = [cast(GatedLayer, layer) for layer in prior.layers]
-    stacks = [_Stack(layer, batch, height, width, labels) for layer in layers]
+    context: Tensor | None,
+    known: Tensor | None,
+    guidance: float,
+    options: dict[str, Any],
+) -> Drawn:
+    """One batch, for `uniform` (B, H, W)."""
+    batch, height, width = uniform.shape
+    guided = guidance not in (0, 1)
+    if guidance != 1:
+        assert labels is not None
+        nulls = torch.full_like(labels, prior.num_classes)
+        # Both models in one batch: with the class, then without.
+        labels = torch.cat([labels, nulls]) if guided else nulls
+    times = 2 if guided else 1
+    if context is not None:
+        context = context.repeat(times, 1, 1, 1)
+    run = _Incremental(prior, times * batch, height, width, labels, context)
+    codes = torch.empty(batch, height, width, dtype=torch.int64, device=uniform.device)
+    nats = torch.zeros(batch, dtype=torch.float64, device=uniform.device)
+    given = torch.zeros_like(codes, dtype=torch.bool) if known is None else known >= 0
+    finished = given.all(2).all(0).tolist()  # rows in which nothing is drawn
     for row in range(height):
-        for number, stack in enumerate(stacks):
-            above = stack.vertical_row(row)
-            if number + 1 < len(stacks):
-                stacks[number + 1].put_row(row, above)
+        run.start_row(row)
         for column in range(width):
-            total: Tensor | float = 0.0
-            horizontal = None
-            for stack in stacks:
-                horizontal, skip = stack.horizontal_step(column, horizontal)
-                total = total + skip
-            logits = prior.head(total)[..., 0, 0]
-            chosen = choose(logits, uniform[:, row, column], temperature, keep)
-            codes[:, row, column] = chosen
-            stacks[0].left[..., stacks[0].reach + column] = prior.embedding(chosen)[:, :, None]
-        stacks[0].put_row(row, stacks[0].left[..., stacks[0].reach :])
+            place = (slice(None), row, column)
+            if finished[row]:
+                assert known is not None
+                chosen = known[place]
+            else:
+                logits = run.logits(column)
+                if guided:
+                    conditional, unconditional = logits.chunk(2)
+                    logits = unconditional + guidance * (conditional - unconditional)
+                share = distribution(logits, **options)
+                chosen = choose(share, uniform[place])
+                entropy = torch.special.entr(share).sum(1)
+                if known is not None:
+                    chosen = torch.where(given[place], known[place], chosen)
+                    entropy = entropy.masked_fill(given[place], 0)
+                nats += entropy
+            codes[place] = chosen
+            run.put(row, column, chosen.repeat(times))
+    return Drawn(codes, nats.float())
+
+
+class _Incremental:
+    """The layers of a prior, run one row of the vertical stack and one code at a time.
+
+    The same sums as in `PixelCNN.forward`, from the same weights: what is a convolution over the
+    grid there is a matrix product at one position here, and the layers' skip outputs, which only
+    their sum needs, are one product for all layers.
+    """
+
+    def __init__(
+        self,
+        prior: PixelCNN,
+        batch: int,
+        height: int,
+        width: int,
+        labels: Tensor | None,
+        context: Tensor | None,
+    ) -> None:
+        layers = [cast(GatedLayer, layer) for layer in prior.layers]
+        self.prior = prior
+        self.stacks = [_Stack(layer, batch, height, width, labels, context) for layer in layers]
+        self.skip = torch.cat([_matrix(layer.skip) for layer in layers])
+        self.skip_bias = torch.stack([cast(Tensor, layer.skip.bias) for layer in layers]).sum(0)
+        self.gated = self.skip.new_empty(batch, len(layers), len(self.skip_bias))
+        self.hidden, self.out = (cast(torch.nn.Conv2d, prior.head[number]) for number in (1, 3))
+        self.hidden_matrix, self.out_matrix = _matrix(self.hidden), _matrix(self.out)
+
+    def start_row(self, row: int) -> None:
+        """Run the vertical stack over a row; all codes above it are known."""
+        for number, stack in enumerate(self.stacks):
+            above = stack.vertical_row(row)
+            if number + 1 < len(self.stacks):
+                self.stacks[number + 1].put_row(row, above)
+
+    def logits(self, column: int) -> Tensor:
+        """(B, K) at this column of the row; all codes to its left are known."""
+        entering = None
+        for number, stack in enumerate(self.stacks):
+            last = number + 1 == len(self.stacks)
+            entering = stack.horizontal_step(column, entering, self.gated[:, number], last)
+        total = torch.addmm(self.skip_bias, self.gated.flatten(1), self.skip).relu_()
+        hidden = torch.addmm(cast(Tensor, self.hidden.bias), total, self.hidden_matrix).relu_()
+        return torch.addmm(cast(Tensor, self.out.bias), hidden, self.out_matrix)
+
+    def put(self, row: int, column: int, codes: Tensor) -> None:
+        """Take in the codes (B,) of a position, and at the end of a row the row."""
+        first = self.stacks[0]
+        first.left[:, first.reach + column] = self.prior.embedding(codes)
+        if column + 1 == first.left.shape[1] - first.reach:
+            first.put_row(row, first.left[:, first.reach :])
 
 
 class _Stack:
     """What one layer remembers while a batch is drawn: its inputs so far, padded as in `forward`.
 
     Attributes:
-        above: (B, C, reach + H, W + 2 * reach) inputs of the vertical stack.
-        left: (B, C, 1, reach + W) inputs of the horizontal stack in the current row.
+        above: (B, reach + H, W + 2 * reach, C) inputs of the vertical stack.
+        left: (B, reach + W, C) inputs of the horizontal stack in the current row.
     """
 
     def __init__(
-        self, layer: GatedLayer, batch: int, height: int, width: int, labels: Tensor | None
+        self,
+        layer: GatedLayer,
+        batch: int,
+        height: int,
+        width: int,
+        labels: Tensor | None,
+        context: Tensor | None,
     ) -> None:
-        weight = layer.residual.weight
-        self.layer = layer
-        self.reach = layer.reach
-        self.above = weight.new_zeros(
-            batch, len(weight), layer.reach + height, width + 2 * layer.reach
+        self.layer, self.reach = layer, layer.reach
+        channels = layer.residual.out_channels
+        # (2C, C, 1, extent) as the rows of a window of `left`, one position after the other.
+        self.horizontal = layer.horizontal.weight[:, :, 0].permute(2, 1, 0).flatten(0, 1)
+        self.residual = _matrix(layer.residual)
+        zeros = self.residual.new_zeros
+        self.above = zeros(batch, layer.reach + height, width + 2 * layer.reach, channels)
+        self.left = zeros(batch, layer.reach + width, channels)
+        # As wide as the grid, without taking memory where all positions share them.
+        size = (batch, 2 * channels, height, width)
+        self.for_vertical, self.for_horizontal = (
+            torch.as_tensor(shift, device=self.left.device, dtype=self.left.dtype).expand(size)
+            for shift in layer.shifts(labels, context)
         )
-        self.left = weight.new_zeros(batch, len(weight), 1, layer.reach + width)
-        self.for_vertical, self.for_horizontal = layer.shifts(labels)
 
     def put_row(self, row: int, values: Tensor) -> None:
-        """Store the vertical stack's input (B, C, 1, W) of a finished row."""
-        self.above[:, :, self.reach + row, self.reach : self.reach + values.shape[-1]] = values[
-            :, :, 0
-        ]
+        """Store the vertical stack's input (B, W, C) of a finished row."""
+        self.above[:, self.reach + row, self.reach : self.reach + values.shape[1]] = values
 
     def vertical_row(self, row: int) -> Tensor:
-        """The vertical stack's output (B, C, 1, W) in this row; readies the horizontal one."""
-        layer = self.layer
-        window = self.above[:, :, row : row + layer.extent]
-        vertical = gate(layer.vertical(window) + self.for_vertical)
-        self.from_above = layer.vertical_to_horizontal(vertical) + self.for_horizontal
-        return vertical
+        """The vertical stack's output (B, W, C) in this row; readies the horizontal one."""
+        layer, rows = self.layer, slice(row, row + 1)
+        window = self.above[:, row : row + layer.extent].movedim(-1, 1)
+        vertical = gate(layer.vertical(window) + self.for_vertical[:, :, rows])
+        handed = layer.vertical_to_horizontal(vertical) + self.for_horizontal[:, :, rows]
+        bias = cast(Tensor, layer.horizontal.bias)
+        self.from_above = (handed[:, :, 0].movedim(1, -1) + bias).contiguous()
+        return vertical[:, :, 0].movedim(1, -1)
 
-    def horizontal_step(self, column: int, entering: Tensor | None) -> tuple[Tensor, Tensor]:
-        """The horizontal stack's output and the skip output (B, C, 1, 1) at this column.
+    def horizontal_step(
+        self, column: int, entering: Tensor | None, gated: Tensor, last: bool
+    ) -> Tensor | None:
+        """Write the gate's output to `gated` (B, C); return the next layer's input (B, C).
 
         `entering` is the layer's input there; the first layer has none, since its window ends
-        before.
+        before. The last layer's residual goes nowhere.
         """
-        layer = self.layer
         if entering is not None:
-            self.left[..., self.reach + column] = entering[..., 0]
-        window = self.left[..., column : column + layer.extent]
-        gated = gate(layer.horizontal(window) + self.from_above[..., column : column + 1])
-        residual = layer.residual(gated)
-        return residual if entering is None else entering + residual, layer.skip(gated)
+            self.left[:, self.reach + column] = entering
+        window = self.left[:, column : column + self.layer.extent].flatten(1)
+        a, b = torch.addmm(self.from_above[:, column], window, self.horizontal).chunk(2, dim=1)
+        torch.mul(a.tanh(), b.sigmoid(), out=gated)
+        if last:
+            return None
+        residual = torch.addmm(cast(Tensor, self.layer.residual.bias), gated, self.residual)
+        return residual if entering is None else residual.add_(entering)
 
 
-def score(prior: PixelCNN, codes: Tensor, labels: Tensor | None = None) -> Tensor:
-    """Natural log-likelihood log p(codes | label) of each image, (B,) float32, in one forward pass.
+def _matrix(convolution: torch.nn.Conv2d) -> Tensor:
+    """The weight of a 1x1 convolution as (channels in, channels out)."""
+    return convolution.weight[:, :, 0, 0].t()
+
+
+def score(
+    prior: PixelCNN, codes: Tensor, labels: Tensor | None = None, context: Tensor | None = None
+) -> Tensor:
+    """Natural log-likelihood log p(codes | label, context) of each image, in one forward pass.
 
     Args:
         prior: In evaluation mode.
         codes: (B, H, W) int64.
         labels: (B,) int64 for a conditional prior.
+        context: (B, context_channels, h, w) for a prior with context.
+
+    Returns:
+        (B,) float32.
     """
-    logits = prior(codes, labels)
+    logits = prior(codes, labels, context)
     return -F.cross_entropy(logits.float(), codes, reduction="none").sum((1, 2))

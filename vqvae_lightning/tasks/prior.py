@@ -8,7 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vqvae_lightning.data.codes import CodesDataModule
 from vqvae_lightning.data.images import Batch
+from vqvae_lightning.errors import check_range
 from vqvae_lightning.metrics import unigram_log_probabilities
 from vqvae_lightning.networks.pixelcnn import PixelCNN
 from vqvae_lightning.tasks.optimization import (
@@ -22,40 +24,58 @@ from vqvae_lightning.tasks.optimization import (
 class PriorTask(pl.LightningModule):
     """Maximum likelihood of codes under a PixelCNN (van den Oord et al. 2016, arXiv:1606.05328).
 
-    Beside its own nats per code stands that of the unigram model, the histogram of the training
-    codes with one added to each count: what a prior must beat to have learnt anything about how
-    codes go together.
+    Beside its own nats per code stand those of the uniform model, log K, and of the unigram model,
+    the histogram of the training codes with one added to each count: what a prior must beat to have
+    learnt anything about how codes go together.
 
     Args:
         net: The network.
         optimizer: Makes the optimizer out of the parameters.
         schedule: Factor on the learning rate; None keeps it constant.
+        label_smoothing: Share of the target that is spread over all codes (Szegedy et al. 2015,
+            arXiv:1512.00567, section 7), in the loss only: nats per code are never smoothed.
+
+    Raises:
+        InputError: If `label_smoothing` is outside [0, 1].
     """
 
     unigram: Tensor
 
     def __init__(
-        self, net: PixelCNN, optimizer: OptimizerFactory, schedule: WarmupCosine | None = None
+        self,
+        net: PixelCNN,
+        optimizer: OptimizerFactory,
+        schedule: WarmupCosine | None = None,
+        label_smoothing: float = 0.0,
     ) -> None:
         super().__init__()
         self.net = net.to(memory_format=torch.channels_last)
         self.optimizer_factory = optimizer
         self.schedule = schedule
+        self.label_smoothing = check_range("label_smoothing", label_smoothing, 0, 1)
+        self.codes_per_dim = 0.0
         self.register_buffer("unigram", torch.zeros(net.num_codes), persistent=False)
 
     def setup(self, stage: str) -> None:
         """Take the unigram model from the training codes."""
-        counts = self.trainer.datamodule.histogram()  # type: ignore[attr-defined]
-        self.unigram.copy_(unigram_log_probabilities(counts))
+        data: CodesDataModule = self.trainer.datamodule  # type: ignore[attr-defined]
+        self.unigram.copy_(unigram_log_probabilities(data.histogram()))
+        self.codes_per_dim = math.prod(data.grid) / math.prod(data.images.image_shape)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """One step on codes; logs every `trainer.log_every_n_steps`."""
-        logits, labels = self._logits(batch), batch.data
-        loss = F.cross_entropy(logits, labels)
-        require_finite(self.global_step, loss, {"nats_per_code": loss})
+        logits, codes = self._logits(batch), batch.data
+        loss = F.cross_entropy(logits, codes, label_smoothing=self.label_smoothing)
+        require_finite(self.global_step, loss, {"loss": loss})
         if (self.global_step + 1) % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
-            self.log("train/nats_per_code", loss, prog_bar=True)
-            self.log("train/bits_per_code", loss / math.log(2))
+            with torch.no_grad():
+                nats = F.cross_entropy(logits, codes)
+                accuracy = (logits.argmax(1) == codes).float().mean()
+            self.log("train/nats_per_code", nats, prog_bar=True)
+            self.log("train/bits_per_code", nats / math.log(2))
+            self.log("train/accuracy", accuracy)
+            if self.label_smoothing:
+                self.log("train/loss", loss)
             self.log("train/learning_rate", self.optimizers().param_groups[0]["lr"])  # type: ignore[union-attr]
         return loss
 
@@ -85,11 +105,14 @@ class PriorTask(pl.LightningModule):
             "sync_dist": True,
             "batch_size": len(codes),
         }
+        bits = nats / math.log(2)
         self.log_dict(
             {
-                f"{split}/bits_per_code": nats / math.log(2),
+                f"{split}/bits_per_code": bits,
+                f"{split}/prior_bits_per_dim": bits * self.codes_per_dim,
                 f"{split}/accuracy": (logits.argmax(1) == codes).float().mean(),
                 f"{split}/unigram_nats_per_code": -self.unigram[codes].mean(),
+                f"{split}/uniform_nats_per_code": math.log(self.net.num_codes),
             },
             **options,
         )

@@ -1,0 +1,111 @@
+"""Callbacks that watch the codebook."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import TINY_VQVAE
+
+from vqvae_lightning.callbacks import CodebookDrift, CollapseWarning
+from vqvae_lightning.errors import DivergenceError
+from vqvae_lightning.quantizers import EMAQuantizer, GaussianBottleneck
+
+
+def watch(callback, quantizer, values, name="val/codebook_use"):
+    trainer = SimpleNamespace(sanity_checking=False, is_global_zero=True, callback_metrics={})
+    module = SimpleNamespace(net=SimpleNamespace(quantizer=quantizer))
+    for value in values:
+        trainer.callback_metrics[name] = torch.tensor(value)
+        callback.on_validation_end(trainer, module)
+
+
+def test_collapse_is_told_once_after_patience_with_what_to_change(capsys):
+    quantizer = EMAQuantizer(50, 3, init="uniform", warmup_steps=0, revive_below=0)
+    watch(CollapseWarning(0.3, 2), quantizer, [0.1, 0.5, 0.1])
+    assert capsys.readouterr().out == ""
+    watch(CollapseWarning(0.3, 2), quantizer, [0.1, 0.1, 0.1])
+    said = capsys.readouterr().out.replace("\n", " ")
+    assert said.count("warning") == 1
+    assert "10.0% of the 50 codes" in said
+    for key in ("revive_below=0.03", "init=kmeans", "warmup_steps=200", "collapse.threshold=0.3"):
+        assert key in said
+
+
+def test_collapse_is_not_told_before_the_codebook_is_set(capsys):
+    watch(CollapseWarning(0.3, 1), EMAQuantizer(50, 3, warmup_steps=10), [0.0, 0.0])
+    assert capsys.readouterr().out == ""
+
+
+def test_posterior_collapse_is_told_too(capsys):
+    watch(CollapseWarning(0.3, 1), GaussianBottleneck(10), [2.0], "val/active_dims")
+    said = capsys.readouterr().out
+    assert "20.0% of the 10 latent channels" in said
+    assert "beta" in said
+
+
+def drift(callback, quantizer, world_size=1, gathered=None):
+    logged = {}
+    trainer = SimpleNamespace(sanity_checking=False, world_size=world_size, global_step=7)
+    module = SimpleNamespace(
+        net=SimpleNamespace(quantizer=quantizer),
+        log=logged.__setitem__,
+        all_gather=lambda bits: gathered,
+    )
+    callback.on_validation_epoch_end(trainer, module)
+    return logged
+
+
+def test_drift_is_the_mean_distance_over_the_mean_length():
+    quantizer = EMAQuantizer(2, 2, init="uniform", warmup_steps=0)
+    quantizer.codebook.copy_(torch.tensor([[3.0, 4.0], [0.0, 1.0]]))
+    callback = CodebookDrift()
+    assert drift(callback, quantizer) == {}
+    restored = CodebookDrift()
+    restored.load_state_dict(callback.state_dict())
+    quantizer.codebook.copy_(torch.tensor([[0.0, 4.0], [0.0, 2.0]]))
+    # moved 3 and 1, lengths 4 and 2
+    for one in (callback, restored):
+        assert drift(one, quantizer)["val/codebook_drift"] == pytest.approx(4 / 6)
+
+
+def test_ranks_with_different_codebooks_stop_the_run():
+    quantizer = EMAQuantizer(2, 2)
+    drift(CodebookDrift(), quantizer, world_size=2, gathered=torch.tensor([5, 5]))
+    with pytest.raises(DivergenceError, match="codebooks differ"):
+        drift(CodebookDrift(), quantizer, world_size=2, gathered=torch.tensor([5, 6]))
+
+
+def test_training_logs_drift_and_latents(command, toy):
+    # More codes than the validation images have positions.
+    longer = (
+        "trainer.max_steps=6",
+        "model.net.quantizer.num_codes=300",
+        "callbacks.collapse.threshold=1",
+    )
+    first = command("vqvae-train", *toy, *TINY_VQVAE, *longer)
+    assert first.status == 0, first.err
+    assert "val/codebook_drift" in (first.folder / "metrics.csv").read_text().splitlines()[0]
+    assert "codes are in use" in first.out
+
+
+def test_a_sweep_compares_the_traditional_autoencoders(command, toy):
+    tiny = [o for o in TINY_VQVAE if "quantizer" not in o]
+    outcome = command(
+        "vqvae-train",
+        "-m",
+        "quantizer=none,gaussian,loss,ema",
+        *toy,
+        *tiny,
+        "hydra.sweep.dir=sweep",
+    )
+    assert outcome.status == 0, outcome.err
+    headers = [
+        (path / "metrics.csv").read_text().splitlines()[0]
+        for path in sorted((outcome.folder.parent / "sweep").iterdir())
+        if path.is_dir()
+    ]
+    assert len(headers) == 4
+    assert all("val/nmse" in header for header in headers)
+    assert ["val/perplexity" in header for header in headers] == [False, False, True, True]
+    assert "val/active_dims" in headers[1]
+    assert "val/kl_nats_dim63" in headers[1]

@@ -1,0 +1,98 @@
+"""Quantizers of the library train, log and feed a prior like our own."""
+
+import json
+
+import pytest
+import torch
+from conftest import TINY_VQVAE
+
+from vqvae_lightning.errors import InputError
+from vqvae_lightning.quantizers import LibraryQuantizer
+
+OPTIONS = {
+    "FSQ": {"levels": [5, 5]},
+    "LFQ": {"codebook_size": 16},
+    "SimVQ": {"codebook_size": 16},
+    "VectorQuantize": {"codebook_size": 16},
+    "ResidualVQ": {"codebook_size": 16, "num_quantizers": 3},
+}
+TINY = [o for o in TINY_VQVAE if "num_codes" not in o and "warmup_steps" not in o]
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_decoding_codes_gives_what_the_decoder_was_given(name):
+    quantizer = LibraryQuantizer(name, 8, options=OPTIONS[name]).train()
+    z = torch.randn(2, 8, 4, 5, requires_grad=True)
+    trained = quantizer(z)
+    (trained.vectors.square().mean() + trained.loss).backward()
+    assert torch.isfinite(z.grad).all()
+    output = quantizer.eval()(z)
+    torch.testing.assert_close(quantizer.decode(output.codes), output.vectors, atol=1e-5, rtol=1e-5)
+    several = (3,) if name == "ResidualVQ" else ()
+    assert output.codes.shape == (2, 4, 5, *several)
+    assert quantizer.codes_per_position == (several or (1,))[0]
+    assert 0 <= int(output.codes.min()) <= int(output.codes.max()) < quantizer.num_codes
+
+
+def test_the_rows_are_those_of_the_grid():
+    # The same vector at two places of a grid that is not square has the same code there.
+    quantizer = LibraryQuantizer("FSQ", 8, options=OPTIONS["FSQ"]).eval()
+    z = torch.randn(1, 8, 2, 3)
+    codes = quantizer.encode(z)
+    for row in range(2):
+        for column in range(3):
+            alone = z[:, :, row : row + 1, column : column + 1]
+            assert codes[0, row, column] == quantizer.encode(alone).item()
+
+
+def test_encoding_never_learns():
+    quantizer = LibraryQuantizer("VectorQuantize", 8, options=OPTIONS["VectorQuantize"]).train()
+    before = {name: value.clone() for name, value in quantizer.state_dict().items()}
+    quantizer.encode(torch.randn(2, 8, 4, 5))
+    assert quantizer.training
+    assert all(torch.equal(value, before[name]) for name, value in quantizer.state_dict().items())
+
+
+@pytest.mark.parametrize("quantizer", ["library", "fsq", "lfq", "simvq", "residual_vq"])
+def test_training_logs_what_our_own_quantizers_log(quantizer, command, toy):
+    outcome = command("vqvae-train", f"quantizer={quantizer}", *toy, *TINY)
+    assert outcome.status == 0, outcome.err
+    metrics = json.loads((outcome.folder / "result.json").read_text())["metrics"]
+    total = 512 * (4 if quantizer == "residual_vq" else 1)
+    assert 0 < metrics["test/codebook_use"]["value"] <= 1
+    assert 1 <= metrics["test/perplexity"]["value"] <= total
+    assert "test/auxiliary" in metrics
+
+
+def test_a_prior_learns_their_codes(command, toy):
+    outcome = command(
+        "vqvae-pipeline",
+        "experiment=smoke",
+        "quantizer=fsq",
+        *toy,
+        "~model.net.quantizer.warmup_steps",
+    )
+    assert outcome.status == 0, outcome.err
+    assert (outcome.folder / "samples.png").is_file()
+
+
+@pytest.mark.parametrize("quantizer", ["residual_vq", "none", "gaussian"])
+def test_a_prior_without_one_code_per_position_is_refused_before_training(quantizer, command, toy):
+    outcome = command("vqvae-pipeline", f"quantizer={quantizer}", *toy, "trainer=debug")
+    assert outcome.status == 1
+    assert "one code per position" in outcome.err
+    assert not (outcome.folder / "vqvae" / "checkpoints").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("Nothing", {}, "name=Nothing"),
+        ("os", {}, "name=os"),
+        ("FSQ", {"sizes": [5]}, "sizes"),
+        ("SimVQ", {}, "SimVQ"),
+    ],
+)
+def test_bad_options_are_named(name, options, message):
+    with pytest.raises(InputError, match=message):
+        LibraryQuantizer(name, 8, options=options)
