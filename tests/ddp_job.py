@@ -2,8 +2,9 @@
 
     python tests/ddp_job.py FOLDER
 
-writes `FOLDER/rank0.pt` and `rank1.pt`: for each of `CASES`, the codebook after every step and the
-encoder's weights at the end. Imported, `fit` gives the same for one process.
+writes `FOLDER/rank0.pt` and `rank1.pt`: for each of `CASES`, the codebook after every step, the
+encoder's weights at the end and the figures of a validation on an odd number of images. Imported,
+`fit` gives the same for one process.
 """
 
 import sys
@@ -62,6 +63,10 @@ class Data(pl.LightningDataModule):
         parts = Parts(count, trainer.global_rank, trainer.world_size)
         return DataLoader(parts, batch_size=None)
 
+    def val_dataloader(self):
+        parts = Parts(4, self.trainer.global_rank, self.trainer.world_size)
+        return DataLoader(parts, batch_size=None)
+
 
 class History(pl.Callback):
     def __init__(self):
@@ -102,11 +107,18 @@ def fit(case, devices):
         enable_progress_bar=False,
         enable_model_summary=False,
         use_distributed_sampler=False,
-        limit_val_batches=0,
+        check_val_every_n_epoch=100,
+        num_sanity_val_steps=0,
     )
     trainer.fit(task, datamodule=Data())
     weights = torch.cat([p.detach().flatten() for p in net.encoder.parameters()])
-    return {"codebooks": torch.stack(history.codebooks), "weights": weights}, trainer.global_rank
+    assert quantizer.steps == STEPS, "the averages move once per optimizer step"
+    figures = trainer.validate(task, datamodule=Data(), verbose=False)[0]
+    return {
+        "codebooks": torch.stack(history.codebooks),
+        "weights": weights,
+        **{name: torch.tensor(value) for name, value in figures.items()},
+    }, trainer.global_rank
 
 
 if __name__ == "__main__":

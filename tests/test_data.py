@@ -1,6 +1,7 @@
 """Sources, splits, batches and the code store."""
 
 import gzip
+import json
 import struct
 from types import SimpleNamespace
 
@@ -10,6 +11,7 @@ import torch
 import torchvision
 from PIL import Image
 
+import vqvae_lightning
 from vqvae_lightning.data import (
     BundledSource,
     CodesDataModule,
@@ -394,6 +396,49 @@ def test_damaged_or_foreign_codes_are_refused(codes, damage):
         file.unlink()
     with pytest.raises(InputError, match=str(data.folder)):
         codes().setup()
+
+
+def test_two_runs_that_encode_at_once_do_not_harm_each_other(codes, monkeypatch, tmp_path):
+    first, second = codes(), codes()
+    whole = first._encode
+
+    def meanwhile(*arguments):
+        # In the middle of the first one's work the second, another process, does all of its own.
+        if not second.folder.is_dir():
+            with monkeypatch.context() as patch:
+                patch.setattr("os.getpid", lambda: 1)
+                second.encode(torch.device("cpu"))
+        return whole(*arguments)
+
+    monkeypatch.setattr(first, "_encode", meanwhile)
+    first.encode(torch.device("cpu"))
+    assert list(tmp_path.iterdir()) == [first.folder]
+    for data in (first, second):
+        data.setup()
+    assert torch.equal(first.histogram(), second.histogram())
+
+
+def test_the_code_store_says_what_it_holds(codes):
+    data = codes()
+    data.encode(torch.device("cpu"))
+    header = json.loads((data.folder / "header.json").read_text())
+    assert header["num_codes"] == 300
+    assert header["integer"] == "uint16"
+    assert header["grid"] == [3, 2]
+    assert header["images"] == {"train": 96, "val": 24, "test": 30}
+    assert header["vqvae_hash"] == "hash0"
+    assert header["data_fingerprint"] == data.images.fingerprint
+    assert header["version"] == vqvae_lightning.__version__
+    labels = np.load(data.folder / "val_labels.npy")
+    assert (labels == data.images.datasets["val"].labels.numpy()).all()
+
+
+@pytest.mark.parametrize(("num_codes", "name"), [(256, "uint8"), (257, "uint16")])
+def test_codes_are_stored_in_the_smallest_integer_that_holds_them(codes, num_codes, name):
+    data = codes(num_codes=num_codes)
+    data.encode(torch.device("cpu"))
+    data.setup()
+    assert data.datasets["train"].data.dtype == name
 
 
 def test_another_vqvae_or_data_set_has_its_own_codes(codes):

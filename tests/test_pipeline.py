@@ -185,3 +185,84 @@ def test_the_pipeline_runs_on_a_gpu(toy, command):
     outcome = command("vqvae-pipeline", *SMOKE, *toy, *on_gpu)
     assert outcome.status == 0, outcome.err
     assert "sample_accuracy" in outcome.out
+
+
+def test_completions_keep_the_upper_codes_of_each_image(finished, command):
+    prior = f"prior_checkpoint={finished}/prior/checkpoints/best.ckpt"
+    options = ("complete=test", "num_samples=5", "completions=2", "keep_rows=0.67", "batch_size=3")
+    outcome = command("vqvae-sample", prior, *options)
+    assert outcome.status == 0, outcome.err
+    with np.load(outcome.folder / "samples.npz") as arrays:
+        drawn, labels = arrays["codes"], arrays["labels"]
+    _, vqvae = load_pair(finished / "prior/checkpoints/best.ckpt")
+    data = build(vqvae.config["dataset"])
+    data.setup()
+    codes = vqvae.net.encode(from_uint8(data.datasets["test"].data[:5])).numpy()
+    assert drawn.shape == (10, 3, 2)
+    for copy in (drawn[:5], drawn[5:]):
+        assert (copy[:, :2] == codes[:, :2]).all()
+    assert (drawn[:5, 2] != drawn[5:, 2]).any(), "each completion is another draw"
+    assert (labels == np.tile(data.datasets["test"].labels[:5].numpy(), 2)).all()
+    # originals, what is kept, and two completions, 5 in a row, each 96 x 64 pixels and a margin
+    with Image.open(outcome.folder / "samples.png") as picture:
+        assert picture.size == (5 * 66 + 2, 4 * 98 + 2)
+
+
+def test_a_folder_of_images_is_completed(finished, command, tmp_path):
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for number in range(3):
+        levels = np.full((24, 16, 3), 80 * number, dtype=np.uint8)
+        Image.fromarray(levels).save(folder / f"{number}.png")
+    prior = f"prior_checkpoint={finished}/prior/checkpoints/best.ckpt"
+    refused = command("vqvae-sample", prior, f"complete={folder}")
+    assert refused.status == 1
+    assert "labels=" in refused.err
+    outcome = command("vqvae-sample", prior, f"complete={folder}", "labels=[2,0]")
+    assert outcome.status == 0, outcome.err
+    with np.load(outcome.folder / "samples.npz") as arrays:
+        assert arrays["labels"].tolist() == [2, 0, 2] * 3
+        assert arrays["images"].shape == (9, 12, 8, 3)
+
+
+def test_ctrl_c_keeps_finished_samples(finished, command, monkeypatch):
+    from vqvae_lightning import evaluation
+
+    whole = evaluation.sample_batches
+
+    def interrupted(*arguments, **options):
+        for number, batch in enumerate(whole(*arguments, **options)):
+            if number == 2:
+                raise KeyboardInterrupt
+            yield batch
+
+    monkeypatch.setattr(evaluation, "sample_batches", interrupted)
+    prior = f"prior_checkpoint={finished}/prior/checkpoints/best.ckpt"
+    outcome = command("vqvae-sample", prior, "num_samples=20", "batch_size=4")
+    assert outcome.status == 130
+    assert "8 of 20" in outcome.err
+    assert not (outcome.folder / "result.json").exists()
+    with np.load(outcome.folder / "samples.npz") as arrays:
+        assert len(arrays["images"]) == len(arrays["labels"]) == 8
+
+
+def test_guidance_of_a_prior_that_never_saw_no_class_is_refused(finished, command):
+    prior = f"prior_checkpoint={finished}/prior/checkpoints/best.ckpt"
+    outcome = command("vqvae-sample", prior, "guidance=2")
+    assert outcome.status == 1
+    assert "null_label_rate" in outcome.err
+
+
+def test_continuous_bottlenecks_are_reconstructed_too(command, toy, tmp_path):
+    first = command(
+        "vqvae-train", "quantizer=gaussian", "trainer=debug", "model.net.hidden=8", *toy
+    )
+    assert first.status == 0, first.err
+    path = first.folder / "checkpoints" / "best.ckpt"
+    outcome = command("vqvae-reconstruct", f"vqvae_checkpoint={path}", folder=tmp_path / "r")
+    assert outcome.status == 0, outcome.err
+    with np.load(outcome.folder / "reconstructions.npz") as arrays:
+        assert set(arrays) == {"images", "reconstructions"}
+    refused = command("vqvae-evaluate", f"vqvae_checkpoint={path}", folder=tmp_path / "e")
+    assert refused.status == 1
+    assert "one code per position" in refused.err

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import ddp_job
 import pytest
@@ -10,6 +11,10 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from vqvae_lightning.data import CodesDataModule, ImageDataModule
+from vqvae_lightning.data.sources import Split, Splits
+from vqvae_lightning.metrics import CodebookUsage, LatentUsage
+from vqvae_lightning.networks.autoencoder import VQVAE
 from vqvae_lightning.quantizers import EMAQuantizer, LossQuantizer
 
 STEPS = 6
@@ -46,7 +51,33 @@ def build(case):
     return make(24, 4, init=init, warmup_steps=1, decay=0.7, revive_below=0.5, revive_every=2)
 
 
-def rank(number, port, results):
+def encode(folder):
+    """Codes of 41 images, an odd number, in a folder of their own."""
+    torch.manual_seed(0)
+    images = torch.randint(0, 256, (41, 1, 8, 8), dtype=torch.uint8)
+    split = Split(images, torch.arange(41) % 3)
+    source = SimpleNamespace(load=lambda: Splits(split, split, split, ["a", "b", "c"]))
+    quantizer = EMAQuantizer(300, 4, init="uniform", warmup_steps=0)
+    net = VQVAE(quantizer, 1, hidden=8, residual_hidden=4).eval()
+    data = CodesDataModule(ImageDataModule(source, 8, 6), net, "hash", str(folder), 8)
+    data.encode(torch.device("cpu"))
+    data.setup()
+    return torch.stack([torch.tensor(data.datasets[s].data.astype("int64")) for s in data.datasets])
+
+
+def usage(number):
+    """Figures of codebook and latents over parts of different size."""
+    generator = torch.Generator().manual_seed(0)
+    codes = (torch.rand(41, generator=generator) ** 2 * 20).long()
+    mean, kl = torch.randn(2, 41, 3, 2, 2, generator=generator) * 0.1
+    own = slice(None) if number is None else (slice(0, 30), slice(30, 41))[number]
+    metrics = CodebookUsage(20), LatentUsage(3)
+    metrics[0].update(codes[own])
+    metrics[1].update(mean[own], kl[own])
+    return {name: value for metric in metrics for name, value in metric.compute().items()}
+
+
+def rank(number, port, results, folder):
     # Built before the process group, as Lightning does: a decision at construction would be wrong.
     quantizers = {case: build(case) for case in QUANTIZERS}
     store = dist.TCPStore("127.0.0.1", port, 2, is_master=False)
@@ -54,26 +85,46 @@ def rank(number, port, results):
     results[number] = {
         case: run(quantizer, lambda both: both[number]) for case, quantizer in quantizers.items()
     }
+    encode(folder)
+    results[f"usage {number}"] = usage(number)
     dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
-def on_two_ranks():
-    """The codebooks after each step on both ranks."""
+def on_two_ranks(tmp_path_factory):
+    """What both ranks ended with, and the folder of their codes."""
+    folder = tmp_path_factory.mktemp("codes")
     store = dist.TCPStore("127.0.0.1", 0, 2, is_master=True, wait_for_workers=False)
     with mp.Manager() as manager:
         results = manager.dict()
-        mp.spawn(rank, (store.port, results), nprocs=2)
-        return results[0], results[1]
+        mp.spawn(rank, (store.port, results, folder), nprocs=2)
+        return dict(results), folder
 
 
 @pytest.mark.parametrize("case", QUANTIZERS)
 def test_two_ranks_end_with_the_codebook_of_one_process(case, on_two_ranks):
     alone = run(build(case), torch.cat)
-    first, second = (histories[case] for histories in on_two_ranks)
+    results, _ = on_two_ranks
+    first, second = results[0][case], results[1][case]
     assert torch.equal(first, second)
     torch.testing.assert_close(first, alone, rtol=1e-5, atol=1e-5)
     assert (alone[1:] != alone[:-1]).any(), "nothing was learnt"
+
+
+def test_usage_over_ranks_is_that_of_all_codes_together(on_two_ranks):
+    results, _ = on_two_ranks
+    for name, value in usage(None).items():
+        for number in (0, 1):
+            torch.testing.assert_close(results[f"usage {number}"][name], value)
+
+
+def test_ranks_encode_each_image_once_and_in_order(on_two_ranks, tmp_path):
+    _, folder = on_two_ranks
+    (made,) = folder.iterdir()
+    together = encode(folder)  # maps what is there
+    assert (made / "header.json").is_file()
+    assert not list(made.glob("*.*.npy")), "parts of the ranks are left"
+    assert torch.equal(together, encode(tmp_path))
 
 
 @pytest.fixture(scope="module")
@@ -93,8 +144,10 @@ def ddp(tmp_path_factory):
 
 @pytest.mark.parametrize("case", ddp_job.CASES)
 def test_training_on_two_ranks_is_training_in_one_process(case, ddp):
-    # With batches of 6 and 7 images: the ranks' parts are uneven in every second step.
+    # With batches of 6 and 7 images: the ranks' parts are uneven in every second step, and the
+    # validation is on an odd number, which a padding sampler would make even.
     alone, _ = ddp_job.fit(case, devices=1)
+    assert {"val/mse", "val/perplexity", "val/commitment"} <= set(alone)
     for name, value in alone.items():
         assert torch.equal(ddp[0][case][name], ddp[1][case][name]), name
         torch.testing.assert_close(ddp[0][case][name], value, rtol=1e-4, atol=1e-5)

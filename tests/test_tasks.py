@@ -75,6 +75,44 @@ def test_vqvae_overfits_one_batch(make):
     assert error < 0.2  # a constant image scores 1; noise has no structure to be compressed
 
 
+def test_lightnings_sanity_check_does_not_set_the_codebook():
+    # The library's k-means started in it.
+    import pytorch_lightning as pl
+
+    quantizer = EMAQuantizer(8, 4, init="data", warmup_steps=0)
+    task = VQVAETask(VQVAE(quantizer, 1, 8, residual_hidden=4), torch.optim.Adam)
+    batch = Batch(torch.rand(4, 1, 8, 8) * 2 - 1, None)
+    seen = {}
+
+    class Watch(pl.Callback):
+        def on_sanity_check_end(self, trainer, pl_module):
+            seen["after the check"] = quantizer.initialised
+
+        def on_train_batch_end(self, *_):
+            seen["after a step"] = quantizer.initialised
+
+    class Data(pl.LightningDataModule):
+        pixel_variance = 0.1
+
+        def train_dataloader(self):
+            return torch.utils.data.DataLoader(OneBatch(batch), batch_size=None)
+
+        val_dataloader = train_dataloader
+
+    trainer = pl.Trainer(
+        max_steps=1,
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=2,
+        callbacks=[Watch()],
+    )
+    trainer.fit(task, datamodule=Data())
+    assert seen == {"after the check": False, "after a step": True}
+
+
 def test_prior_overfits_one_batch():
     codes, labels = torch.randint(0, 16, (8, 4, 4)), torch.arange(8) % 2
     net = PixelCNN(16, 4, 4, 2, channels=32, layers=4, first_kernel=3, dropout=0.0)
@@ -133,8 +171,8 @@ def test_a_prior_is_tested_with_the_averaged_weights_it_saves(trained):
     assert not torch.equal(prior.net.embedding.weight, last)
     task = build(prior.config["model"])
     task.load_state_dict(raw["state_dict"])
+    from vqvae_lightning.app import codes_of
     from vqvae_lightning.results import read_result
-    from vqvae_lightning.train import codes_of
 
     cfg = compose(
         "prior",
@@ -144,7 +182,9 @@ def test_a_prior_is_tested_with_the_averaged_weights_it_saves(trained):
     )
     images = build(cfg.dataset)
     images.setup()
-    codes = codes_of(cfg, images, torch.device("cpu"))
+    path = trained / "vqvae/checkpoints/best.ckpt"
+    codes = codes_of(images, load(path).net, path, cfg, cfg.batch_size)
+    codes.setup()
     rows = torch.tensor(codes.datasets["test"].data).long()
     nats = torch.nn.functional.cross_entropy(prior.net(rows, codes.datasets["test"].labels), rows)
     stored = read_result(trained / "prior")["metrics"]["test/nats_per_code"]["value"]

@@ -156,16 +156,13 @@ def load_images(config: Any) -> Any:
     return images
 
 
-def load_codes(images: Any, vqvae: Any, path: Path, cfg: Any, batch_size: int, device: Any) -> Any:
-    """The codes of `images` under the VQ-VAE from `path`, encoded on `device` if need be."""
+def codes_of(images: Any, vqvae: Any, path: Path, cfg: Any, batch_size: int) -> Any:
+    """The `CodesDataModule` of `images` under the VQ-VAE from `path`."""
     from vqvae_lightning.checkpoints import weights_hash
     from vqvae_lightning.data import CodesDataModule
 
     folder = cfg.codes_dir or path.parent.parent / "codes"
-    codes = CodesDataModule(images, vqvae, weights_hash(vqvae), str(folder), batch_size)
-    codes.encode(device)
-    codes.setup()
-    return codes
+    return CodesDataModule(images, vqvae, weights_hash(vqvae), str(folder), batch_size)
 
 
 @contextmanager

@@ -4,7 +4,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from vqvae_lightning.app import app, load_codes, load_images, print_result, started
+from vqvae_lightning.app import app, codes_of, load_images, print_result, started
 
 
 def check_evaluation(cfg: Any, prefix: str = "") -> None:
@@ -76,7 +76,9 @@ def evaluate(cfg: Any, images: Any = None) -> dict[str, Any]:
         )
     options = plain(cfg.trainer)
     device = pl.Trainer(**options, logger=False, enable_checkpointing=False).strategy.root_device
-    codes = load_codes(images, vqvae.net, vqvae_path, cfg, 1, device)
+    codes = codes_of(images, vqvae.net, vqvae_path, cfg, 1)
+    codes.encode(device)
+    codes.setup()
     write_config(cfg, folder)
     if prior is not None:
         prior.to(device)

@@ -4,7 +4,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from vqvae_lightning.app import app, load_codes, load_images, print_result, started, stoppable
+from vqvae_lightning.app import app, codes_of, load_images, print_result, started, stoppable
 
 
 def train(cfg: Any, images: Any = None) -> dict[str, Any]:
@@ -25,6 +25,7 @@ def train(cfg: Any, images: Any = None) -> dict[str, Any]:
     import torch
     from pytorch_lightning.loggers import WandbLogger
 
+    from vqvae_lightning.checkpoints import load
     from vqvae_lightning.configs import build, plain
     from vqvae_lightning.data import CodesDataModule
     from vqvae_lightning.errors import InputError
@@ -51,7 +52,8 @@ def train(cfg: Any, images: Any = None) -> dict[str, Any]:
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     if "vqvae_checkpoint" in cfg:
-        data = codes_of(cfg, images, trainer.strategy.root_device)
+        path = Path(cfg.vqvae_checkpoint)
+        data = codes_of(images, load(path, "vqvae").net, path, cfg, cfg.batch_size)
         net = {"num_codes": data.num_codes, "num_classes": images.num_classes}
         cfg.model.net.update({**net, "height": data.grid[0], "width": data.grid[1]})
         if cfg.vqvae_hash not in (None, data.vqvae_hash):
@@ -63,7 +65,6 @@ def train(cfg: Any, images: Any = None) -> dict[str, Any]:
         cfg.vqvae_checkpoint = str(Path(cfg.vqvae_checkpoint).absolute())
     else:
         cfg.model.net.channels = images.image_shape[0]
-    # Just before the weights are drawn: encoding, which a later run is spared, draws numbers too.
     pl.seed_everything(cfg.seed, workers=True, verbose=False)
     task = build(cfg.model)
     check_optimizer(task.optimizer_factory)
@@ -114,14 +115,6 @@ def train(cfg: Any, images: Any = None) -> dict[str, Any]:
         checkpoint=str(best),
         peak_gpu_bytes=peak,
     )
-
-
-def codes_of(cfg: Any, images: Any, device: Any) -> Any:
-    """The codes of `images` under `cfg.vqvae_checkpoint`, encoded on `device` if need be."""
-    from vqvae_lightning.checkpoints import load
-
-    path = Path(cfg.vqvae_checkpoint)
-    return load_codes(images, load(path, "vqvae").net, path, cfg, cfg.batch_size, device)
 
 
 @app("vqvae")

@@ -12,6 +12,7 @@ from torch import Tensor
 
 import vqvae_lightning
 from vqvae_lightning.data.images import ArrayDataModule, ArrayDataset, Batch, ImageDataModule
+from vqvae_lightning.data.ranks import agreed, barrier, rank_and_world
 from vqvae_lightning.errors import InputError
 from vqvae_lightning.networks.autoencoder import VQVAE, from_uint8
 from vqvae_lightning.progress import progress_bar
@@ -38,10 +39,11 @@ def require_codes(quantizer: Any) -> None:
 class CodesDataModule(ArrayDataModule):
     """The codes of a data set under a trained VQ-VAE.
 
-    All splits are encoded once, into `folder`/<VQ-VAE hash>-<data fingerprint>: an array per split
-    in the smallest integer type that holds the codes, memory-mapped when read, and a header. The
-    folder is written under another name and then renamed: an interrupted run leaves nothing behind
-    that a later one would read, and of two processes that encode at once the first to finish wins.
+    All splits are encoded once, into `folder`/<VQ-VAE hash>-<data fingerprint>: per split the codes
+    in the smallest integer type that holds them, memory-mapped when read, and the labels; and a
+    header. The folder is written under another name and then renamed: an interrupted run leaves
+    nothing behind that a later one would read, and of two runs that encode at once the first to
+    finish wins. The ranks of one run share the work, and the folder.
 
     Args:
         images: The images; their batch size, seed and splits are used.
@@ -82,10 +84,16 @@ class CodesDataModule(ArrayDataModule):
         return self.vqvae.quantizer.num_codes
 
     @property
+    def integer(self) -> np.dtype[Any]:
+        """The smallest integer type that holds the codes."""
+        return np.min_scalar_type(self.num_codes - 1)
+
+    @property
     def header(self) -> dict[str, Any]:
         """What the stored codes must have been made from."""
         return {
             "num_codes": self.num_codes,
+            "integer": self.integer.name,
             "grid": list(self.grid),
             "images": {split: len(self.images.datasets[split]) for split in SPLITS},
             "class_names": self.images.class_names,
@@ -94,43 +102,48 @@ class CodesDataModule(ArrayDataModule):
         }
 
     def encode(self, device: torch.device) -> None:
-        """Make the codes, unless they are there.
+        """Make the codes, unless they are there; each rank encodes its own part of each split.
 
         Raises:
             InputError: If the folder cannot be written.
         """
-        if self.folder.is_dir():
+        rank, world = rank_and_world()
+        # The first rank decides for all, so that none waits for another.
+        if agreed(self.folder.is_dir()):
             return
-        partial = self.folder.with_name(f"{self.folder.name}.{os.getpid()}")
+        partial = agreed(self.folder.with_name(f"{self.folder.name}.{os.getpid()}"))
         try:
-            partial.mkdir(parents=True)
+            partial.mkdir(parents=True, exist_ok=True)
             total = sum(self.header["images"].values())
             with progress_bar("encoding", total) as advance:
                 for split in SPLITS:
-                    parts = []
+                    parts = [np.zeros((0, *self.grid), self.integer)]
                     for batch in self.images.batches(split):  # type: ignore[arg-type]
                         parts.append(self._encode(batch, device))
-                        advance(len(batch.data))
-                    np.save(partial / f"{split}.npy", np.concatenate(parts))
-            written = {**self.header, "version": vqvae_lightning.__version__}
-            (partial / "header.json").write_text(json.dumps(written, indent=1))
-            if not self.folder.is_dir():
-                partial.rename(self.folder)
+                        advance(len(batch.data) * world)
+                    np.save(partial / f"{split}.{rank}.npy", np.concatenate(parts))
+            barrier()
+            if rank == 0:
+                self._join(partial, world)
         except OSError as error:
             raise InputError(
                 f"codes cannot be written into {self.folder.parent}: {error}; set codes_dir."
             ) from error
         finally:
-            shutil.rmtree(partial, ignore_errors=True)
+            barrier()
+            if rank == 0:
+                shutil.rmtree(partial, ignore_errors=True)
 
     def setup(self, stage: str | None = None) -> None:
-        """Map the stored codes.
+        """Map the stored codes; inside a Trainer, make them first if need be, over all its ranks.
 
         Raises:
             InputError: If they are damaged or belong to another VQ-VAE or data set.
         """
         if self.datasets:
             return
+        if self.trainer is not None:
+            self.encode(self.trainer.strategy.root_device)
         found: dict[str, Any] = {}
         try:
             found = json.loads((self.folder / "header.json").read_text())
@@ -164,4 +177,19 @@ class CodesDataModule(ArrayDataModule):
     def _encode(self, batch: Batch, device: torch.device) -> np.ndarray[Any, np.dtype[Any]]:
         with torch.inference_mode():
             codes = self.vqvae.to(device).encode(from_uint8(batch.data.to(device)))
-        return codes.cpu().numpy().astype(np.min_scalar_type(self.num_codes - 1))
+        return codes.cpu().numpy().astype(self.integer)
+
+    def _join(self, partial: Path, world: int) -> None:
+        """Put the ranks' parts together, write labels and header, and give the folder its name."""
+        for split in SPLITS:
+            parts = [partial / f"{split}.{rank}.npy" for rank in range(world)]
+            np.save(partial / f"{split}.npy", np.concatenate([np.load(part) for part in parts]))
+            for part in parts:
+                part.unlink()
+            labels = self.images.datasets[split].labels
+            if labels is not None:
+                np.save(partial / f"{split}_labels.npy", labels.numpy())
+        written = {**self.header, "version": vqvae_lightning.__version__}
+        (partial / "header.json").write_text(json.dumps(written, indent=1))
+        if not self.folder.is_dir():
+            partial.rename(self.folder)

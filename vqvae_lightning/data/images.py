@@ -5,10 +5,10 @@ from typing import Any, Literal, NamedTuple, cast
 
 import pytorch_lightning as pl
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from vqvae_lightning.data.ranks import rank_and_world
 from vqvae_lightning.data.sources import Source, Split
 from vqvae_lightning.errors import InputError, check_positive, check_range
 from vqvae_lightning.networks.autoencoder import from_uint8
@@ -58,8 +58,7 @@ class EpochBatches:
     """
 
     def __init__(self, total: int, batch_size: int, seed: int | None) -> None:
-        ranked = dist.is_available() and dist.is_initialized()
-        self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if ranked else (0, 1)
+        self.rank, self.world = rank_and_world()
         self.total, self.batch_size, self.seed = total, batch_size, seed
         self.epoch = self.position = self.resume_at = 0
 
