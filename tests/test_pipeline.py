@@ -266,3 +266,16 @@ def test_continuous_bottlenecks_are_reconstructed_too(command, toy, tmp_path):
     refused = command("vqvae-evaluate", f"vqvae_checkpoint={path}", folder=tmp_path / "e")
     assert refused.status == 1
     assert "one code per position" in refused.err
+
+
+def test_samples_do_not_depend_on_the_number_of_devices(finished, command, tmp_path):
+    prior = f"prior_checkpoint={finished}/prior/checkpoints/best.ckpt"
+    drawn = []
+    for devices in (1, 2):
+        folder = tmp_path / str(devices)
+        options = (f"devices={devices}", "accelerator=cpu", "num_samples=7")
+        outcome = command("vqvae-sample", prior, *options, folder=folder)
+        assert outcome.status == 0, outcome.err
+        with np.load(folder / "samples.npz") as arrays:
+            drawn.append(arrays["codes"])
+    assert (drawn[0] == drawn[1]).all()

@@ -1,8 +1,8 @@
-"""Which device a command without a Trainer runs on."""
+"""Which devices a command without a Trainer runs on."""
 
 import torch
 
-from vqvae_lightning.errors import InputError
+from vqvae_lightning.errors import InputError, check_positive
 
 
 def device_for(accelerator: str) -> torch.device:
@@ -19,3 +19,19 @@ def device_for(accelerator: str) -> torch.device:
             f"accelerator={accelerator}: this machine has no CUDA device; use accelerator=cpu."
         )
     return torch.device("cpu" if accelerator == "cpu" else "cuda")
+
+
+def devices_for(accelerator: str, count: int) -> list[torch.device]:
+    """`count` devices to share work between; on a CPU that many processes.
+
+    Raises:
+        InputError: As `device_for`, and if there are fewer GPUs than asked for.
+    """
+    device = device_for(accelerator)
+    check_positive("devices", count)
+    if device.type == "cpu":
+        return [device] * count
+    present = torch.cuda.device_count()
+    if count > present:
+        raise InputError(f"devices={count} must be at most {present}, the GPUs of this machine.")
+    return [torch.device("cuda", number) for number in range(count)]

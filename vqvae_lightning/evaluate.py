@@ -104,7 +104,7 @@ def evaluate(cfg: Any, images: Any = None) -> dict[str, Any]:
             cfg.num_samples,
             labels,
             cfg.seed,
-            device,
+            [device],
             temperature=cfg.temperature,
         ).images
         nearest = evaluation.nearest_training_images(images, drawn[:10])

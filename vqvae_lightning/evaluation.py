@@ -2,7 +2,10 @@
 
 import copy
 import math
-from collections.abc import Iterator
+import multiprocessing
+import signal
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from typing import Any, NamedTuple, cast
 
 import pytorch_lightning as pl
@@ -19,7 +22,7 @@ from vqvae_lightning.metrics import CodebookUsage, unigram_log_probabilities
 from vqvae_lightning.networks.autoencoder import from_uint8, to_uint8
 from vqvae_lightning.networks.likelihoods import discretised_logistic, fit_log_scale
 from vqvae_lightning.networks.pixelcnn import PixelCNN
-from vqvae_lightning.networks.sampling import Drawn, sample_batches, score
+from vqvae_lightning.networks.sampling import Drawn, batch_that_fits, sample_batches, score
 from vqvae_lightning.progress import progress_bar
 from vqvae_lightning.tasks.classifier import ClassifierTask
 
@@ -246,7 +249,7 @@ def draw_images(
     count: int,
     labels: Tensor | None,
     seed: int,
-    device: torch.device,
+    devices: Sequence[torch.device],
     keep_finished: bool = False,
     **options: Any,
 ) -> Samples:
@@ -258,25 +261,85 @@ def draw_images(
         count: Images to draw.
         labels: (count,) classes to draw; None for an unconditional prior.
         seed: Of the draw.
-        device: To compute on.
+        devices: To share the batches between, a process each; the samples are the same for any
+            number of them.
         keep_finished: Whether Ctrl-C returns the batches finished so far, if there are any.
         **options: Of `sample_batches`.
     """
-    generator = torch.Generator().manual_seed(seed)
-    shape = count, prior.height, prior.width
+    device = devices[0]
+    draw = _Draw(prior, (count, prior.height, prior.width), labels, seed, options)
     drawn: list[Drawn] = []
     with progress_bar("sampling", count) as advance:
         try:
-            for batch in sample_batches(
-                prior.to(device), shape, labels, generator=generator, **options
-            ):
-                drawn.append(Drawn(*(part.cpu() for part in batch)))
+            for batch in draw.batches(device) if len(devices) == 1 else draw.shared(devices):
+                drawn.append(batch)
                 advance(len(batch.codes))
         except KeyboardInterrupt:
             if not (keep_finished and drawn):
                 raise
     codes, nats = (torch.cat(parts) for parts in zip(*drawn, strict=True))
     return Samples(decode_images(vqvae.to(device), codes.to(device)), codes, nats)
+
+
+class _Draw(NamedTuple):
+    """What a draw needs, to be sent to other processes."""
+
+    prior: PixelCNN
+    shape: tuple[int, int, int]
+    labels: Tensor | None
+    seed: int
+    options: dict[str, Any]
+
+    def batches(self, device: torch.device, only: slice | None = None) -> Iterator[Drawn]:
+        """Draw here; the batches come to the CPU."""
+        prior, generator = self.prior.to(device), torch.Generator().manual_seed(self.seed)
+        batches = sample_batches(
+            prior, self.shape, self.labels, generator=generator, only=only, **self.options
+        )
+        for batch in batches:
+            yield Drawn(*(part.cpu() for part in batch))
+
+    def shared(self, devices: Sequence[torch.device]) -> Iterator[Drawn]:
+        """Draw in a process per device, batch by batch, in order."""
+        context = multiprocessing.get_context("spawn")
+        places = context.SimpleQueue()
+        for place in devices:
+            places.put((place, max(1, torch.get_num_threads() // len(devices))))
+        size = self.options.get("batch_size") or batch_that_fits(
+            self.prior, *self.shape[1:], devices[0], len(devices)
+        )
+        # No larger than a device's share, or some would have nothing to do.
+        size = min(size, -(-self.shape[0] // len(devices)))
+        with ProcessPoolExecutor(len(devices), context, _start_drawing, (places, self)) as pool:
+            starts = range(0, self.shape[0], size)
+            jobs = [pool.submit(_draw_part, slice(start, start + size)) for start in starts]
+            try:
+                for job in jobs:
+                    codes, nats = job.result()
+                    yield Drawn(torch.from_numpy(codes), torch.from_numpy(nats))
+            finally:
+                pool.shutdown(cancel_futures=True)
+
+
+_drawing: tuple[_Draw, torch.device]
+
+
+def _start_drawing(places: Any, draw: _Draw) -> None:
+    """In a process of its own: take one of the devices."""
+    global _drawing
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent stops, and keeps what is finished
+    device, threads = places.get()
+    torch.set_num_threads(threads)
+    _drawing = draw, device
+
+
+def _draw_part(only: slice) -> tuple[Any, Any]:
+    """In a process of its own: a batch, as arrays, which need no file descriptors to be sent."""
+    draw, device = _drawing
+    (batch,) = draw._replace(
+        options={**draw.options, "batch_size": only.stop - only.start}
+    ).batches(device, only)
+    return batch.codes.numpy(), batch.nats.numpy()
 
 
 @torch.inference_mode()

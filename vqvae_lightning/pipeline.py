@@ -65,6 +65,7 @@ def stage_configs(cfg: Any) -> dict[str, Any]:
                 "dataset": None,
                 "codes_dir": whole["prior"]["codes_dir"],
                 "accelerator": whole["trainer"]["accelerator"],
+                "devices": 1,
                 "trainer": {
                     k: whole["trainer"][k] for k in ("accelerator", "devices", "precision")
                 },

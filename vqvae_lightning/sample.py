@@ -57,7 +57,7 @@ def draw(cfg: Any) -> dict[str, Any]:
     import torch
 
     from vqvae_lightning.checkpoints import load_pair
-    from vqvae_lightning.devices import device_for
+    from vqvae_lightning.devices import devices_for
     from vqvae_lightning.errors import Interrupted
     from vqvae_lightning.evaluation import draw_images
     from vqvae_lightning.networks.autoencoder import from_uint8
@@ -72,7 +72,7 @@ def draw(cfg: Any) -> dict[str, Any]:
     loaded, vqvae = load_pair(cfg.prior_checkpoint, cfg.vqvae_checkpoint)
     prior = loaded.net
     check_sampling(cfg, prior.num_classes)
-    device = device_for(cfg.accelerator)
+    devices = devices_for(cfg.accelerator, cfg.devices)
     labels, chosen, columns = None, [], 10
     known = originals = None
     count = cfg.num_samples
@@ -84,7 +84,7 @@ def draw(cfg: Any) -> dict[str, Any]:
             columns = len(chosen) if len(chosen) <= 20 else 10
     else:
         originals, labels = images_to_complete(cfg, prior, vqvae)
-        known = codes_to_complete(vqvae.net.to(device), originals, cfg.keep_rows)
+        known = codes_to_complete(vqvae.net.to(devices[0]), originals, cfg.keep_rows)
         known = known.repeat(cfg.completions, 1, 1)
         labels = None if labels is None else labels.repeat(cfg.completions)
         count = len(known)
@@ -95,7 +95,7 @@ def draw(cfg: Any) -> dict[str, Any]:
         count,
         labels,
         cfg.seed,
-        device,
+        devices,
         keep_finished=True,
         temperature=cfg.temperature,
         top_k=cfg.top_k,

@@ -46,6 +46,7 @@ def sample_batches(
     context: Tensor | None = None,
     known: Tensor | None = None,
     batch_size: int | None = None,
+    only: slice | None = None,
 ) -> Iterator[Drawn]:
     """Draw codes in raster order, batch by batch.
 
@@ -71,6 +72,7 @@ def sample_batches(
             image they come before the rest in raster order.
         batch_size: Images drawn together; None for as many as fit into a quarter of the free
             memory, at most 256.
+        only: The images to draw, of all those of `shape`: they come out as they would among all.
 
     Yields:
         Batches, on the prior's device.
@@ -103,8 +105,9 @@ def sample_batches(
     check_positive("batch_size", batch_size)
     uniform = torch.rand(count, height, width, generator=generator, dtype=torch.float64)
     options = {"temperature": temperature, "top_k": keep, "top_p": top_p}
-    for start in range(0, count, batch_size):
-        rows = slice(start, start + batch_size)
+    first, end, _ = (only or slice(None)).indices(count)
+    for start in range(first, end, batch_size):
+        rows = slice(start, min(start + batch_size, end))
         own = {name: None if p is None else p[rows].to(device) for name, p in parts.items()}
         yield _draw(prior, uniform[rows].to(device), guidance=guidance, options=options, **own)
 
@@ -137,12 +140,17 @@ def check_known(known: Tensor, shape: tuple[int, int, int], num_codes: int) -> N
         )
 
 
-def batch_that_fits(prior: PixelCNN, height: int, width: int, device: torch.device) -> int:
-    """Images whose caches fit into `MEMORY_SHARE` of the free memory, 1 to `LARGEST_BATCH`."""
+def batch_that_fits(
+    prior: PixelCNN, height: int, width: int, device: torch.device, processes: int = 1
+) -> int:
+    """Images whose caches fit into `MEMORY_SHARE` of the free memory, 1 to `LARGEST_BATCH`.
+
+    On a CPU `processes` share that memory.
+    """
     if device.type == "cuda":
         free = torch.cuda.mem_get_info(device)[0]
     else:
-        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // processes
     channels = prior.embedding.embedding_dim
     reach = cast(GatedLayer, prior.layers[0]).reach
     cells = (height + reach) * (width + 2 * reach)
