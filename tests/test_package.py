@@ -34,11 +34,13 @@ LEVELS = {
     "callbacks": 4,
     "app": 4,
     "evaluation": 5,
-    "train": 6,
+    "train": 7,
+    "ranks": 6,
     "evaluate": 6,
     "sample": 6,
     "reconstruct": 6,
-    "pipeline": 7,
+    "further_rank": 8,
+    "pipeline": 8,
 }
 COMMANDS = ("vqvae-train", "vqvae-pipeline", "vqvae-sample", "vqvae-evaluate", "vqvae-reconstruct")
 

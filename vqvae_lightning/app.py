@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from vqvae_lightning.configs import CONF_DIR, register_resolvers
-from vqvae_lightning.errors import DivergenceError, InputError, Interrupted, check_range
+from vqvae_lightning.errors import DivergenceError, InputError, Interrupted, RankError, check_range
 
 # Lightning's and torch's notices about choices that are right here and that a user can do nothing
 # about.
@@ -79,6 +79,16 @@ def app(config_name: str) -> Callable[[Callable[[Any], Any]], Callable[[], None]
         return command
 
     return decorate
+
+
+def quiet() -> None:
+    """Silence notices that a user can do nothing about."""
+    import pytorch_lightning as pl
+
+    for message in QUIET:
+        warnings.filterwarnings("ignore", message=message)
+    # After its import, which sets a level of its own.
+    logging.getLogger(pl.__name__).setLevel(logging.WARNING)
 
 
 def started(name: str, cfg: Any) -> Any:
@@ -203,14 +213,10 @@ class _Failed(BaseException):
 
 def _guarded(function: Callable[[Any], Any]) -> Callable[[Any], Any]:
     def run(cfg: Any) -> Any:
-        import pytorch_lightning as pl
         from hydra.core.hydra_config import HydraConfig
         from hydra.types import RunMode
 
-        for message in QUIET:
-            warnings.filterwarnings("ignore", message=message)
-        # After its import, which sets a level of its own.
-        logging.getLogger(pl.__name__).setLevel(logging.WARNING)
+        quiet()
         try:
             return function(cfg)
         except Exception as error:
@@ -236,7 +242,7 @@ def _explain(error: BaseException) -> str | None:
     while (below := chain[-1].__cause__ or chain[-1].__context__) is not None:
         chain.append(below)
     for link in chain:
-        if isinstance(link, InputError | DivergenceError):
+        if isinstance(link, InputError | DivergenceError | RankError):
             return str(link)
     for link in chain:
         if isinstance(link, ConfigKeyError | ConfigAttributeError) and link.parent_node is not None:

@@ -31,6 +31,7 @@ from vqvae_lightning.progress import RateColumn, console
 from vqvae_lightning.quantizers import VectorQuantizer
 
 PICTURED = 20  # images in a picture of reconstructions
+AGREE_EVERY = 10  # steps after which several ranks ask each other whether to stop
 
 
 class MetricsFile(CSVLogger):
@@ -280,6 +281,7 @@ class LastCheckpoint(Checkpoint):
         self.path = path
         self.every_n_steps = check_positive("every_n_steps", every_n_steps)
         self._asked = False
+        self._agreed = False  # that all ranks stop now
         self._step = 0
         self._previous: Any = None
 
@@ -294,16 +296,20 @@ class LastCheckpoint(Checkpoint):
     ) -> None:
         """Save if it is time to or if asked to; never between accumulated batches."""
         stepped, self._step = trainer.global_step > self._step, trainer.global_step
-        due = self._asked or trainer.global_step % self.every_n_steps == 0
+        if trainer.world_size > 1 and stepped and trainer.global_step % AGREE_EVERY == 0:
+            self._agreed = trainer.strategy.reduce_boolean_decision(self._asked, all=False)
+        elif trainer.world_size == 1:
+            self._agreed = self._asked
+        due = self._agreed or trainer.global_step % self.every_n_steps == 0
         if not stepped or not due or trainer.global_step >= trainer.estimated_stepping_batches:
             return
         trainer.save_checkpoint(self.path, weights_only=False)
-        if self._asked:
+        if self._agreed:
             raise Interrupted(f"Interrupted after step {trainer.global_step}; saved {self.path}.")
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Stop after the last validation, if asked to during it."""
-        if self._asked:
+        if trainer.strategy.reduce_boolean_decision(self._asked, all=False):
             trainer.save_checkpoint(self.path, weights_only=False)
             raise Interrupted(f"Interrupted after the last step; saved {self.path}.")
 

@@ -12,6 +12,10 @@ class DivergenceError(RuntimeError):
     """A loss became NaN or infinite; the last good checkpoint is kept."""
 
 
+class RankError(RuntimeError):
+    """A further rank of a job on several devices failed."""
+
+
 class Interrupted(BaseException):
     """The user stopped the run (Ctrl-C); a checkpoint was written.
 

@@ -10,6 +10,8 @@ from vqvae_lightning.app import app, codes_of, load_images, print_result, starte
 def train(cfg: Any, images: Any = None) -> dict[str, Any]:
     """Train the stage that `cfg` describes, or what is left of it, and test its best checkpoint.
 
+    On as many devices as `cfg.trainer.devices` says: with several, this process is the first rank.
+
     Args:
         cfg: The composed config of a stage (`conf/vqvae.yaml` or `conf/prior.yaml`); what the data
             decide (channels, number of codes) is filled in.
@@ -20,7 +22,23 @@ def train(cfg: Any, images: Any = None) -> dict[str, Any]:
 
     Raises:
         InputError: If the config, the data or a checkpoint cannot work; before any training.
+        RankError: If another rank failed.
     """
+    from vqvae_lightning.ranks import launched
+    from vqvae_lightning.results import read_result
+
+    folder = Path(cfg.folder)
+    finished = read_result(folder)
+    if finished is not None:
+        return finished
+    # Before the ranks start, so that only one process downloads.
+    images = images or load_images(cfg.dataset)
+    with launched(cfg, folder, "vqvae_lightning.further_rank"):
+        return fit(cfg, images)
+
+
+def fit(cfg: Any, images: Any = None) -> dict[str, Any]:
+    """One rank's part of `train`; the first one writes."""
     import pytorch_lightning as pl
     import torch
     from pytorch_lightning.loggers import WandbLogger
@@ -30,13 +48,10 @@ def train(cfg: Any, images: Any = None) -> dict[str, Any]:
     from vqvae_lightning.data import CodesDataModule
     from vqvae_lightning.errors import InputError
     from vqvae_lightning.progress import console
-    from vqvae_lightning.results import UNITS, read_result, write_config, write_result
+    from vqvae_lightning.results import UNITS, write_config, write_result
     from vqvae_lightning.tasks.optimization import check_optimizer
 
     folder = Path(cfg.folder)
-    finished = read_result(folder)
-    if finished is not None:
-        return finished
     start = time.perf_counter()
     images = images or load_images(cfg.dataset)
     trainer = build(
@@ -77,7 +92,8 @@ def train(cfg: Any, images: Any = None) -> dict[str, Any]:
             highlight=False,
         )
     task.save_hyperparameters(plain(cfg))
-    write_config(cfg, folder)
+    if trainer.is_global_zero:
+        write_config(cfg, folder)
 
     checkpoints = folder / "checkpoints"
     best, last = checkpoints / "best.ckpt", checkpoints / "last.ckpt"
@@ -101,6 +117,8 @@ def train(cfg: Any, images: Any = None) -> dict[str, Any]:
                 logger.experiment.finish(exit_code=int(scores is None))
     score = getattr(trainer.checkpoint_callback, "best_model_score", None)
     peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
+    if not trainer.is_global_zero:
+        return {}
     return write_result(
         folder,
         seed=cfg.seed,
@@ -113,6 +131,7 @@ def train(cfg: Any, images: Any = None) -> dict[str, Any]:
         objective=None if score is None else float(score),
         steps=trainer.global_step,
         checkpoint=str(best),
+        devices=trainer.world_size,
         peak_gpu_bytes=peak,
     )
 

@@ -240,12 +240,13 @@ class ImageDataModule(ArrayDataModule):
         """To [-1, 1] and, in training, flipped; on the device."""
         images = from_uint8(batch.data)
         if self.flip and self.trainer is not None and self.trainer.training:
-            # A function of seed, batch and rank, so that a resumed run flips what the first would
-            # have.
+            # A function of seed and batch, so that a resumed run flips what the first would have;
+            # of the whole batch, of which the ranks have parts, so that their number changes
+            # nothing.
             number = self.trainer.fit_loop.total_batch_idx + 1  # of the batch that comes now
-            seed = batch_seed(self.seed, number, self.trainer.global_rank)
-            generator = torch.Generator().manual_seed(seed)
-            mirrored = torch.rand(len(images), generator=generator) < 0.5
+            rank, world = rank_and_world()
+            generator = torch.Generator().manual_seed(batch_seed(self.seed, number, 0))
+            mirrored = torch.rand(self.batch_size, generator=generator).chunk(world)[rank] < 0.5
             where = mirrored.to(images.device)[:, None, None, None]
             images = torch.where(where, images.flip(-1), images)
         return Batch(images, batch.labels)

@@ -27,6 +27,7 @@ class GatedLayer(nn.Module):
         channels: Channels of both stacks.
         kernel: Width of the receptive field of a full (unmasked) kernel, odd.
         first: Whether this is the layer that sees the codes themselves.
+        last: Whether no layer follows: its horizontal stack then ends in the skip output.
         num_labels: Labels that shift the gates; 0 for an unconditional model.
         context_channels: Channels of the map that shifts the gates position by position; 0 for
             none.
@@ -38,6 +39,7 @@ class GatedLayer(nn.Module):
         channels: int,
         kernel: int,
         first: bool,
+        last: bool,
         num_labels: int,
         context_channels: int,
         dropout: float,
@@ -49,7 +51,7 @@ class GatedLayer(nn.Module):
         self.vertical = nn.Conv2d(channels, 2 * channels, (self.extent, kernel))
         self.horizontal = nn.Conv2d(channels, 2 * channels, (1, self.extent))
         self.vertical_to_horizontal = nn.Conv2d(channels, 2 * channels, 1)
-        self.residual = nn.Conv2d(channels, channels, 1)
+        self.residual = None if last else nn.Conv2d(channels, channels, 1)
         self.skip = nn.Conv2d(channels, channels, 1)
         self.label = nn.Embedding(num_labels, 4 * channels) if num_labels else None
         self.context = nn.Conv2d(context_channels, 4 * channels, 1) if context_channels else None
@@ -72,8 +74,10 @@ class GatedLayer(nn.Module):
         vertical = gate(self.vertical(above)[:, :, :height] + for_vertical)
         mixed = self.horizontal(left)[..., :width] + self.vertical_to_horizontal(vertical)
         gated = self.dropout(gate(mixed + for_horizontal))
-        residual = self.residual(gated)
-        return vertical, residual if self.first else horizontal + residual, self.skip(gated)
+        if self.residual is not None:
+            residual = self.residual(gated)
+            horizontal = residual if self.first else horizontal + residual
+        return vertical, horizontal, self.skip(gated)
 
     def shifts(self, labels: Tensor | None, context: Tensor | None) -> tuple[Any, Any]:
         """What class and context add to the two gates, each (B, 2 * channels, 1 or H, 1 or W).
@@ -155,7 +159,13 @@ class PixelCNN(nn.Module):
         self.embedding = nn.Embedding(num_codes, channels)
         self.layers = nn.ModuleList(
             GatedLayer(
-                channels, kernel if i else first_kernel, i == 0, labels, context_channels, dropout
+                channels,
+                kernel if i else first_kernel,
+                i == 0,
+                i == layers - 1,
+                labels,
+                context_channels,
+                dropout,
             )
             for i in range(layers)
         )

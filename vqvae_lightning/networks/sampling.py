@@ -253,7 +253,8 @@ class _Incremental:
 
     The same sums as in `PixelCNN.forward`, from the same weights: what is a convolution over the
     grid there is a matrix product at one position here, and the layers' skip outputs, which only
-    their sum needs, are one product for all layers.
+    their sum needs, are one product for all layers. At a position the products are so small that
+    making views and buffers would cost as much: all are made before the first.
     """
 
     def __init__(
@@ -266,11 +267,13 @@ class _Incremental:
         context: Tensor | None,
     ) -> None:
         layers = [cast(GatedLayer, layer) for layer in prior.layers]
-        self.prior = prior
+        self.prior, self.width = prior, width
         self.stacks = [_Stack(layer, batch, height, width, labels, context) for layer in layers]
-        self.skip = torch.cat([_matrix(layer.skip) for layer in layers])
+        # Minus: of what `gated` holds.
+        self.skip = -torch.cat([_matrix(layer.skip) for layer in layers])
         self.skip_bias = torch.stack([cast(Tensor, layer.skip.bias) for layer in layers]).sum(0)
-        self.gated = self.skip.new_empty(batch, len(layers), len(self.skip_bias))
+        gated = self.skip.new_empty(batch, len(layers), len(self.skip_bias))
+        self.gated, self.all_gated = gated.unbind(1), gated.flatten(1)
         self.hidden, self.out = (cast(torch.nn.Conv2d, prior.head[number]) for number in (1, 3))
         self.hidden_matrix, self.out_matrix = _matrix(self.hidden), _matrix(self.out)
 
@@ -283,28 +286,36 @@ class _Incremental:
 
     def logits(self, column: int) -> Tensor:
         """(B, K) at this column of the row; all codes to its left are known."""
-        entering = None
-        for number, stack in enumerate(self.stacks):
-            last = number + 1 == len(self.stacks)
-            entering = stack.horizontal_step(column, entering, self.gated[:, number], last)
-        total = torch.addmm(self.skip_bias, self.gated.flatten(1), self.skip).relu_()
+        entering: Tensor | None = None
+        for number, (stack, gated) in enumerate(zip(self.stacks, self.gated, strict=True)):
+            stack.gate(column, gated)
+            if number + 1 < len(self.stacks):
+                after = self.stacks[number + 1].places[column]
+                stack.residual_step(gated, entering, after)
+                entering = after
+        total = torch.addmm(self.skip_bias, self.all_gated, self.skip).relu_()
         hidden = torch.addmm(cast(Tensor, self.hidden.bias), total, self.hidden_matrix).relu_()
         return torch.addmm(cast(Tensor, self.out.bias), hidden, self.out_matrix)
 
     def put(self, row: int, column: int, codes: Tensor) -> None:
         """Take in the codes (B,) of a position, and at the end of a row the row."""
         first = self.stacks[0]
-        first.left[:, first.reach + column] = self.prior.embedding(codes)
-        if column + 1 == first.left.shape[1] - first.reach:
+        first.places[column].copy_(self.prior.embedding(codes))
+        if column + 1 == self.width:
             first.put_row(row, first.left[:, first.reach :])
 
 
 class _Stack:
     """What one layer remembers while a batch is drawn: its inputs so far, padded as in `forward`.
 
+    The gate tanh(a) sigmoid(b) is computed as (2 sigmoid(2a) - 1) sigmoid(b), one sigmoid over both
+    halves: the doubling is in the weights, and what comes out is its negative, for whose sake the
+    weights that follow are negative too.
+
     Attributes:
         above: (B, reach + H, W + 2 * reach, C) inputs of the vertical stack.
         left: (B, reach + W, C) inputs of the horizontal stack in the current row.
+        places: Per column, the view of `left` where its input is.
     """
 
     def __init__(
@@ -317,13 +328,22 @@ class _Stack:
         context: Tensor | None,
     ) -> None:
         self.layer, self.reach = layer, layer.reach
-        channels = layer.residual.out_channels
+        channels = layer.skip.out_channels
+        if layer.residual is not None:
+            self.residual, self.bias = -_matrix(layer.residual), cast(Tensor, layer.residual.bias)
+        new = layer.skip.weight.new_zeros
+        self.double = torch.cat([new(channels) + 2, new(channels) + 1])
         # (2C, C, 1, extent) as the rows of a window of `left`, one position after the other.
-        self.horizontal = layer.horizontal.weight[:, :, 0].permute(2, 1, 0).flatten(0, 1)
-        self.residual = _matrix(layer.residual)
-        zeros = self.residual.new_zeros
-        self.above = zeros(batch, layer.reach + height, width + 2 * layer.reach, channels)
-        self.left = zeros(batch, layer.reach + width, channels)
+        rows = layer.horizontal.weight[:, :, 0].permute(2, 1, 0).flatten(0, 1)
+        self.horizontal = rows * self.double
+        self.above = new(batch, layer.reach + height, width + 2 * layer.reach, channels)
+        self.left = new(batch, layer.reach + width, channels)
+        self.places = self.left[:, layer.reach :].unbind(1)
+        self.windows = [self.left[:, c : c + layer.extent].flatten(1) for c in range(width)]
+        self.from_above = new(batch, width, 2 * channels)
+        self.offsets = self.from_above.unbind(1)
+        self.both = new(batch, 2 * channels)
+        self.halves = self.both.chunk(2, dim=1)
         # As wide as the grid, without taking memory where all positions share them.
         size = (batch, 2 * channels, height, width)
         self.for_vertical, self.for_horizontal = (
@@ -342,26 +362,25 @@ class _Stack:
         vertical = gate(layer.vertical(window) + self.for_vertical[:, :, rows])
         handed = layer.vertical_to_horizontal(vertical) + self.for_horizontal[:, :, rows]
         bias = cast(Tensor, layer.horizontal.bias)
-        self.from_above = (handed[:, :, 0].movedim(1, -1) + bias).contiguous()
+        torch.mul(handed[:, :, 0].movedim(1, -1) + bias, self.double, out=self.from_above)
         return vertical[:, :, 0].movedim(1, -1)
 
-    def horizontal_step(
-        self, column: int, entering: Tensor | None, gated: Tensor, last: bool
-    ) -> Tensor | None:
-        """Write the gate's output to `gated` (B, C); return the next layer's input (B, C).
+    def gate(self, column: int, gated: Tensor) -> None:
+        """Write minus the gate's output at this column to `gated` (B, C)."""
+        offset, window = self.offsets[column], self.windows[column]
+        torch.addmm(offset, window, self.horizontal, out=self.both).sigmoid_()
+        a, b = self.halves
+        torch.addcmul(b, a, b, value=-2, out=gated)
 
-        `entering` is the layer's input there; the first layer has none, since its window ends
-        before. The last layer's residual goes nowhere.
+    def residual_step(self, gated: Tensor, entering: Tensor | None, after: Tensor) -> None:
+        """Write the next layer's input to `after` (B, C).
+
+        `entering` is this layer's input there; the first layer has none, since its window ends
+        before.
         """
+        torch.addmm(self.bias, gated, self.residual, out=after)
         if entering is not None:
-            self.left[:, self.reach + column] = entering
-        window = self.left[:, column : column + self.layer.extent].flatten(1)
-        a, b = torch.addmm(self.from_above[:, column], window, self.horizontal).chunk(2, dim=1)
-        torch.mul(a.tanh(), b.sigmoid(), out=gated)
-        if last:
-            return None
-        residual = torch.addmm(cast(Tensor, self.layer.residual.bias), gated, self.residual)
-        return residual if entering is None else residual.add_(entering)
+            after.add_(entering)
 
 
 def _matrix(convolution: torch.nn.Conv2d) -> Tensor:

@@ -1,0 +1,143 @@
+"""Commands on two ranks: one process per rank on the CPU, started by the commands themselves."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import TINY_VQVAE
+from omegaconf import OmegaConf
+
+from vqvae_lightning.checkpoints import load
+
+VQVAE = (
+    *[option for option in TINY_VQVAE if not option.startswith("trainer=")],
+    "trainer=ddp_cpu",
+    "trainer.precision=32-true",
+    "trainer.max_steps=20",
+    "trainer.val_check_interval=10",
+    "trainer.log_every_n_steps=5",
+    "dataset.batch_size=8",
+    "dataset.flip=true",
+    "model.net.quantizer.warmup_steps=4",
+    "model.net.quantizer.revive_every=3",
+)
+PRIOR = (
+    "--config-name",
+    "prior",
+    "trainer=ddp_cpu",
+    "trainer.precision=32-true",
+    "trainer.max_steps=10",
+    "trainer.val_check_interval=5",
+    "model.net.channels=8",
+    "model.net.layers=3",
+    "model.net.first_kernel=3",
+    "model.net.dropout=0",
+    "batch_size=8",
+)
+
+
+def metrics(folder):
+    return json.loads((folder / "result.json").read_text())["metrics"]
+
+
+def assert_equal(one, other):
+    """The same weights and the same figures, but for the order of sums."""
+    nets = [load(folder / "checkpoints/best.ckpt").net.state_dict() for folder in (one, other)]
+    for name, value in nets[0].items():
+        torch.testing.assert_close(nets[1][name], value, rtol=1e-3, atol=1e-4, msg=name)
+    for name, entry in metrics(one).items():
+        assert metrics(other)[name]["value"] == pytest.approx(entry["value"], rel=2e-3), name
+
+
+@pytest.fixture(scope="module")
+def pairs(toy_npz, tmp_path_factory):
+    """Each stage on one rank and on two, in a sweep over the number of devices."""
+    folder = tmp_path_factory.mktemp("devices")
+    data = ("dataset=npz", f"dataset.source.path={toy_npz}", "dataset.eval_batch_size=10")
+    found = {}
+    for stage, options in (("ema", VQVAE), ("loss", (*VQVAE, "quantizer=loss")), ("prior", PRIOR)):
+        given = [f"vqvae_checkpoint={folder}/ema/0/checkpoints/best.ckpt"]
+        sweep = ["-m", "trainer.devices=1,2", f"hydra.sweep.dir={folder / stage}"]
+        module = [sys.executable, "-m", "vqvae_lightning.train"]
+        command = [*module, *sweep, *options, *data, *(given if stage == "prior" else [])]
+        run = subprocess.run(command, capture_output=True, text=True, cwd=folder, timeout=300)
+        assert run.returncode == 0, run.stderr[-3000:]
+        found[stage] = folder / stage / "0", folder / stage / "1"
+    return found
+
+
+@pytest.mark.parametrize("stage", ["ema", "loss", "prior"])
+def test_two_ranks_end_with_the_weights_and_figures_of_one(stage, pairs):
+    one, two = pairs[stage]
+    assert_equal(one, two)
+    devices = [json.loads((folder / "result.json").read_text())["devices"] for folder in (one, two)]
+    assert devices == [1, 2]
+
+
+@pytest.mark.parametrize("stage", ["ema", "prior"])
+def test_each_rank_has_the_config_of_its_job(stage, pairs):
+    _, two = pairs[stage]
+    given = OmegaConf.load(two / "ranks" / "config.yaml")
+    assert given.folder == str(two)
+    assert given.trainer.devices == 2
+    assert OmegaConf.load(two / "config.yaml").model.optimizer == given.model.optimizer
+    with (two / "metrics.csv").open() as file:
+        steps = [int(row["step"]) for row in csv.DictReader(file)]
+    assert len(steps) == len(set(steps)), "two ranks wrote"
+
+
+def start(folder, *options):
+    command = [sys.executable, "-m", "vqvae_lightning.train", *options]
+    return subprocess.Popen(
+        command,
+        cwd=folder,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def ranks_of(process):
+    """Process numbers of the further ranks."""
+    found = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True)
+    return [int(number) for number in found.stdout.split()]
+
+
+def wait_for(condition, seconds=60):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "nothing happened"
+        time.sleep(0.2)
+
+
+def test_a_rank_that_dies_ends_the_job_with_its_name(toy, tmp_path):
+    endless = ("trainer.max_steps=1000000", "trainer.val_check_interval=500", "hydra.run.dir=run")
+    process = start(tmp_path, *VQVAE, *toy, *endless)
+    wait_for(lambda: (tmp_path / "run" / "metrics.csv").is_file())
+    (rank,) = ranks_of(process)
+    os.kill(rank, signal.SIGKILL)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 1, out
+    assert "rank 1 failed" in err
+
+
+def test_ctrl_c_stops_all_ranks_and_the_run_goes_on(toy, tmp_path):
+    endless = ("trainer.max_steps=100000", "trainer.val_check_interval=500", "hydra.run.dir=run")
+    process = start(tmp_path, *VQVAE, *toy, *endless)
+    wait_for(lambda: (tmp_path / "run" / "metrics.csv").is_file())
+    ranks = ranks_of(process)
+    os.kill(process.pid, signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err + out
+    assert "resume=" in err
+    assert (tmp_path / "run" / "checkpoints" / "last.ckpt").is_file()
+    for rank in ranks:
+        with pytest.raises(ProcessLookupError):
+            os.kill(rank, 0)
