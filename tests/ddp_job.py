@@ -87,7 +87,7 @@ def fit(case, devices):
         init=init,
         warmup_steps=2,
         decay=0.7,
-        revive_below=0.3,
+        revive_below=0.8,
         revive_every=2,
         revive_until=1.0,
     )
@@ -117,6 +117,7 @@ def fit(case, devices):
     return {
         "codebooks": torch.stack(history.codebooks),
         "weights": weights,
+        "revived": torch.tensor(task.since_logged.get("revived_codes", 0.0)),
         **{name: torch.tensor(value) for name, value in figures.items()},
     }, trainer.global_rank
 

@@ -151,6 +151,12 @@ def test_a_checkpoint_may_only_name_our_own_classes(target, checkpoints, tmp_pat
         (["temperature=-1"], "temperature=-1"),
         (["labels=[0,7]"], "labels=[7] must be among 0 to 2"),
         (["accelerator=warp"], "cpu, gpu, cuda"),
+        (["top_p=0"], "top_p=0"),
+        (["guidance=2"], "null_label_rate"),
+        (["complete=nowhere"], "complete=nowhere"),
+        (["complete=test", "keep_rows=1"], "keep_rows=1"),
+        (["complete=test", "labels=[1]"], "drop labels"),
+        (["devices=0"], "devices=0"),
     ],
 )
 def test_vqvae_sample_says_what_is_wrong(overrides, words, checkpoints, command):
@@ -158,6 +164,14 @@ def test_vqvae_sample_says_what_is_wrong(overrides, words, checkpoints, command)
     outcome = command("vqvae-sample", f"prior_checkpoint={path}", *overrides)
     assert outcome.status == 1
     assert words in outcome.err
+    assert not (outcome.folder / "config.yaml").exists(), "the folder can be used again"
+
+
+def test_guidance_that_cannot_be_is_found_before_anything_trains(toy, command):
+    outcome = command("vqvae-pipeline", *toy, "experiment=smoke", "sampling.guidance=2")
+    assert outcome.status == 1
+    assert "sampling.guidance=2" in outcome.err
+    assert not (outcome.folder / "vqvae" / "checkpoints").exists()
 
 
 def test_resume_with_other_overrides_is_refused(checkpoints, command):

@@ -11,9 +11,13 @@ from vqvae_lightning.errors import DivergenceError
 from vqvae_lightning.quantizers import EMAQuantizer, GaussianBottleneck
 
 
-def watch(callback, quantizer, values, name="val/codebook_use"):
-    trainer = SimpleNamespace(sanity_checking=False, is_global_zero=True, callback_metrics={})
-    module = SimpleNamespace(net=SimpleNamespace(quantizer=quantizer))
+def watch(callback, quantizer, values, name="val/codebook_use", images=100):
+    data = SimpleNamespace(image_shape=(1, 8, 8), datasets={"val": range(images)})
+    trainer = SimpleNamespace(
+        sanity_checking=False, is_global_zero=True, callback_metrics={}, datamodule=data
+    )
+    net = SimpleNamespace(quantizer=quantizer, grid=lambda height, width: (2, 2))
+    module = SimpleNamespace(net=net)
     for value in values:
         trainer.callback_metrics[name] = torch.tensor(value)
         callback.on_validation_end(trainer, module)
@@ -34,6 +38,15 @@ def test_collapse_is_told_once_after_patience_with_what_to_change(capsys):
 def test_collapse_is_not_told_before_the_codebook_is_set(capsys):
     watch(CollapseWarning(0.3, 1), EMAQuantizer(50, 3, warmup_steps=10), [0.0, 0.0])
     assert capsys.readouterr().out == ""
+
+
+def test_few_validation_images_are_no_collapse(capsys):
+    # 3 images of 2x2 codes can use 12 codes of 50 at most.
+    quantizer = EMAQuantizer(50, 3, init="uniform", warmup_steps=0)
+    watch(CollapseWarning(0.3, 1), quantizer, [11 / 50], images=3)
+    assert capsys.readouterr().out == ""
+    watch(CollapseWarning(0.3, 1), quantizer, [2 / 50], images=3)
+    assert "warning" in capsys.readouterr().out
 
 
 def test_posterior_collapse_is_told_too(capsys):
@@ -75,17 +88,13 @@ def test_ranks_with_different_codebooks_stop_the_run():
         drift(CodebookDrift(), quantizer, world_size=2, gathered=torch.tensor([5, 6]))
 
 
-def test_training_logs_drift_and_latents(command, toy):
-    # More codes than the validation images have positions.
-    longer = (
-        "trainer.max_steps=6",
-        "model.net.quantizer.num_codes=300",
-        "callbacks.collapse.threshold=1",
-    )
-    first = command("vqvae-train", *toy, *TINY_VQVAE, *longer)
-    assert first.status == 0, first.err
-    assert "val/codebook_drift" in (first.folder / "metrics.csv").read_text().splitlines()[0]
-    assert "codes are in use" in first.out
+def test_training_logs_drift_and_tells_of_collapse(command, toy):
+    # Revival off and a codebook far from the data: few codes are ever used.
+    options = ("trainer.max_steps=6", "model.net.quantizer.init=uniform")
+    outcome = command("vqvae-train", *toy, *TINY_VQVAE, *options, "callbacks.collapse.threshold=1")
+    assert outcome.status == 0, outcome.err
+    assert "val/codebook_drift" in (outcome.folder / "metrics.csv").read_text().splitlines()[0]
+    assert "codes are in use" in outcome.out
 
 
 def test_a_sweep_compares_the_traditional_autoencoders(command, toy):

@@ -36,7 +36,7 @@ def test_every_quantizer_builds(quantizer, tmp_path):
 @pytest.mark.parametrize("trainer", [t for t in options("trainer") if t != "as_stage_one"])
 @pytest.mark.parametrize(("config", "budget"), [("vqvae", 4000), ("prior", 1200)])
 def test_every_trainer_builds(trainer, config, budget, tmp_path):
-    if trainer == "gpu":
+    if trainer in ("gpu", "ddp"):
         torch = pytest.importorskip("torch")
         if not torch.cuda.is_available():
             pytest.skip("no GPU")

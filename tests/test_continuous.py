@@ -54,6 +54,8 @@ def test_free_bits_leave_a_channel_below_them_alone():
     z = torch.tensor([0.1, 2.0, 0.0, 0.0]).view(1, 4, 1, 1).repeat(3, 1, 2, 2).requires_grad_()
     output = bottleneck(z)
     assert output.loss.item() == pytest.approx((0.5 * math.log(2) + 2.0) / 2)
+    assert output.terms["kl_clamped"].item() == pytest.approx(output.loss.item())
+    assert output.terms["kl"].item() == pytest.approx((0.005 + 2.0) / 2)
     output.loss.backward()
     assert (z.grad[:, [0, 2]] == 0).all()
     assert (z.grad[:, 1] > 0).all()
@@ -68,14 +70,16 @@ def test_half_precision_does_not_overflow():
 
 
 def test_collapsed_channels_are_told_from_active_ones():
-    usage = LatentUsage(3)
-    mean = torch.randn(64, 3, 4, 4) * torch.tensor([1.0, 0.09, 0.3]).view(3, 1, 1) + 7
-    kl = torch.rand(64, 3, 4, 4)
+    usage = LatentUsage(4, 4, 5)
+    scale = torch.tensor([1.0, 0.09, 0.3, 0.01]).view(4, 1, 1)
+    mean = torch.randn(64, 4, 4, 5) * scale + 7
+    mean[:, 3] += 5 * torch.randn(4, 5)  # differs by place, not by image: says nothing
+    kl = torch.rand(64, 4, 4, 5)
     for part in torch.arange(64).split(10):
         usage.update(mean[part], kl[part])
     found = usage.compute()
-    variance = mean.double().movedim(1, 0).flatten(1).var(1, correction=0)
-    assert found["active"].tolist() == (variance > 0.01).tolist() == [True, False, True]
+    variance = mean.double().var(0, correction=0).mean((1, 2))
+    assert found["active"].tolist() == (variance > 0.01).tolist() == [True, False, True, False]
     torch.testing.assert_close(found["kl_nats"], kl.mean((0, 2, 3)))
 
 

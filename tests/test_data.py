@@ -380,7 +380,7 @@ def test_an_interrupted_encoding_leaves_nothing_behind(codes, monkeypatch, tmp_p
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("damage", ["truncate", "header", "foreign", "missing"])
+@pytest.mark.parametrize("damage", ["truncate", "header", "foreign", "dtype", "list", "missing"])
 def test_damaged_or_foreign_codes_are_refused(codes, damage):
     data = codes()
     data.encode(torch.device("cpu"))
@@ -392,6 +392,10 @@ def test_damaged_or_foreign_codes_are_refused(codes, damage):
         header.write_text(header.read_text().replace('"num_codes": 300', '"num_codes": 301'))
     elif damage == "foreign":
         np.save(file, np.zeros((3, 3), dtype=np.uint8))
+    elif damage == "list":
+        (data.folder / "header.json").write_text("[]")
+    elif damage == "dtype":
+        np.save(file, np.load(file).astype(np.int64))
     else:
         file.unlink()
     with pytest.raises(InputError, match=str(data.folder)):
@@ -405,9 +409,7 @@ def test_two_runs_that_encode_at_once_do_not_harm_each_other(codes, monkeypatch,
     def meanwhile(*arguments):
         # In the middle of the first one's work the second, another process, does all of its own.
         if not second.folder.is_dir():
-            with monkeypatch.context() as patch:
-                patch.setattr("os.getpid", lambda: 1)
-                second.encode(torch.device("cpu"))
+            second.encode(torch.device("cpu"))
         return whole(*arguments)
 
     monkeypatch.setattr(first, "_encode", meanwhile)

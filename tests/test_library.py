@@ -61,17 +61,14 @@ def test_training_logs_what_our_own_quantizers_log(quantizer, command, toy):
     total = 512 * (4 if quantizer == "residual_vq" else 1)
     assert 0 < metrics["test/codebook_use"]["value"] <= 1
     assert 1 <= metrics["test/perplexity"]["value"] <= total
-    assert "test/auxiliary" in metrics
+    logged = (outcome.folder / "metrics.csv").read_text().splitlines()[0]
+    assert ("train/auxiliary" in logged) == (quantizer != "fsq")
+    assert "test/auxiliary" not in metrics, "a zero in place of a figure"
 
 
-def test_a_prior_learns_their_codes(command, toy):
-    outcome = command(
-        "vqvae-pipeline",
-        "experiment=smoke",
-        "quantizer=fsq",
-        *toy,
-        "~model.net.quantizer.warmup_steps",
-    )
+@pytest.mark.parametrize("quantizer", ["fsq", "lfq", "simvq", "library"])
+def test_a_prior_learns_their_codes(quantizer, command, toy):
+    outcome = command("vqvae-pipeline", "experiment=smoke", f"quantizer={quantizer}", *toy)
     assert outcome.status == 0, outcome.err
     assert (outcome.folder / "samples.png").is_file()
 
@@ -96,3 +93,12 @@ def test_a_prior_without_one_code_per_position_is_refused_before_training(quanti
 def test_bad_options_are_named(name, options, message):
     with pytest.raises(InputError, match=message):
         LibraryQuantizer(name, 8, options=options)
+
+
+def test_codebooks_that_would_drift_apart_over_ranks_are_refused(monkeypatch):
+    monkeypatch.setattr("vqvae_lightning.quantizers.library.rank_and_world", lambda: (0, 2))
+    with pytest.raises(InputError, match="sync_codebook"):
+        LibraryQuantizer("VectorQuantize", 8, options=OPTIONS["VectorQuantize"]).update(0.0)
+    synced = {**OPTIONS["VectorQuantize"], "sync_codebook": True}
+    LibraryQuantizer("VectorQuantize", 8, options=synced).update(0.0)
+    LibraryQuantizer("FSQ", 8, options=OPTIONS["FSQ"]).update(0.0)

@@ -39,13 +39,19 @@ def make(
 
 @pytest.mark.parametrize(("first_kernel", "kernel"), [(3, 3), (7, 3), (5, 5), (3, 7)])
 @pytest.mark.parametrize(("height", "width"), [(5, 5), (4, 6), (6, 3)])
+@pytest.mark.parametrize("conditional", [False, True])
 def test_every_position_sees_all_earlier_codes_and_no_later_one(
-    first_kernel, kernel, height, width
+    first_kernel, kernel, height, width, conditional
 ):
-    prior = make(height, width, first_kernel=first_kernel, kernel=kernel).double()
+    kernels = {"first_kernel": first_kernel, "kernel": kernel}
+    labels = torch.zeros(1, dtype=torch.long) if conditional else None
+    prior = make(height, width, num_classes=2 * conditional, **kernels)
+    if conditional:  # and after training: what is outside the kernels must have no effect ever
+        prior = trained(prior, 10, labels=torch.tensor([0, 1]))
+    prior = prior.double()
     embedded = torch.randn(1, height, width, CHANNELS, dtype=torch.float64, requires_grad=True)
     prior.embedding.forward = lambda codes: embedded
-    logits = prior(torch.zeros(1, height, width, dtype=torch.long))
+    logits = prior(torch.zeros(1, height, width, dtype=torch.long), labels)
     for row, column in itertools.product(range(height), range(width)):
         (gradient,) = torch.autograd.grad(
             logits[0, :, row, column].sum(), embedded, retain_graph=True, allow_unused=True
@@ -166,10 +172,13 @@ def test_context_reaches_every_position_by_its_own_place():
     prior = make(4, 6, context_channels=3).double()
     context = torch.randn(1, 3, 2, 3, dtype=torch.float64, requires_grad=True)
     logits = prior(torch.zeros(1, 4, 6, dtype=torch.long), context=context)
-    (gradient,) = torch.autograd.grad(logits[0, :, 0, 0].sum(), context)
-    seen = gradient[0].abs().sum(0) > 0
-    assert seen[0, 0]
-    assert not seen[1:].any(), "the first code sees the context of its own row only"
+    for row, column in itertools.product(range(4), range(6)):
+        (gradient,) = torch.autograd.grad(
+            logits[0, :, row, column].sum(), context, retain_graph=True
+        )
+        seen = gradient[0].abs().sum(0) > 0
+        assert seen[row // 2, column // 2], "its own place"
+        assert not seen[row // 2 + 1 :].any(), "a later row"
 
 
 def test_the_reported_entropy_is_the_mean_likelihood_of_the_samples():
@@ -236,8 +245,11 @@ def test_equal_codes_at_the_edge_go_by_their_number():
 def test_a_batch_takes_no_more_than_its_share_of_memory(monkeypatch):
     prior = make(8, 8)
     assert batch_that_fits(prior, 8, 8, torch.device("cpu")) == 256
-    monkeypatch.setattr("os.sysconf", lambda name: 2000)  # 4 MB free
-    assert 1 < batch_that_fits(prior, 8, 8, torch.device("cpu")) < 256
+    monkeypatch.setattr("vqvae_lightning.networks.sampling._available_memory", lambda: 4_000_000)
+    alone = batch_that_fits(prior, 8, 8, torch.device("cpu"))
+    assert 1 < alone < 256
+    assert batch_that_fits(prior, 8, 8, torch.device("cpu"), guided=True) <= alone // 2 + 1
+    assert batch_that_fits(prior, 8, 8, torch.device("cpu"), processes=2) <= alone // 2 + 1
     assert batch_that_fits(prior, 200, 200, torch.device("cpu")) == 1
 
 

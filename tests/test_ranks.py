@@ -71,7 +71,7 @@ def usage(number):
     codes = (torch.rand(41, generator=generator) ** 2 * 20).long()
     mean, kl = torch.randn(2, 41, 3, 2, 2, generator=generator) * 0.1
     own = slice(None) if number is None else (slice(0, 30), slice(30, 41))[number]
-    metrics = CodebookUsage(20), LatentUsage(3)
+    metrics = CodebookUsage(20), LatentUsage(3, 2, 2)
     metrics[0].update(codes[own])
     metrics[1].update(mean[own], kl[own])
     return {name: value for metric in metrics for name, value in metric.compute().items()}
@@ -153,3 +153,4 @@ def test_training_on_two_ranks_is_training_in_one_process(case, ddp):
         torch.testing.assert_close(ddp[0][case][name], value, rtol=1e-4, atol=1e-5)
     moved = (alone["codebooks"][1:] - alone["codebooks"][:-1]).abs().amax((1, 2))
     assert (moved[2:] > 1e-6).all(), "the codebook stood still"
+    assert alone["revived"] > 0

@@ -28,6 +28,7 @@ QUIET = (
     ".*GPU available but not used.*",
     ".*smaller than the logging interval.*",  # the curve is over steps, not within an epoch
     ".*no `validation_step`.*",  # the classifier is judged on test images
+    ".*sync_dist=True.*",  # torchmetrics has reduced over the ranks already
 )
 
 

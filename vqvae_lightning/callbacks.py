@@ -22,13 +22,13 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
 from vqvae_lightning.data.codes import CodesDataModule
-from vqvae_lightning.data.images import ArrayDataModule, batch_seed
+from vqvae_lightning.data.images import ArrayDataModule, ImageDataModule, batch_seed
 from vqvae_lightning.errors import DivergenceError, Interrupted, check_positive, check_range
 from vqvae_lightning.networks.autoencoder import from_uint8
 from vqvae_lightning.networks.sampling import sample
 from vqvae_lightning.pictures import grid, pairs, save_png
 from vqvae_lightning.progress import RateColumn, console
-from vqvae_lightning.quantizers import VectorQuantizer
+from vqvae_lightning.quantizers import GaussianBottleneck, VectorQuantizer
 
 PICTURED = 20  # images in a picture of reconstructions
 AGREE_EVERY = 10  # steps after which several ranks ask each other whether to stop
@@ -349,8 +349,13 @@ class CollapseWarning(Callback):
             return
         metrics = trainer.callback_metrics
         if "val/codebook_use" in metrics:
-            total = quantizer.num_codes * quantizer.codes_per_position
-            use, what = float(metrics["val/codebook_use"]), f"{total} codes are in use"
+            data: ImageDataModule = trainer.datamodule  # type: ignore[attr-defined]
+            rows, columns = pl_module.net.grid(*data.image_shape[1:])
+            total = quantizer.num_codes
+            # Few validation images cannot use a large codebook up.
+            seen = len(data.datasets["val"]) * rows * columns
+            use = float(metrics["val/codebook_use"]) * total / min(total, seen)
+            what = f"{total} codes are in use"
         elif "val/active_dims" in metrics:
             total = quantizer.code_dim
             use = float(metrics["val/active_dims"]) / total
@@ -376,7 +381,7 @@ class CollapseWarning(Callback):
 
     def _advice(self, quantizer: Any) -> str:
         key = "model.net.quantizer"
-        if "kl" in quantizer.weights:
+        if isinstance(quantizer, GaussianBottleneck):
             return f"a lower {key}.beta, or {key}.free_bits=0.05."
         if not isinstance(quantizer, VectorQuantizer):
             return f"other {key}.options, or quantizer=ema."

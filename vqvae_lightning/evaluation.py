@@ -306,7 +306,11 @@ class _Draw(NamedTuple):
         for place in devices:
             places.put((place, max(1, torch.get_num_threads() // len(devices))))
         size = self.options.get("batch_size") or batch_that_fits(
-            self.prior, *self.shape[1:], devices[0], len(devices)
+            self.prior,
+            *self.shape[1:],
+            devices[0],
+            self.options.get("guidance", 1) not in (0, 1),
+            len(devices),
         )
         # No larger than a device's share, or some would have nothing to do.
         size = min(size, -(-self.shape[0] // len(devices)))

@@ -68,40 +68,44 @@ class LatentUsage(Metric):
 
     `compute` returns:
         kl_nats: (D,) KL divergence from the standard normal per latent value, mean over the data.
-        active: (D,) bool: whether the channel's posterior mean varies by more than 0.01 over the
-            data (Burda et al. 2015, arXiv:1509.00519, section 5.2): one that does not has collapsed
-            onto the prior and tells the decoder nothing.
+        active: (D,) bool: whether the channel's posterior mean varies over the data, by more than
+            0.01 in the mean over its positions (Burda et al. 2015, arXiv:1509.00519, section 5.2):
+            one that does not has collapsed onto the prior and tells the decoder nothing.
 
     Exact over batches, partial batches and ranks.
 
     Args:
         channels: D.
+        height: Rows of latents.
+        width: Columns of latents.
         **options: Of `torchmetrics.Metric`.
     """
 
     full_state_update = False
-    count: Tensor
+    images: Tensor
     kl: Tensor
     means: Tensor
     squares: Tensor
 
-    def __init__(self, channels: int, **options: Any) -> None:
+    def __init__(self, channels: int, height: int, width: int, **options: Any) -> None:
         super().__init__(**options)
-        self.add_state("count", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("images", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
         for name in ("kl", "means", "squares"):
-            zeros = torch.zeros(channels, dtype=torch.float64)
+            zeros = torch.zeros(channels, height, width, dtype=torch.float64)
             self.add_state(name, zeros, dist_reduce_fx="sum")
 
     def update(self, mean: Tensor, kl: Tensor) -> None:
         """Add the posterior means and divergences (B, D, H, W) of a batch."""
-        mean = mean.double().movedim(1, 0).flatten(1)
-        self.count += mean.shape[1]
-        self.kl += kl.double().movedim(1, 0).flatten(1).sum(1)
-        self.means += mean.sum(1)
-        self.squares += mean.square().sum(1)
+        self.images += len(mean)
+        self.kl += kl.double().sum(0)
+        self.means += mean.double().sum(0)
+        self.squares += mean.double().square().sum(0)
 
     def compute(self) -> dict[str, Tensor]:
         """See the class."""
-        count = self.count.clamp(min=1)
-        variance = self.squares / count - (self.means / count).square()
-        return {"kl_nats": (self.kl / count).float(), "active": variance > ACTIVE_VARIANCE}
+        images = self.images.clamp(min=1)
+        variance = self.squares / images - (self.means / images).square()
+        return {
+            "kl_nats": (self.kl / images).mean((1, 2)).float(),
+            "active": variance.mean((1, 2)) > ACTIVE_VARIANCE,
+        }

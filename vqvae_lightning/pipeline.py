@@ -65,9 +65,10 @@ def stage_configs(cfg: Any) -> dict[str, Any]:
                 "dataset": None,
                 "codes_dir": whole["prior"]["codes_dir"],
                 "accelerator": whole["trainer"]["accelerator"],
-                "devices": 1,
                 "trainer": {
-                    k: whole["trainer"][k] for k in ("accelerator", "devices", "precision")
+                    "accelerator": whole["trainer"]["accelerator"],
+                    "devices": 1,
+                    "precision": whole["trainer"]["precision"],
                 },
                 **whole["evaluation" if name == "evaluation" else "sampling"],
             }
@@ -100,7 +101,10 @@ def check_stages(configs: dict[str, Any], images: Any) -> None:
     if check_positive("prior.batch_size", prior.batch_size) > total:
         raise InputError(f"prior.batch_size={prior.batch_size} must be at most {total} images.")
     check_evaluation(judge, "evaluation.")
-    check_sampling(drawing, images.num_classes, "sampling.")
+    factor = 2 ** configs["vqvae"].model.net.downsamplings
+    height = max(1, images.image_shape[1] // factor)
+    rate = prior.model.net.null_label_rate
+    check_sampling(drawing, images.num_classes, height, rate, "sampling.")
 
 
 def run_pipeline(cfg: Any) -> dict[str, Any]:

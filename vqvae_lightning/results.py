@@ -28,6 +28,8 @@ UNITS = {
     "histogram_bits_per_dim": "bits/dim",
     "images": "images",
     "kl": "nats per latent value",
+    "kl_clamped": "nats per latent value",
+    "kl_clamped_weighted": "1",
     "kl_nats_dim": "nats per latent value",
     "kl_weighted": "1",
     "learning_rate": "1",

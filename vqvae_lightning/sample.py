@@ -7,11 +7,20 @@ from typing import Any
 from vqvae_lightning.app import app, print_result, started
 
 
-def check_sampling(cfg: Any, num_classes: int, prefix: str = "") -> None:
+def check_sampling(
+    cfg: Any, num_classes: int, height: int, null_label_rate: float, prefix: str = ""
+) -> None:
     """Refuse settings of a draw that cannot work.
 
+    Args:
+        cfg: With the keys of `conf/sampling`.
+        num_classes: Of the prior.
+        height: Rows of its grid.
+        null_label_rate: Of the prior.
+        prefix: Of the keys in messages.
+
     Raises:
-        InputError: Naming the key, with `prefix` before it.
+        InputError: Naming the key.
     """
     from omegaconf import ListConfig
 
@@ -27,6 +36,31 @@ def check_sampling(cfg: Any, num_classes: int, prefix: str = "") -> None:
     check_range(f"{prefix}guidance", cfg.guidance, 0)
     check_range(f"{prefix}keep_rows", cfg.keep_rows, 0, 1)
     check_top_p(cfg.top_p, prefix)
+    if cfg.guidance != 1 and not (num_classes and null_label_rate):
+        raise InputError(
+            f"{prefix}guidance={cfg.guidance} needs a prior that was trained with classes and "
+            "model.net.null_label_rate above 0."
+        )
+    if cfg.complete is not None:
+        if round(cfg.keep_rows * height) >= height:
+            raise InputError(
+                f"{prefix}keep_rows={cfg.keep_rows} of {height} rows of codes leaves none to draw."
+            )
+        if cfg.complete == "test" and cfg.labels is not None:
+            raise InputError(
+                f"{prefix}labels={cfg.labels}: test images are completed with their own classes; "
+                "drop labels."
+            )
+        if cfg.complete != "test" and not Path(cfg.complete).is_dir():
+            raise InputError(
+                f"{prefix}complete={cfg.complete} must be a folder of images, or test."
+            )
+        if cfg.complete != "test" and cfg.labels is None and num_classes:
+            raise InputError(
+                f"{prefix}complete={cfg.complete}: this prior has classes; give those of the "
+                f"images in order of their names, as in {prefix}labels=[0,3]; a list that is too "
+                "short is repeated."
+            )
     if cfg.labels is None:
         return
     if not num_classes:
@@ -71,7 +105,7 @@ def draw(cfg: Any) -> dict[str, Any]:
     start = time.perf_counter()
     loaded, vqvae = load_pair(cfg.prior_checkpoint, cfg.vqvae_checkpoint)
     prior = loaded.net
-    check_sampling(cfg, prior.num_classes)
+    check_sampling(cfg, prior.num_classes, prior.height, prior.null_label_rate)
     devices = devices_for(cfg.accelerator, cfg.devices)
     labels, chosen, columns = None, [], 10
     known = originals = None
@@ -108,7 +142,8 @@ def draw(cfg: Any) -> dict[str, Any]:
     if originals is None:
         save_png(grid(from_uint8(samples.images[: 10 * columns]), columns), folder / "samples.png")
     else:
-        save_png(completions_picture(originals, samples.images, cfg), folder / "samples.png")
+        kept = round(cfg.keep_rows * prior.height) * originals.shape[2] // prior.height
+        save_png(completions_picture(originals, samples.images, kept), folder / "samples.png")
     arrays: dict[str, Any] = {"images": samples.images.movedim(1, -1), "codes": samples.codes}
     if labels is not None:
         arrays["labels"] = labels[:done]
@@ -156,11 +191,6 @@ def images_to_complete(cfg: Any, prior: Any, vqvae: Any) -> tuple[Any, Any]:
         raise InputError(str(error).replace("dataset.source.root", "complete")) from error
     if not prior.num_classes:
         return images, None
-    if cfg.labels is None:
-        raise InputError(
-            f"complete={cfg.complete}: this prior has classes; give those of the images in order "
-            "of their names, as in labels=[0,3]; a list that is too short is repeated."
-        )
     return images, torch.tensor(list(cfg.labels))[torch.arange(len(images)) % len(cfg.labels)]
 
 
@@ -178,8 +208,8 @@ def codes_to_complete(vqvae: Any, images: Any, keep_rows: float) -> Any:
     return codes
 
 
-def completions_picture(originals: Any, drawn: Any, cfg: Any) -> Any:
-    """Ten originals, what is kept of them, and their completions, row by row."""
+def completions_picture(originals: Any, drawn: Any, kept_rows: int) -> Any:
+    """Ten originals, the `kept_rows` of pixels kept of them, and their completions, by rows."""
     import torch
 
     from vqvae_lightning.networks.autoencoder import from_uint8
@@ -187,7 +217,7 @@ def completions_picture(originals: Any, drawn: Any, cfg: Any) -> Any:
 
     shown = originals[:10]
     kept = shown.clone()
-    kept[:, :, round(cfg.keep_rows * kept.shape[2]) :] = 128
+    kept[:, :, kept_rows:] = 128
     rows = [shown, kept]
     for first in range(0, len(drawn) - len(shown) + 1, len(originals)):
         rows.append(drawn[first : first + len(shown)])

@@ -24,7 +24,7 @@ def train(cfg: Any, images: Any = None) -> dict[str, Any]:
         InputError: If the config, the data or a checkpoint cannot work; before any training.
         RankError: If another rank failed.
     """
-    from vqvae_lightning.ranks import launched
+    from vqvae_lightning.launch import launched
     from vqvae_lightning.results import read_result
 
     folder = Path(cfg.folder)

@@ -1,8 +1,9 @@
 """The second stage's data: the same splits as codes, encoded once and kept on disk."""
 
 import json
-import os
 import shutil
+import uuid
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import Tensor
 
 import vqvae_lightning
 from vqvae_lightning.data.images import ArrayDataModule, ArrayDataset, Batch, ImageDataModule
-from vqvae_lightning.data.ranks import agreed, barrier, rank_and_world
+from vqvae_lightning.distributed import agreed, gathered, rank_and_world
 from vqvae_lightning.errors import InputError
 from vqvae_lightning.networks.autoencoder import VQVAE, from_uint8
 from vqvae_lightning.progress import progress_bar
@@ -55,6 +56,8 @@ class CodesDataModule(ArrayDataModule):
     Attributes:
         grid: Rows and columns of codes per image.
     """
+
+    batch_size_key = "batch_size"
 
     def __init__(
         self, images: ImageDataModule, vqvae: VQVAE, vqvae_hash: str, folder: str, batch_size: int
@@ -107,32 +110,24 @@ class CodesDataModule(ArrayDataModule):
         Raises:
             InputError: If the folder cannot be written.
         """
-        rank, world = rank_and_world()
         # The first rank decides for all, so that none waits for another.
         if agreed(self.folder.is_dir()):
             return
-        partial = agreed(self.folder.with_name(f"{self.folder.name}.{os.getpid()}"))
+        partial = agreed(self.folder.with_name(f"{self.folder.name}.{uuid.uuid4().hex[:8]}"))
+        rank, world = rank_and_world()
         try:
-            partial.mkdir(parents=True, exist_ok=True)
-            total = sum(self.header["images"].values())
-            with progress_bar("encoding", total) as advance:
-                for split in SPLITS:
-                    parts = [np.zeros((0, *self.grid), self.integer)]
-                    for batch in self.images.batches(split):  # type: ignore[arg-type]
-                        parts.append(self._encode(batch, device))
-                        advance(len(batch.data) * world)
-                    np.save(partial / f"{split}.{rank}.npy", np.concatenate(parts))
-            barrier()
-            if rank == 0:
-                self._join(partial, world)
-        except OSError as error:
-            raise InputError(
-                f"codes cannot be written into {self.folder.parent}: {error}; set codes_dir."
-            ) from error
+            # An error of one rank is every rank's, or the others would wait for it for ever.
+            said = gathered(_said(lambda: self._encode_part(partial, rank, world, device)))
+            if rank == 0 and not any(said):
+                said = [_said(lambda: self._join(partial, world))]
+            error = next((text for text in agreed(said) if text), None)
         finally:
-            barrier()
             if rank == 0:
                 shutil.rmtree(partial, ignore_errors=True)
+        if error:
+            raise InputError(
+                f"codes cannot be written into {self.folder.parent}: {error}; set codes_dir."
+            )
 
     def setup(self, stage: str | None = None) -> None:
         """Map the stored codes; inside a Trainer, make them first if need be, over all its ranks.
@@ -153,6 +148,8 @@ class CodesDataModule(ArrayDataModule):
                 f"the codes in {self.folder} cannot be read ({error}): delete the folder to make "
                 "them anew."
             ) from error
+        if not isinstance(found, dict):
+            raise InputError(f"{self.folder}/header.json is none: delete the folder.")
         for key, value in self.header.items():
             if found.get(key) != value:
                 raise InputError(
@@ -161,8 +158,11 @@ class CodesDataModule(ArrayDataModule):
                 )
         for split, array in arrays.items():
             shape = (self.header["images"][split], *self.grid)
-            if array.shape != shape:
-                raise InputError(f"{self.folder}/{split}.npy has shape {array.shape}, not {shape}.")
+            if array.shape != shape or array.dtype != self.integer:
+                raise InputError(
+                    f"{self.folder}/{split}.npy has shape {array.shape} of {array.dtype}, not "
+                    f"{shape} of {self.integer}: delete the folder to make the codes anew."
+                )
             self.datasets[split] = ArrayDataset(array, self.images.datasets[split].labels)
 
     def histogram(self) -> Tensor:
@@ -179,6 +179,17 @@ class CodesDataModule(ArrayDataModule):
             codes = self.vqvae.to(device).encode(from_uint8(batch.data.to(device)))
         return codes.cpu().numpy().astype(self.integer)
 
+    def _encode_part(self, partial: Path, rank: int, world: int, device: torch.device) -> None:
+        """Write this rank's part of each split."""
+        partial.mkdir(parents=True, exist_ok=True)
+        with progress_bar("encoding", sum(self.header["images"].values())) as advance:
+            for split in SPLITS:
+                parts = [np.zeros((0, *self.grid), self.integer)]
+                for batch in self.images.batches(split):  # type: ignore[arg-type]
+                    parts.append(self._encode(batch, device))
+                    advance(len(batch.data) * world)
+                np.save(partial / f"{split}.{rank}.npy", np.concatenate(parts))
+
     def _join(self, partial: Path, world: int) -> None:
         """Put the ranks' parts together, write labels and header, and give the folder its name."""
         for split in SPLITS:
@@ -191,5 +202,17 @@ class CodesDataModule(ArrayDataModule):
                 np.save(partial / f"{split}_labels.npy", labels.numpy())
         written = {**self.header, "version": vqvae_lightning.__version__}
         (partial / "header.json").write_text(json.dumps(written, indent=1))
-        if not self.folder.is_dir():
+        try:
             partial.rename(self.folder)
+        except OSError:
+            if not self.folder.is_dir():  # else another run was first
+                raise
+
+
+def _said(step: Callable[[], None]) -> str | None:
+    """What went wrong with a file in `step`, if anything."""
+    try:
+        step()
+    except OSError as error:
+        return str(error)
+    return None

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from vqvae_lightning.data.ranks import rank_and_world
 from vqvae_lightning.data.sources import Source, Split
+from vqvae_lightning.distributed import rank_and_world
 from vqvae_lightning.errors import InputError, check_positive, check_range
 from vqvae_lightning.networks.autoencoder import from_uint8
 
@@ -80,7 +80,8 @@ class EpochBatches:
         start, self.resume_at = self.resume_at % max(1, len(self)), 0
         local = self.batch_size // self.world
         if self.seed is None:
-            yield from self._own().split(local)
+            # A split may have fewer rows than there are ranks.
+            yield from (part for part in self._own().split(local) if len(part))
             return
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
         order = torch.randperm(self.total, generator=generator)
@@ -112,6 +113,8 @@ class ResumableLoader(DataLoader[Batch]):
 class ArrayDataModule(pl.LightningDataModule):
     """Batches out of arrays in memory, for images and for codes alike."""
 
+    batch_size_key = "dataset.batch_size"
+
     def __init__(self, batch_size: int, eval_batch_size: int, seed: int) -> None:
         super().__init__()
         self.batch_size = check_positive("dataset.batch_size", batch_size)
@@ -121,29 +124,28 @@ class ArrayDataModule(pl.LightningDataModule):
 
     def train_dataloader(self) -> ResumableLoader:
         """Shuffled anew in each epoch; a last batch that is not full is left for a later epoch."""
-        return self._loader("train", self.batch_size, self.seed)
+        return self._loader("train", self.batch_size_key, self.batch_size, self.seed)
 
     def val_dataloader(self) -> ResumableLoader:
         """In order; each image once, over all ranks."""
-        return self._loader("val", self.eval_batch_size, None)
+        return self.batches("val")
 
     def test_dataloader(self) -> ResumableLoader:
         """In order; each image once, over all ranks."""
-        return self._loader("test", self.eval_batch_size, None)
+        return self.batches("test")
 
     def batches(self, split: SplitName) -> ResumableLoader:
         """Any split in order, each image once."""
-        return self._loader(split, self.eval_batch_size, None)
+        return self._loader(split, "dataset.eval_batch_size", self.eval_batch_size, None)
 
-    def _loader(self, split: str, batch_size: int, seed: int | None) -> ResumableLoader:
+    def _loader(self, split: str, key: str, batch_size: int, seed: int | None) -> ResumableLoader:
         dataset = self.datasets[split]
         batches = EpochBatches(len(dataset), batch_size, seed)
         # Checked here, where the number of ranks is known.
         if batch_size % batches.world:
             down = batch_size // batches.world * batches.world
             raise InputError(
-                f"dataset.batch_size={batch_size} does not divide over {batches.world} devices; "
-                "it counts all "
+                f"{key}={batch_size} does not divide over {batches.world} devices; it counts all "
                 f"devices together. Nearest that do: {down} and {down + batches.world}."
             )
         return ResumableLoader(

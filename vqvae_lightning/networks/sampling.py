@@ -1,7 +1,7 @@
-"""Draw codes from a PixelCNN: its own layers, run one row and one code at a time."""
+"""Draw codes from a PixelCNN: its own weights, run one row and one code at a time."""
 
-import os
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -101,7 +101,7 @@ def sample_batches(
             "model.net.null_label_rate above 0."
         )
     if batch_size is None:
-        batch_size = batch_that_fits(prior, height, width, device)
+        batch_size = batch_that_fits(prior, height, width, device, guidance not in (0, 1))
     check_positive("batch_size", batch_size)
     uniform = torch.rand(count, height, width, generator=generator, dtype=torch.float64)
     options = {"temperature": temperature, "top_k": keep, "top_p": top_p}
@@ -141,22 +141,39 @@ def check_known(known: Tensor, shape: tuple[int, int, int], num_codes: int) -> N
 
 
 def batch_that_fits(
-    prior: PixelCNN, height: int, width: int, device: torch.device, processes: int = 1
+    prior: PixelCNN,
+    height: int,
+    width: int,
+    device: torch.device,
+    guided: bool = False,
+    processes: int = 1,
 ) -> int:
     """Images whose caches fit into `MEMORY_SHARE` of the free memory, 1 to `LARGEST_BATCH`.
 
-    On a CPU `processes` share that memory.
+    Guidance takes twice as much; on a CPU, `processes` share the memory.
     """
     if device.type == "cuda":
         free = torch.cuda.mem_get_info(device)[0]
     else:
-        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // processes
-    channels = prior.embedding.embedding_dim
+        free = _available_memory() // processes
+    channels, layers = prior.embedding.embedding_dim, len(prior.layers)
     reach = cast(GatedLayer, prior.layers[0]).reach
     cells = (height + reach) * (width + 2 * reach)
     # Per layer the vertical stack's input and, twice as wide, what it hands to the horizontal one.
-    floats = len(prior.layers) * channels * (cells + 4 * width) + 4 * prior.num_codes
+    floats = layers * channels * (cells + 4 * width)
+    if prior.context_channels:
+        floats += layers * 4 * channels * height * width
+    floats = floats * (2 if guided else 1) + 16 * prior.num_codes  # sorted, in float64
     return max(1, min(LARGEST_BATCH, int(MEMORY_SHARE * free) // (4 * floats)))
+
+
+def _available_memory() -> int:
+    """Bytes that Linux could give to a new process; elsewhere 16 GiB."""
+    found = Path("/proc/meminfo")
+    for line in found.read_text().splitlines() if found.is_file() else ():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    return 2**34
 
 
 def distribution(

@@ -5,10 +5,10 @@ from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, Protocol, Self, cast
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vqvae_lightning.distributed import all_reduce, rank_and_world
 from vqvae_lightning.errors import InputError, check_positive, check_range
 
 SCORES = 2**21  # scores held at a time by `nearest_codes`: 8 MiB, which caches hold
@@ -17,6 +17,7 @@ CHUNK = 64  # neighbouring scores of which the largest is found first
 POOL = 16  # encoder vectors per code that k-means sees
 POOL_STEPS = 16  # last steps of the warm-up that they are drawn from
 KMEANS_STEPS = 10
+WARMUP_SHARE = 0.1  # of the training: the longest warm-up
 
 
 class Posterior(NamedTuple):
@@ -165,7 +166,7 @@ def _nearest_codes(vectors: Tensor, codebook: Tensor) -> Tensor:
                 torch.addmm(offset, centred, tile.t(), out=scores)
                 # The largest of each chunk, then the place within the best chunk: a maximum alone
                 # is vectorised, one with its index is not.
-                chunks = scores.view(len(rows), -1, CHUNK)
+                chunks = scores.view(len(rows), len(tile) // CHUNK, CHUNK)
                 tops = chunks.amax(2)
                 which = tops.argmax(1)
                 each = torch.arange(len(rows), device=which.device)
@@ -191,7 +192,7 @@ _operators.impl("nearest_codes", _nearest_codes, "CompositeExplicitAutograd")
 
 torch.library.register_fake(
     "vqvae_lightning::nearest_codes",
-    lambda vectors, codebook: vectors.new_empty(len(vectors), dtype=torch.int64),
+    lambda vectors, codebook: vectors.new_empty(vectors.shape[0], dtype=torch.int64),
     lib=_operators,
 )
 
@@ -219,15 +220,8 @@ def random_rows(total: int, count: int, generator: torch.Generator) -> Tensor:
     return torch.cat(order)[:count]
 
 
-def all_reduce(tensor: Tensor) -> Tensor:
-    """Sum `tensor` over all ranks in place; nothing to do in a single process."""
-    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-        dist.all_reduce(tensor)
-    return tensor
-
-
 def draw_over_ranks(parts: list[Tensor], count: int, generator: torch.Generator) -> Tensor:
-    """`count` random rows out of the vectors of all ranks, equal on every rank.
+    """At most `count` random rows out of the vectors of all ranks, equal on every rank.
 
     Rows are numbered part by part, and within a part rank by rank, so that N ranks draw the rows
     that one process with the concatenated batches draws. Two collectives of fixed size, whatever
@@ -235,26 +229,31 @@ def draw_over_ranks(parts: list[Tensor], count: int, generator: torch.Generator)
 
     Args:
         parts: Vectors (n, D) of this rank, a part per batch; n may differ between ranks.
-        count: Rows to draw.
+        count: Rows to draw; all there are if they are fewer.
         generator: A CPU generator.
 
     Returns:
-        (count, D).
+        (min(count, number of vectors), D).
     """
-    ranked = dist.is_available() and dist.is_initialized()
-    rank, world = (dist.get_rank(), dist.get_world_size()) if ranked else (0, 1)
+    rank, world = rank_and_world()
     device = parts[0].device
     sizes = torch.zeros(len(parts), world, dtype=torch.int64, device=device)
     sizes[:, rank] = torch.tensor([len(part) for part in parts], device=device)
     sizes = all_reduce(sizes).cpu()
     firsts = sizes.flatten().cumsum(0).view_as(sizes) - sizes
-    rows = random_rows(int(sizes.sum()), count, generator)
-    drawn = parts[0].new_zeros(count, parts[0].shape[1])
+    total = int(sizes.sum())
+    rows = random_rows(total, min(count, total), generator)
+    drawn = parts[0].new_zeros(len(rows), parts[0].shape[1])
     for part, first in zip(parts, firsts[:, rank].tolist(), strict=True):
         own = rows - first
         here = (own >= 0) & (own < len(part))
         drawn[here.to(device)] = part[own[here].to(device)]
     return all_reduce(drawn)
+
+
+def cycled(rows: Tensor, count: int) -> Tensor:
+    """`count` rows: those of `rows` (n, D), over again where they are fewer."""
+    return rows[torch.arange(count, device=rows.device) % len(rows)]
 
 
 class VectorQuantizer(nn.Module):
@@ -278,8 +277,8 @@ class VectorQuantizer(nn.Module):
             the smallest angle (Yu et al. 2021, arXiv:2110.04627, section 3.2).
         decay: Share of the old average kept per optimizer step, in [0, 1).
         init: First rows: `kmeans` or `data` (random encoder vectors), or `uniform` in [-1/K, 1/K].
-        warmup_steps: Optimizer steps as a plain autoencoder; `kmeans` and `data` need one at least,
-            to see vectors, and take it even at 0.
+        warmup_steps: Optimizer steps as a plain autoencoder, at most a tenth of the training;
+            `kmeans` and `data` need one at least, to see vectors, and take it even at 0.
         revive_below: A code is dead when its average count is below this share of the mean count; 0
             switches revival off. Free of units: neither batch size nor number of ranks changes it.
         revive_every: Optimizer steps between two revivals.
@@ -414,14 +413,15 @@ class VectorQuantizer(nn.Module):
         Returns:
             `revived_codes`, in the steps in which dead codes are looked for.
         """
-        self.steps += 1
         newest, self._newest = self._newest, None
         if newest is None:  # no batch was seen: somebody else's network stepped
             return {}
+        self.steps += 1
         if not self.initialised:
-            if self.init != "uniform" and self.steps > self.warmup_steps - POOL_STEPS:
+            over = self.steps >= self.warmup_steps or progress >= WARMUP_SHARE
+            if over or self.steps > self.warmup_steps - POOL_STEPS:
                 self._pool.append(newest)
-            if self.steps >= self.warmup_steps:
+            if over:
                 self._initialise()
             return {}
         self.learn()
@@ -429,19 +429,23 @@ class VectorQuantizer(nn.Module):
             return {}
         if progress >= self.revive_until:
             return {"revived_codes": 0.0}
-        fresh = draw_over_ranks([newest], self.num_codes, self._generator())
+        fresh = cycled(draw_over_ranks([newest], self.num_codes, self._generator()), self.num_codes)
         share = self.counts.mean()
         dead = self.counts < self.revive_below * share
         self.place(fresh, dead, share)
         return {"revived_codes": float(dead.sum())}
 
     def get_extra_state(self) -> Tensor:
-        """Steps taken and whether the codebook is set; a tensor, for `weights_only` loading."""
-        return torch.tensor([self.steps, int(self.initialised)])
+        """Steps taken, whether the codebook is set, and what it will be set with; one tensor."""
+        pool = torch.cat([part.flatten() for part in self._pool]) if self._pool else torch.empty(0)
+        numbers = torch.tensor([self.steps, int(self.initialised)], dtype=torch.float64)
+        return torch.cat([numbers, pool.double().cpu()])
 
     def set_extra_state(self, state: Tensor) -> None:
         """Restore `get_extra_state`."""
         self.steps, self.initialised = int(state[0]), bool(state[1])
+        pool = state[2:].view(-1, self.code_dim).to(self.codebook)
+        self._pool = [pool] if len(pool) else []
 
     def extra_repr(self) -> str:
         """Size and way of starting, for `print(net)`."""
@@ -476,8 +480,12 @@ class VectorQuantizer(nn.Module):
             per_code = POOL if self.init == "kmeans" else 1
             generator = self._generator()
             rows = draw_over_ranks(pool, per_code * self.num_codes, generator)
-            if self.init == "kmeans":
+            if self.init == "kmeans" and len(rows) > self.num_codes:
                 rows = kmeans(rows, self.num_codes, generator)
+                if rank_and_world()[0] > 0:
+                    rows.zero_()
+                all_reduce(rows)  # the first rank's: on a GPU sums differ in their last bits
+            rows = cycled(rows, self.num_codes)
             everywhere = torch.ones(self.num_codes, dtype=torch.bool, device=rows.device)
             self.place(rows, everywhere, rows.new_ones(()))
         self.initialised = True

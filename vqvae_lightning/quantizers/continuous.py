@@ -83,7 +83,8 @@ class GaussianBottleneck(ContinuousBottleneck):
         code_dim: Latent channels (D); the encoder delivers a mean and a log variance for each.
         beta: Weight of the KL term.
         free_bits: Bits per latent value that each channel may carry at no cost (Kingma et al. 2016,
-            arXiv:1606.04934, appendix C.8): a channel below it is not pushed to collapse.
+            arXiv:1606.04934, appendix C.8): a channel below it is not pushed to collapse. The loss
+            then has the term `kl_clamped`; `kl` stays the divergence as it is.
 
     Raises:
         InputError: If a value is outside its range.
@@ -91,8 +92,10 @@ class GaussianBottleneck(ContinuousBottleneck):
 
     def __init__(self, code_dim: int, beta: float = 0.01, free_bits: float = 0.0) -> None:
         super().__init__(code_dim, 2 * check_positive("code_dim", code_dim))
-        self.weights = {"kl": check_range("beta", beta, 0)}
+        self.beta = check_range("beta", beta, 0)
         self.free_nats = math.log(2) * check_range("free_bits", free_bits, 0)
+        self.term = "kl_clamped" if free_bits else "kl"
+        self.weights = {self.term: self.beta}
 
     def forward(self, z: Tensor) -> QuantizerOutput:
         """Draw from, or take the mean of, the Gaussian that `z` (B, 2 D, H, W) describes."""
@@ -105,6 +108,7 @@ class GaussianBottleneck(ContinuousBottleneck):
             if self.training:
                 vectors = mean + (log_variance / 2).exp() * torch.randn_like(mean)
             by_channel = kl.movedim(1, 0).flatten(1).mean(1)
-            term = by_channel.clamp(min=self.free_nats).mean()
+            clamped = by_channel.clamp(min=self.free_nats).mean()
+        terms = {"kl": by_channel.mean(), self.term: clamped}
         posterior = Posterior(mean.detach(), kl.detach())
-        return QuantizerOutput(vectors, None, self.weights["kl"] * term, {"kl": term}, posterior)
+        return QuantizerOutput(vectors, None, self.beta * clamped, terms, posterior)

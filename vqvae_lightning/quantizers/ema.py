@@ -7,8 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vqvae_lightning.distributed import all_reduce
 from vqvae_lightning.errors import check_range
-from vqvae_lightning.quantizers.base import VectorQuantizer, all_reduce
+from vqvae_lightning.quantizers.base import VectorQuantizer
 
 
 class EMAQuantizer(VectorQuantizer):
@@ -61,7 +62,9 @@ class EMAQuantizer(VectorQuantizer):
         self.new_sums.zero_()
         total = self.counts.sum()
         share = (self.counts + self.epsilon) / (total + self.num_codes * self.epsilon)
-        self.codebook.copy_(self.scaled(self.sums / (share * total)[:, None]))
+        rows = self.scaled(self.sums / (share * total)[:, None])
+        # Only those with hits: as the count of one without fades, the smoothing would shrink it.
+        self.codebook.copy_(torch.where(fresh[:, :1] > 0, rows, self.codebook))
 
     def place(self, rows: Tensor, where: Tensor, count: Tensor) -> None:
         """Move rows, with counts and sums to match: an update that follows must not undo it."""

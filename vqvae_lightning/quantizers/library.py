@@ -5,6 +5,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from vqvae_lightning.distributed import rank_and_world
 from vqvae_lightning.errors import InputError, check_positive, check_range
 from vqvae_lightning.quantizers.base import QuantizerOutput
 
@@ -55,23 +56,25 @@ class LibraryQuantizer(nn.Module):
             ) from error
         self.quantizer = quantizer
         counts = [
-            getattr(quantizer, key, 1)
-            for key in ("num_quantizers", "num_codebooks", "heads", "groups")
+            getattr(quantizer, key, 1) for key in ("num_quantizers", "num_codebooks", "heads")
         ]
+        if hasattr(quantizer, "groups"):
+            raise InputError(f"name={name}: grouped quantizers are not supported.")
         self.codes_per_position = int(torch.tensor(counts).prod())
 
     def forward(self, z: Tensor) -> QuantizerOutput:
         """Quantize `z` (B, D, H, W)."""
         with torch.autocast(z.device.type, enabled=False):
             vectors, codes, *losses = self.quantizer(self._rows(z))
-        # One loss, or one per codebook, or none.
-        auxiliary = losses[0].float().sum() if losses else vectors.new_zeros(())
+        # One loss, or one per codebook, or none; in evaluation most give a zero in its place.
+        auxiliary = losses[0].float().sum() if losses and self.training else None
+        terms = {} if auxiliary is None else {"auxiliary": auxiliary}
         grid = codes.long().unflatten(1, z.shape[2:])
         return QuantizerOutput(
             vectors.unflatten(1, z.shape[2:]).movedim(-1, 1),
             grid,
-            self.weights["auxiliary"] * auxiliary,
-            {"auxiliary": auxiliary},
+            self.weights["auxiliary"] * terms.get("auxiliary", vectors.new_zeros(())),
+            terms,
         )
 
     @torch.no_grad()
@@ -95,7 +98,18 @@ class LibraryQuantizer(nn.Module):
         return grid.movedim(-1, 1)
 
     def update(self, progress: float = 0.0) -> dict[str, float]:
-        """Nothing: these learn in their forward pass."""
+        """Nothing: these learn in their forward pass.
+
+        Raises:
+            InputError: If the class would let the codebooks of several ranks drift apart: it looks
+                for other ranks when it is built, before there are any.
+        """
+        alone = any(getattr(part, "use_ddp", True) is False for part in self.modules())
+        if alone and rank_and_world()[1] > 1:
+            raise InputError(
+                f"quantizer {self.name} would learn another codebook on each rank: set "
+                "model.net.quantizer.options.sync_codebook=true."
+            )
         return {}
 
     def _rows(self, z: Tensor) -> Tensor:

@@ -6,8 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vqvae_lightning.distributed import all_reduce
 from vqvae_lightning.errors import check_range
-from vqvae_lightning.quantizers.base import VectorQuantizer, all_reduce
+from vqvae_lightning.quantizers.base import VectorQuantizer
 
 
 class LossQuantizer(VectorQuantizer):

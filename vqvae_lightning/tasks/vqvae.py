@@ -8,10 +8,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchmetrics import MeanSquaredError
 
-from vqvae_lightning.data.images import Batch
+from vqvae_lightning.data.images import Batch, ImageDataModule
+from vqvae_lightning.distributed import all_reduce
 from vqvae_lightning.metrics import CodebookUsage, LatentUsage
 from vqvae_lightning.networks.autoencoder import VQVAE, to_uint8
-from vqvae_lightning.quantizers.base import QuantizerOutput, all_reduce
+from vqvae_lightning.quantizers import GaussianBottleneck, QuantizerOutput
 from vqvae_lightning.tasks.optimization import (
     OptimizerFactory,
     WarmupCosine,
@@ -49,19 +50,26 @@ class VQVAETask(pl.LightningModule):
         quantizer = net.quantizer
         rows = quantizer.num_codes * quantizer.codes_per_position
         self.codebook_usage = CodebookUsage(rows) if rows else None
-        self.latent_usage = LatentUsage(quantizer.code_dim) if "kl" in quantizer.weights else None
+        self.latent_usage: LatentUsage | None = None
         self.squared_error = MeanSquaredError()
 
     def setup(self, stage: str) -> None:
-        """Take the variance of the training pixels from the data."""
-        self.pixel_variance.fill_(self.trainer.datamodule.pixel_variance)  # type: ignore[attr-defined]
+        """Take the variance of the training pixels, and the size of the grid, from the data."""
+        data: ImageDataModule = self.trainer.datamodule  # type: ignore[attr-defined]
+        self.pixel_variance.fill_(data.pixel_variance)
+        if isinstance(self.net.quantizer, GaussianBottleneck):
+            grid = self.net.grid(*data.image_shape[1:])
+            self.latent_usage = LatentUsage(self.net.quantizer.code_dim, *grid).to(self.device)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """One step on images in [-1, 1]; logs every `trainer.log_every_n_steps`."""
         loss, terms, _, quantized = self._losses(batch.data)
         self._use(quantized)
         require_finite(self.global_step, loss, terms)
-        if (self.global_step + 1) % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+        # Of accumulated batches the last one speaks for all.
+        accumulated = (batch_idx + 1) % self.trainer.accumulate_grad_batches
+        steps = not accumulated or self.trainer.is_last_batch
+        if steps and (self.global_step + 1) % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
             logged: dict[str, Any] = {f"train/{name}": v for name, v in terms.items()}
             for name, weight in self.net.quantizer.weights.items():
                 if name in terms:
@@ -139,11 +147,14 @@ class VQVAETask(pl.LightningModule):
 
     def _log_use(self, split: str) -> None:
         """Log how codebook or latents were used since the last time, and start anew."""
-        if self.codebook_usage is not None and self.codebook_usage.update_called:
+        # Decided alike on all ranks: `compute` waits for them. A warm-up gives no codes to count.
+        if self.codebook_usage is not None and (
+            split != "train" or self.codebook_usage.update_called
+        ):
             usage = self.codebook_usage.compute()
             self.log(f"{split}/perplexity", usage["perplexity"], prog_bar=split == "train")
             self.log(f"{split}/codebook_use", usage["use"])
-        if self.latent_usage is not None and self.latent_usage.update_called:
+        if self.latent_usage is not None:
             kl, active = self.latent_usage.compute().values()
             self.log(f"{split}/active_dims", active.sum().float(), prog_bar=split == "train")
             if split != "train":

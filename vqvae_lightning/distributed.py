@@ -3,6 +3,7 @@
 from typing import TypeVar
 
 import torch.distributed as dist
+from torch import Tensor
 
 T = TypeVar("T")
 
@@ -14,10 +15,11 @@ def rank_and_world() -> tuple[int, int]:
     return 0, 1
 
 
-def barrier() -> None:
-    """Wait for all ranks."""
+def all_reduce(tensor: Tensor) -> Tensor:
+    """Sum `tensor` over all ranks in place; nothing to do in a single process."""
     if rank_and_world()[1] > 1:
-        dist.barrier()
+        dist.all_reduce(tensor)
+    return tensor
 
 
 def agreed(value: T) -> T:
@@ -27,3 +29,13 @@ def agreed(value: T) -> T:
     values = [value]
     dist.broadcast_object_list(values)
     return values[0]
+
+
+def gathered(value: T) -> list[T]:
+    """The `value` of each rank, on all of them; all ranks wait for each other here."""
+    world = rank_and_world()[1]
+    if world == 1:
+        return [value]
+    values: list[T] = [value] * world
+    dist.all_gather_object(values, value)
+    return values
