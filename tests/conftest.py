@@ -65,9 +65,8 @@ def command(tmp_path, monkeypatch, capsys) -> Callable[..., Outcome]:
 
     def run(name: str, *overrides: str, folder: Path | None = None) -> Outcome:
         place = folder or tmp_path / "run"
-        where = (
-            () if any(o.startswith("resume=") for o in overrides) else (f"hydra.run.dir={place}",)
-        )
+        resumes = any(o.startswith("resume=") and o != "resume=auto" for o in overrides)
+        where = () if resumes else (f"hydra.run.dir={place}",)
         monkeypatch.setattr(sys, "argv", [name, *overrides, *where])
         monkeypatch.chdir(tmp_path)
         status = 0

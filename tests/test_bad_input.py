@@ -33,6 +33,7 @@ def _no_training(monkeypatch):
         (["dataset.batch_size=99999"], ["dataset.batch_size=99999", "9500"]),
         (["dataset.batch_size=many"], ["dataset.batch_size=many"]),
         (["trainer.max_steps=-1"], ["trainer.max_steps"]),
+        (["callbacks.last.signals=[SIGNOTHING]"], ["SIGNOTHING", "callbacks.last"]),
         (["resume=/nowhere"], ["resume=/nowhere", "config.yaml"]),
         (["trainer.accelerator=warp"], ["warp"]),
         (["+model.net._target_2=1"], ["_target_2"]),

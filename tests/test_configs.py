@@ -120,3 +120,29 @@ def test_configs_hold_plain_data_once_resolved(tmp_path):
             walk(child)
 
     walk(plain(cfg))
+
+
+@pytest.mark.parametrize("sweep", options("sweep"))
+def test_every_sweep_runs_its_jobs_and_goes_on_with_what_is_missing(sweep, toy, command):
+    import json
+    import shutil
+
+    tiny = [o for o in TINY_VQVAE if "quantizer" not in o]
+    options = (f"sweep={sweep}", *toy, *tiny, "resume=auto", "hydra.sweep.dir=jobs")
+    outcome = command("vqvae-train", *options)
+    assert outcome.status == 0, outcome.err
+    jobs = outcome.folder.parent / "jobs"
+    results = sorted(jobs.glob("*/result.json"))
+    assert len(results) >= 4
+    commands = [OmegaConf.load(path.with_name("config.yaml")).command for path in results]
+    assert len(set(commands)) == len(results)
+    assert not any("sweep=" in text for text in commands)
+    before = [path.stat().st_mtime_ns for path in results]
+    shutil.rmtree(results[1].parent)
+    again = command("vqvae-train", *options)
+    assert again.status == 0, again.err
+    after = [path.stat().st_mtime_ns for path in results]
+    assert [one == other for one, other in zip(before, after, strict=True)] == [
+        number != 1 for number in range(len(results))
+    ]
+    assert json.loads(results[1].read_text())["objective"] > 0

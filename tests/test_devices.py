@@ -151,3 +151,16 @@ def test_ctrl_c_stops_all_ranks_and_the_run_goes_on(toy, tmp_path):
     for rank in ranks:
         with pytest.raises(ProcessLookupError):
             os.kill(rank, 0)
+
+
+def test_the_whole_pipeline_runs_on_two_ranks(toy, command):
+    two = ("trainer.devices=2", "prior.trainer.devices=2", "sampling.devices=2")
+    small = ("evaluation.num_samples=12", "sampling.num_samples=6")
+    outcome = command("vqvae-pipeline", "experiment=smoke", *toy, *two, *small)
+    assert outcome.status == 0, outcome.err
+    assert (outcome.folder / "report.html").is_file()
+    for stage in ("vqvae", "prior"):
+        assert json.loads((outcome.folder / stage / "result.json").read_text())["devices"] == 2
+    # Nothing of the ranks is left for what this process does next.
+    assert "LOCAL_RANK" not in os.environ
+    assert not torch.distributed.is_initialized()

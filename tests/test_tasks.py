@@ -2,6 +2,9 @@
 
 import csv
 import signal
+import subprocess
+import sys
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -222,7 +225,7 @@ def interrupt(monkeypatch, task, step, how):
         if self.global_step == step:
             if how == "crash":
                 raise OSError("power cut")
-            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGTERM if how == "sigterm" else signal.SIGINT)
         return original(self, batch, batch_idx)
 
     monkeypatch.setattr(task, "training_step", stopped)
@@ -272,6 +275,69 @@ def test_resume_equals_uninterrupted(stage, step, how, toy, tmp_path, command, m
         steps = [int(row["step"]) for row in csv.DictReader(file) if row.get("train/learning_rate")]
     # The step in which Ctrl-C came is saved, but stops before its row is written.
     assert steps == [step_ for step_ in range(8) if how == "crash" or step_ != step]
+
+
+def checkpoints_of(*folders):
+    return [torch.load(folder / "checkpoints/last.ckpt", weights_only=True) for folder in folders]
+
+
+def test_a_killed_run_goes_on_by_itself_with_resume_auto(toy, tmp_path):
+    # What a requeued cluster job does: the very same command, in the same folder.
+    steps = ("trainer.max_steps=3000", "trainer.val_check_interval=1000")
+    options = (*toy, *TINY_VQVAE, *steps, "callbacks.last.every_n_steps=100", "dataset.flip=true")
+    process = [sys.executable, "-m", "vqvae_lightning.train", *options, "resume=auto"]
+    folders = [tmp_path / name for name in ("whole", "killed")]
+    commands = [[*process, f"hydra.run.dir={folder}"] for folder in folders]
+    subprocess.run(commands[0], check=True, capture_output=True, cwd=tmp_path)
+    with subprocess.Popen(commands[1], stdout=subprocess.DEVNULL, cwd=tmp_path) as running:
+        last, end = folders[1] / "checkpoints/last.ckpt", time.monotonic() + 60
+        while not last.is_file() and time.monotonic() < end:
+            time.sleep(0.01)
+        running.kill()
+    assert not (folders[1] / "result.json").exists()
+    (killed,) = checkpoints_of(folders[1])
+    assert 100 <= killed["global_step"] < 3000
+    subprocess.run(commands[1], check=True, capture_output=True, cwd=tmp_path)
+    one, other = checkpoints_of(*folders)
+    assert one["global_step"] == other["global_step"] == 3000
+    for name, value in one["state_dict"].items():
+        assert torch.equal(value, other["state_dict"][name]), name
+
+
+def test_resume_auto_starts_a_fresh_run_and_refuses_another_command(toy, command):
+    first = command("vqvae-train", *toy, *TINY_VQVAE, "resume=auto")
+    assert first.status == 0, first.err
+    again = command("vqvae-train", *toy, *TINY_VQVAE, "resume=auto")
+    assert again.status == 0, again.err
+    other = command("vqvae-train", *toy, *TINY_VQVAE, "seed=3", "resume=auto")
+    assert other.status == 1
+    assert "another command" in other.err
+
+
+def test_a_damaged_checkpoint_falls_back_to_the_one_before(toy, tmp_path, command, monkeypatch):
+    options = (*toy, *TINY_VQVAE, "trainer.max_steps=8", "callbacks.last.every_n_steps=1")
+    whole = command("vqvae-train", *options, folder=tmp_path / "whole")
+    assert whole.status == 0, whole.err
+    with monkeypatch.context() as patch:
+        interrupt(patch, VQVAETask, 4, "crash")
+        command("vqvae-train", *options, folder=tmp_path / "broken")
+    last = tmp_path / "broken/checkpoints/last.ckpt"
+    last.write_bytes(last.read_bytes()[: last.stat().st_size // 2])
+    resumed = command("vqvae-train", f"resume={tmp_path}/broken")
+    assert resumed.status == 0, resumed.err
+    assert "last.ckpt is damaged" in resumed.out.replace("\n", " ")
+    one, other = checkpoints_of(tmp_path / "whole", tmp_path / "broken")
+    for name, value in one["state_dict"].items():
+        assert torch.equal(value, other["state_dict"][name]), name
+
+
+def test_a_schedulers_signal_saves_and_asks_to_be_run_again(toy, tmp_path, command, monkeypatch):
+    options = (*toy, *TINY_VQVAE, "trainer.max_steps=8")
+    interrupt(monkeypatch, VQVAETask, 4, "sigterm")
+    outcome = command("vqvae-train", *options)
+    assert outcome.status == 75
+    assert "Stopped by SIGTERM after step 5" in outcome.err
+    assert (tmp_path / "run/checkpoints/last.ckpt").is_file()
 
 
 def test_a_finished_run_is_not_trained_again(toy, tmp_path, command, monkeypatch):

@@ -58,7 +58,7 @@ def app(config_name: str) -> Callable[[Callable[[Any], Any]], Callable[[], None]
                 main(_guarded(function))()
             except Interrupted as stop:
                 sys.stderr.write(f"{stop}\n")
-                sys.exit(130)
+                sys.exit(stop.status)
             except KeyboardInterrupt:
                 sys.stderr.write("Interrupted.\n")
                 sys.exit(130)
@@ -100,7 +100,7 @@ def started(name: str, cfg: Any) -> Any:
         cfg: The composed config.
 
     Raises:
-        InputError: If `resume` comes with other overrides: a run goes on as it began.
+        InputError: If `resume` comes with other overrides than the run began with.
     """
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
@@ -109,17 +109,26 @@ def started(name: str, cfg: Any) -> Any:
 
     hydra = HydraConfig.get()
     check_range("seed", cfg.seed, 0)
-    if cfg.resume is None:
-        if (Path(cfg.folder) / "config.yaml").is_file():
+    if cfg.resume in (None, "auto"):
+        chosen = hydra.job.config_name
+        config = "" if chosen in ("vqvae", "pipeline") else f"--config-name {chosen} "
+        # Of a preset sweep this job is one: what repeats it has the values, not the sweep.
+        given = [text for text in hydra.overrides.task if not text.startswith("sweep=")]
+        cfg.command = f"{name} {config}{shlex.join(given)}".strip()
+        cfg.commit = checkout_commit()
+        if not (Path(cfg.folder) / "config.yaml").is_file():
+            return cfg
+        if cfg.resume is None:
             raise InputError(
                 f"{cfg.folder} holds a run already: go on with resume={cfg.folder}, or choose "
                 "another folder."
             )
-        chosen = hydra.job.config_name
-        config = "" if chosen in ("vqvae", "pipeline") else f"--config-name {chosen} "
-        cfg.command = f"{name} {config}{shlex.join(hydra.overrides.task)}".strip()
-        cfg.commit = checkout_commit()
-        return cfg
+        stored = stored_config(Path(cfg.folder), Path(cfg.folder))
+        if stored.command != cfg.command:
+            raise InputError(
+                f"resume=auto: {cfg.folder} holds a run of another command: {stored.command}"
+            )
+        return stored
     others = [text for text in hydra.overrides.task if not text.startswith("resume=")]
     if others:
         raise InputError(
@@ -184,8 +193,9 @@ def stoppable(name: str, cfg: Any) -> Iterator[None]:
     except (Interrupted, KeyboardInterrupt, SystemExit) as stop:  # Lightning exits on Ctrl-C
         begun = (Path(cfg.folder) / "config.yaml").is_file()
         hint = f" Go on with: {name} resume={cfg.folder}" if begun else ""
-        said = str(stop) if isinstance(stop, Interrupted) else "Interrupted."
-        raise Interrupted(f"{said}{hint}") from stop
+        if isinstance(stop, Interrupted):
+            raise Interrupted(f"{stop}{hint}", stop.status) from stop
+        raise Interrupted(f"Interrupted.{hint}") from stop
 
 
 def print_result(title: str, result: dict[str, Any], paths: list[Path]) -> None:

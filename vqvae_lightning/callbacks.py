@@ -4,7 +4,7 @@ import csv
 import signal
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,14 @@ from torch import Tensor
 
 from vqvae_lightning.data.codes import CodesDataModule
 from vqvae_lightning.data.images import ArrayDataModule, ImageDataModule, batch_seed
-from vqvae_lightning.errors import DivergenceError, Interrupted, check_positive, check_range
+from vqvae_lightning.distributed import gathered
+from vqvae_lightning.errors import (
+    DivergenceError,
+    InputError,
+    Interrupted,
+    check_positive,
+    check_range,
+)
 from vqvae_lightning.networks.autoencoder import from_uint8
 from vqvae_lightning.networks.sampling import sample
 from vqvae_lightning.pictures import grid, pairs, save_png
@@ -262,34 +269,46 @@ class BestCheckpoint(ModelCheckpoint):
 
 
 class LastCheckpoint(Checkpoint):
-    """`last.ckpt`, what `resume` goes on from: every so often, and at Ctrl-C.
+    """`last.ckpt`, what `resume` goes on from: every so often, and when the run is told to stop.
 
-    Ctrl-C finishes the step, saves and stops; a second one stops at once. Nothing is saved after
-    the very last step, before its validation: resuming would take training for finished and never
-    validate. A `Checkpoint`, so that Lightning calls it last: what is saved has this step's
-    averages.
+    Ctrl-C, or a scheduler's signal, finishes the step, saves and stops; a second one stops at once.
+    The checkpoint before is kept as `previous.ckpt`, should the disk have damaged the last. Nothing
+    is saved after the very last step, before its validation: resuming would take training for
+    finished and never validate. A `Checkpoint`, so that Lightning calls it last: what is saved has
+    this step's averages.
 
     Args:
         path: The checkpoint to write.
         every_n_steps: Optimizer steps between two checkpoints.
+        signals: Names of the signals to stop at.
 
     Raises:
-        InputError: If `every_n_steps` is below 1.
+        InputError: If `every_n_steps` is below 1, or there is no signal of a name.
     """
 
-    def __init__(self, path: str, every_n_steps: int = 500) -> None:
+    def __init__(
+        self,
+        path: str,
+        every_n_steps: int = 500,
+        signals: Sequence[str] = ("SIGINT", "SIGTERM", "SIGUSR2"),
+    ) -> None:
         self.path = path
         self.every_n_steps = check_positive("every_n_steps", every_n_steps)
-        self._asked = False
+        known = signal.Signals.__members__
+        unknown = [name for name in signals if name not in known]
+        if unknown:
+            raise InputError(f"signals={unknown} must be names of signals, such as SIGUSR1.")
+        self.signals = [known[name] for name in signals]
+        self._asked = 0  # the signal's number
         self._agreed = False  # that all ranks stop now
         self._step = 0
-        self._previous: Any = None
+        self._previous: dict[signal.Signals, Any] = {}
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Watch for Ctrl-C."""
+        """Watch for the signals."""
         self._step = trainer.global_step
         if threading.current_thread() is threading.main_thread():
-            self._previous = signal.signal(signal.SIGINT, self._ask)
+            self._previous = {number: signal.signal(number, self._ask) for number in self.signals}
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
@@ -297,32 +316,44 @@ class LastCheckpoint(Checkpoint):
         """Save if it is time to or if asked to; never between accumulated batches."""
         stepped, self._step = trainer.global_step > self._step, trainer.global_step
         if trainer.world_size > 1 and stepped and trainer.global_step % AGREE_EVERY == 0:
-            self._agreed = trainer.strategy.reduce_boolean_decision(self._asked, all=False)
+            asked = bool(self._asked)
+            self._agreed = trainer.strategy.reduce_boolean_decision(asked, all=False)
         elif trainer.world_size == 1:
-            self._agreed = self._asked
+            self._agreed = bool(self._asked)
         due = self._agreed or trainer.global_step % self.every_n_steps == 0
         if not stepped or not due or trainer.global_step >= trainer.estimated_stepping_batches:
             return
-        trainer.save_checkpoint(self.path, weights_only=False)
+        self._save(trainer)
         if self._agreed:
-            raise Interrupted(f"Interrupted after step {trainer.global_step}; saved {self.path}.")
+            raise self._interrupted(f"after step {trainer.global_step}")
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Stop after the last validation, if asked to during it."""
-        if trainer.strategy.reduce_boolean_decision(self._asked, all=False):
-            trainer.save_checkpoint(self.path, weights_only=False)
-            raise Interrupted(f"Interrupted after the last step; saved {self.path}.")
+        if trainer.strategy.reduce_boolean_decision(bool(self._asked), all=False):
+            self._save(trainer)
+            raise self._interrupted("after the last step")
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Stop watching."""
-        if self._previous is not None:
-            signal.signal(signal.SIGINT, self._previous)
-            self._previous = None
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+        self._previous = {}
 
     def _ask(self, number: int, frame: Any) -> None:
         if self._asked:
             raise KeyboardInterrupt
-        self._asked = True
+        self._asked = number
+
+    def _interrupted(self, when: str) -> Interrupted:
+        by_user = self._asked in (0, signal.SIGINT)
+        said = "Interrupted" if by_user else f"Stopped by {signal.Signals(self._asked).name}"
+        return Interrupted(f"{said} {when}; saved {self.path}.", 130 if by_user else 75)
+
+    def _save(self, trainer: pl.Trainer) -> None:
+        path = Path(self.path)
+        if trainer.is_global_zero and path.is_file():
+            path.replace(path.with_name("previous.ckpt"))
+        trainer.save_checkpoint(path, weights_only=False)
 
 
 class CollapseWarning(Callback):
@@ -415,8 +446,7 @@ class CodebookDrift(Callback):
         if trainer.sanity_checking or not isinstance(quantizer, VectorQuantizer):
             return
         rows = quantizer.table().detach().clone()
-        bits = rows.view(torch.int32).long().sum()
-        if trainer.world_size > 1 and len(pl_module.all_gather(bits).unique()) > 1:
+        if len(set(gathered(int(rows.view(torch.int32).long().sum())))) > 1:
             raise DivergenceError(
                 f"step {trainer.global_step}: the ranks' codebooks differ; was the quantizer "
                 "called, or updated, on some ranks only?"

@@ -86,9 +86,10 @@ def register_resolvers() -> None:
 
 
 def _run_folder(resume: str | None, fresh: str) -> str:
-    """`resume` if given, else `fresh`; checked here, before Hydra makes the folder."""
-    if resume is None:
+    """`resume` if it is a folder, else `fresh`; checked here, before Hydra makes the folder."""
+    if resume in (None, "auto"):
         return fresh
+    assert resume is not None
     if not (Path(resume) / "config.yaml").is_file():
         raise InputError(f"resume={resume} is not the folder of a run: it has no config.yaml.")
     return resume

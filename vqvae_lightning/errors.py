@@ -17,10 +17,18 @@ class RankError(RuntimeError):
 
 
 class Interrupted(BaseException):
-    """The user stopped the run (Ctrl-C); a checkpoint was written.
+    """The run was stopped from outside; a checkpoint was written.
 
     Not an Exception, or a sweep would take it for a failed job and start the next one.
+
+    Attributes:
+        status: Exit status of the command: 130 after Ctrl-C, 75 ("try again", sysexits.h) after the
+            signal of a scheduler that takes the machine away.
     """
+
+    def __init__(self, message: str, status: int = 130) -> None:
+        super().__init__(message)
+        self.status = status
 
 
 def check_positive(name: str, value: object) -> int:

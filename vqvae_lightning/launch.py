@@ -100,7 +100,9 @@ def launched(cfg: Any, folder: Path, module: str) -> Iterator[None]:
         # A broken connection: but the echo of another rank's error.
         time.sleep(1)
         failed = watch.failed()
-        raise (RankError(failed) if failed else error) from error
+        if failed is None:
+            raise
+        raise RankError(failed) from error
     finally:
         watch.stop()
         for process in processes:

@@ -99,7 +99,7 @@ def fit(cfg: Any, images: Any = None) -> dict[str, Any]:
     best, last = checkpoints / "best.ckpt", checkpoints / "last.ckpt"
     scores = None
     try:
-        trainer.fit(task, datamodule=data, ckpt_path=str(last) if last.is_file() else None)
+        trainer.fit(task, datamodule=data, ckpt_path=whole_checkpoint(last))
         trainer.save_checkpoint(last, weights_only=False)
         if not getattr(getattr(task.net, "quantizer", None), "initialised", True):
             console.print(
@@ -134,6 +134,25 @@ def fit(cfg: Any, images: Any = None) -> dict[str, Any]:
         devices=trainer.world_size,
         peak_gpu_bytes=peak,
     )
+
+
+def whole_checkpoint(last: Path) -> str | None:
+    """`last`, or the one before it if the file is damaged; None if there is neither."""
+    import zipfile
+
+    from vqvae_lightning.progress import console
+
+    for path in (last, last.with_name("previous.ckpt")):
+        if path.is_file():
+            try:
+                with zipfile.ZipFile(path) as archive:
+                    damaged = archive.testzip()
+            except (zipfile.BadZipFile, OSError) as error:
+                damaged = str(error)
+            if damaged is None:
+                return str(path)
+            console.print(f"warning: {path} is damaged ({damaged}).", highlight=False)
+    return None
 
 
 @app("vqvae")
