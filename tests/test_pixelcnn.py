@@ -240,6 +240,8 @@ def test_options_leave_the_likeliest_codes_in_proportion(options, allowed):
 def test_equal_codes_at_the_edge_go_by_their_number():
     left = distribution(torch.zeros(1, 5), top_k=2)
     assert left[0].tolist() == [0.5, 0.5, 0, 0, 0]
+    # Two codes of four hold the half exactly: a third is not needed.
+    assert distribution(torch.zeros(1, 4), top_p=0.5)[0].tolist() == [0.5, 0.5, 0, 0]
 
 
 def test_a_batch_takes_no_more_than_its_share_of_memory(monkeypatch):
