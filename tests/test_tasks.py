@@ -29,7 +29,7 @@ TINY_PRIOR = (
 )
 
 
-def minimal_trainer(steps):
+def minimal_trainer(steps, **options):
     import pytorch_lightning as pl
 
     return pl.Trainer(
@@ -39,7 +39,7 @@ def minimal_trainer(steps):
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
-        limit_val_batches=0,
+        **{"limit_val_batches": 0, **options},
     )
 
 
@@ -102,16 +102,8 @@ def test_lightnings_sanity_check_does_not_set_the_codebook():
 
         val_dataloader = train_dataloader
 
-    trainer = pl.Trainer(
-        max_steps=1,
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        num_sanity_val_steps=2,
-        callbacks=[Watch()],
-    )
+    options = {"limit_val_batches": None, "num_sanity_val_steps": 2, "callbacks": [Watch()]}
+    trainer = minimal_trainer(1, **options)
     trainer.fit(task, datamodule=Data())
     assert seen == {"after the check": False, "after a step": True}
 

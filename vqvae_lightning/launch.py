@@ -19,7 +19,6 @@ from typing import Any
 
 from vqvae_lightning.errors import DivergenceError, InputError, RankError
 
-VARIABLES = ("LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 PATIENCE = 30.0  # seconds that the others have, after a rank has died, to notice by themselves
 
 
@@ -108,7 +107,7 @@ def launched(cfg: Any, folder: Path, module: str) -> Iterator[None]:
         for process in processes:
             process.kill()
             process.wait()
-        for name in VARIABLES:
+        for name in (*common, "LOCAL_RANK"):
             os.environ.pop(name, None)
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()

@@ -25,7 +25,7 @@ def check_sampling(
     from omegaconf import ListConfig
 
     from vqvae_lightning.errors import InputError, check_positive, check_range
-    from vqvae_lightning.networks.sampling import check_top_p
+    from vqvae_lightning.networks.sampling import check_guidance, check_top_p
 
     for name in ("num_samples", "completions"):
         check_positive(f"{prefix}{name}", cfg[name])
@@ -36,11 +36,7 @@ def check_sampling(
     check_range(f"{prefix}guidance", cfg.guidance, 0)
     check_range(f"{prefix}keep_rows", cfg.keep_rows, 0, 1)
     check_top_p(cfg.top_p, prefix)
-    if cfg.guidance != 1 and not (num_classes and null_label_rate):
-        raise InputError(
-            f"{prefix}guidance={cfg.guidance} needs a prior that was trained with classes and "
-            "model.net.null_label_rate above 0."
-        )
+    check_guidance(cfg.guidance, num_classes, null_label_rate, prefix)
     if cfg.complete is not None:
         if round(cfg.keep_rows * height) >= height:
             raise InputError(

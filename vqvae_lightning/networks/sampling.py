@@ -95,11 +95,7 @@ def sample_batches(
             raise InputError(f"{len(part)} {name} for {count} images: give one each.")
     if known is not None:
         check_known(known, shape, prior.num_codes)
-    if guidance != 1 and not (prior.num_classes and prior.null_label_rate):
-        raise InputError(
-            f"guidance={guidance} needs a prior that was trained with classes and "
-            "model.net.null_label_rate above 0."
-        )
+    check_guidance(guidance, prior.num_classes, prior.null_label_rate)
     if batch_size is None:
         batch_size = batch_that_fits(prior, height, width, device, guidance not in (0, 1))
     check_positive("batch_size", batch_size)
@@ -120,6 +116,21 @@ def check_top_p(top_p: object, prefix: str = "") -> None:
     """
     if check_range(f"{prefix}top_p", top_p, 0, 1) == 0:
         raise InputError(f"{prefix}top_p=0 leaves no code; top_p is in (0, 1], 1 for all codes.")
+
+
+def check_guidance(
+    guidance: float, num_classes: int, null_label_rate: float, prefix: str = ""
+) -> None:
+    """Refuse guidance by a prior that has not learnt to do without the class.
+
+    Raises:
+        InputError: Naming it.
+    """
+    if guidance != 1 and not (num_classes and null_label_rate):
+        raise InputError(
+            f"{prefix}guidance={guidance} needs a prior that was trained with classes and "
+            "model.net.null_label_rate above 0."
+        )
 
 
 def check_known(known: Tensor, shape: tuple[int, int, int], num_codes: int) -> None:

@@ -355,9 +355,8 @@ class VectorQuantizer(nn.Module):
 
     def forward(self, z: Tensor) -> QuantizerOutput:
         """Quantize `z` (B, D, H, W), or pass it on during the warm-up of a training run."""
-        self._check(z)
         with torch.autocast(z.device.type, enabled=False):
-            rows = self.scaled(z.to(self.codebook.dtype).movedim(1, -1))
+            rows = self._rows(z)
             flat = rows.detach().reshape(-1, self.code_dim)
             if self.training:
                 self._newest = flat
@@ -393,9 +392,8 @@ class VectorQuantizer(nn.Module):
 
     def encode(self, z: Tensor) -> Tensor:
         """Codes (B, H, W) of `z` (B, D, H, W); never learns, even in training mode."""
-        self._check(z)
         with torch.no_grad(), torch.autocast(z.device.type, enabled=False):
-            rows = self.scaled(z.to(self.codebook.dtype).movedim(1, -1))
+            rows = self._rows(z)
             flat = rows.reshape(-1, self.code_dim)
             return nearest_codes(flat, self.table()).view(rows.shape[:-1])
 
@@ -457,7 +455,8 @@ class VectorQuantizer(nn.Module):
         self.new_counts = fn(self.new_counts)
         return self
 
-    def _check(self, z: Tensor) -> None:
+    def _rows(self, z: Tensor) -> Tensor:
+        """`z` (B, D, ...) as the vectors (B, ..., D) that are looked up."""
         if z.ndim < 2 or z.shape[1] != self.code_dim:
             raise InputError(
                 f"the quantizer expects (batch, {self.code_dim}, ...) but got {tuple(z.shape)}: "
@@ -468,6 +467,7 @@ class VectorQuantizer(nn.Module):
                 f"the codebook is {self.codebook.dtype}, in which averages stand still and codes "
                 "change; set trainer.precision to 32-true, bf16-mixed or 16-mixed."
             )
+        return self.scaled(z.to(self.codebook.dtype).movedim(1, -1))
 
     def _generator(self) -> torch.Generator:
         # Seeded by the step: every rank draws the same, and a resumed run draws what the first
