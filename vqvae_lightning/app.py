@@ -113,7 +113,8 @@ def started(name: str, cfg: Any) -> Any:
         chosen = hydra.job.config_name
         config = "" if chosen in ("vqvae", "pipeline") else f"--config-name {chosen} "
         # Of a preset sweep this job is one: what repeats it has the values, not the sweep.
-        given = [text for text in hydra.overrides.task if not text.startswith("sweep=")]
+        left_out = ("sweep=", "resume=")
+        given = [text for text in hydra.overrides.task if not text.startswith(left_out)]
         cfg.command = f"{name} {config}{shlex.join(given)}".strip()
         cfg.commit = checkout_commit()
         if not (Path(cfg.folder) / "config.yaml").is_file():

@@ -1,6 +1,5 @@
-"""What happens around the steps: progress, pictures, seeds, a clean stop, the metrics file."""
+"""What happens around the steps: progress, pictures, seeds, a clean stop."""
 
-import csv
 import signal
 import threading
 import time
@@ -17,7 +16,6 @@ from pytorch_lightning.callbacks import (
     ProgressBar,
     WeightAveraging,
 )
-from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger, WandbLogger
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
@@ -31,48 +29,15 @@ from vqvae_lightning.errors import (
     check_positive,
     check_range,
 )
+from vqvae_lightning.loggers import log_histogram, log_picture
 from vqvae_lightning.networks.autoencoder import from_uint8
 from vqvae_lightning.networks.sampling import sample
-from vqvae_lightning.pictures import grid, pairs, save_png
+from vqvae_lightning.pictures import code_maps, grid, pairs
 from vqvae_lightning.progress import RateColumn, console
 from vqvae_lightning.quantizers import GaussianBottleneck, VectorQuantizer
 
 PICTURED = 20  # images in a picture of reconstructions
 AGREE_EVERY = 10  # steps after which several ranks ask each other whether to stop
-
-
-class MetricsFile(CSVLogger):
-    """Lightning's CSV logger, with `metrics.csv` in the run folder itself and kept on resume.
-
-    Args:
-        save_dir: The run folder.
-        flush_logs_every_n_steps: As in `CSVLogger`.
-    """
-
-    def __init__(self, save_dir: str, flush_logs_every_n_steps: int = 100) -> None:
-        super().__init__(
-            save_dir, name="", version="", flush_logs_every_n_steps=flush_logs_every_n_steps
-        )
-        path = Path(save_dir) / "metrics.csv"
-        self._earlier: list[dict[str, Any]] = []
-        if path.is_file():
-            with path.open(newline="") as file:
-                self._earlier = [
-                    {key: value for key, value in row.items() if value}
-                    for row in csv.DictReader(file)
-                ]
-
-    def log_metrics(self, metrics: Any, step: int | None = None) -> None:
-        """Log; before the first row of a resumed run, put back the rows of the steps before it."""
-        if self._earlier and step is not None:
-            rows = [row for row in self._earlier if int(row["step"]) < step]
-            self._earlier = []
-            self.experiment.metrics = rows
-            self.save()
-        super().log_metrics(metrics, step)
-
-    def log_hyperparams(self, params: Any = None) -> None:
-        """Nothing: `config.yaml` has them already."""
 
 
 class StepProgress(ProgressBar):
@@ -466,7 +431,9 @@ class CodebookDrift(Callback):
 
 
 class ReconstructionPictures(Callback):
-    """Validation images above their reconstructions, after each validation.
+    """Validation images above their reconstructions and above their codes, after each validation.
+
+    Loggers that take histograms also get the hits of each code in the validation split.
 
     Args:
         folder: Where the PNGs go; every logger gets them too.
@@ -482,8 +449,13 @@ class ReconstructionPictures(Callback):
         data = trainer.datamodule.datasets["val"].data  # type: ignore[attr-defined]
         images = from_uint8(data[:PICTURED].to(pl_module.device))
         with torch.no_grad():
-            reconstructed = pl_module.net(images).reconstruction
-        log_picture(trainer, "reconstructions", pairs(images, reconstructed), self.folder)
+            output = pl_module.net(images)
+        log_picture(trainer, "reconstructions", pairs(images, output.reconstruction), self.folder)
+        codes = output.quantized.codes
+        if codes is not None:
+            log_picture(trainer, "codes", code_maps(images, codes), self.folder)
+        if pl_module.code_counts is not None:
+            log_histogram(trainer, "val/codebook_histogram", pl_module.code_counts)
 
 
 class SamplePictures(Callback):
@@ -513,15 +485,6 @@ class SamplePictures(Callback):
         codes = sample(net, (count, *data.grid), labels, generator=generator)
         with torch.no_grad():
             images = data.vqvae.to(codes.device).decode(codes)
-        log_picture(trainer, "samples", grid(images, columns), self.folder)
-
-
-def log_picture(trainer: pl.Trainer, name: str, picture: Tensor, folder: Path) -> None:
-    """Write a picture (3, H, W) uint8 to `folder` and to every logger that takes pictures."""
-    step = trainer.global_step
-    save_png(picture, folder / f"{name}_{step:07d}.png")
-    for logger in trainer.loggers:
-        if isinstance(logger, TensorBoardLogger):
-            logger.experiment.add_image(f"val/{name}", picture, step)
-        elif isinstance(logger, WandbLogger):
-            logger.log_image(f"val/{name}", [picture.movedim(0, -1).numpy()], step=step)
+        names = data.images.class_names[:columns]
+        parts = {name: grid(images[row::columns], 1) for row, name in enumerate(names)}
+        log_picture(trainer, "samples", grid(images, columns), self.folder, parts)

@@ -47,6 +47,7 @@ def evaluate(cfg: Any, images: Any = None) -> dict[str, Any]:
     from vqvae_lightning.checkpoints import load, load_pair
     from vqvae_lightning.configs import build, plain
     from vqvae_lightning.errors import InputError
+    from vqvae_lightning.loggers import log_result, name_run
     from vqvae_lightning.networks.autoencoder import from_uint8
     from vqvae_lightning.pictures import pairs, save_png
     from vqvae_lightning.results import read_result, write_config, write_result
@@ -79,6 +80,7 @@ def evaluate(cfg: Any, images: Any = None) -> dict[str, Any]:
     codes = codes_of(images, vqvae.net, vqvae_path, cfg, 1)
     codes.encode(device)
     codes.setup()
+    name_run(cfg, "evaluation")
     write_config(cfg, folder)
     if prior is not None:
         prior.to(device)
@@ -117,9 +119,13 @@ def evaluate(cfg: Any, images: Any = None) -> dict[str, Any]:
             steps = {**options, "max_steps": cfg.classifier_steps}
             judge = evaluation.train_classifier(task, images, steps, cfg.classifier_batch_size)
             metrics |= evaluation.classifier_metrics(judge, codes, cfg.split, drawn, labels, device)
+    named = {f"{cfg.split}/{name}": value for name, value in metrics.items()}
+    pictures = [folder / "reconstructions.png", folder / "nearest.png"]
+    loggers = [build(part) for part in (cfg.logger or {}).values() if part is not None]
+    log_result(loggers, plain(cfg), named, [path for path in pictures if path.is_file()])
     return write_result(
         folder,
-        {f"{cfg.split}/{name}": value for name, value in metrics.items()},
+        named,
         seed=cfg.seed,
         commit=cfg.commit,
         seconds=time.perf_counter() - start,

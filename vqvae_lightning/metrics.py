@@ -25,11 +25,12 @@ def unigram_log_probabilities(counts: Tensor) -> Tensor:
 class CodebookUsage(Metric):
     """How the codebook is used, by the histogram of all codes of all batches and ranks.
 
-    `compute` returns, each ():
+    `compute` returns, each () but the last:
         perplexity: exp(entropy), the effective number of codes in use, 1 to K.
         entropy_bits: Entropy of the histogram; log2 K when all codes are used equally.
         use: Share of the codes with at least one hit, 0 to 1.
         dead_codes: Codes without a hit.
+        counts: (K,) hits of each code.
 
     The mean of batch perplexities is something else and too low: 8 images of 8x8 codes read 289
     where equal use of 512 codes gives 512.
@@ -60,6 +61,7 @@ class CodebookUsage(Metric):
             "entropy_bits": (nats / torch.log(torch.tensor(2.0))).float(),
             "use": used / self.num_codes,
             "dead_codes": (self.num_codes - used).float(),
+            "counts": self.counts,
         }
 
 

@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
+from matplotlib.colors import hsv_to_rgb
 from PIL import Image
 from torch import Tensor
 from torchvision.utils import make_grid
@@ -35,6 +37,27 @@ def grid(rows: Sequence[Tensor] | Tensor, columns: int = 10) -> Tensor:
     levels = levels.repeat_interleave(factor, -1).repeat_interleave(factor, -2)
     picture: Tensor = make_grid(levels, nrow=columns, padding=2, pad_value=255)
     return picture
+
+
+def code_maps(images: Tensor, codes: Tensor, columns: int = 10) -> Tensor:
+    """Images, each with its codes in the row below: one colour per code.
+
+    Args:
+        images: (N, C, H, W) in [-1, 1].
+        codes: (N, h, w), or (N, h, w, Q) of which the first of the Q is shown.
+        columns: Images per row.
+
+    Returns:
+        (3, height, width) uint8.
+    """
+    chosen = codes if codes.ndim == 3 else codes[..., 0]
+    # Hues a golden section apart: numbers that are close get colours that are not.
+    hue = chosen.cpu().double() * 0.6180339887 % 1
+    value = 0.55 + 0.45 * (chosen.cpu().double() * 0.7548776662 % 1)
+    colours = hsv_to_rgb(torch.stack([hue, torch.full_like(hue, 0.65), value], -1).numpy())
+    tiles = torch.from_numpy(colours).movedim(-1, 1).float() * 2 - 1
+    enlarged = F.interpolate(tiles, images.shape[-2:], mode="nearest")
+    return pairs(images.cpu().float().expand(-1, 3, -1, -1), enlarged, columns)
 
 
 def save_png(picture: Tensor, path: Path) -> None:

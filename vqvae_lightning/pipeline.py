@@ -72,6 +72,8 @@ def stage_configs(cfg: Any) -> dict[str, Any]:
                 },
                 **whole["evaluation" if name == "evaluation" else "sampling"],
             }
+            if name == "evaluation":  # its figures are in result.json
+                stage["logger"] = {k: v for k, v in whole["logger"].items() if k != "csv"}
         configs[name] = OmegaConf.create(stage)
         OmegaConf.set_struct(configs[name], True)
     return configs

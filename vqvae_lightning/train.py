@@ -25,6 +25,7 @@ def train(cfg: Any, images: Any = None) -> dict[str, Any]:
         RankError: If another rank failed.
     """
     from vqvae_lightning.launch import launched
+    from vqvae_lightning.loggers import name_run
     from vqvae_lightning.results import read_result
 
     folder = Path(cfg.folder)
@@ -33,6 +34,7 @@ def train(cfg: Any, images: Any = None) -> dict[str, Any]:
         return finished
     # Before the ranks start, so that only one process downloads.
     images = images or load_images(cfg.dataset)
+    name_run(cfg, "prior" if "vqvae_checkpoint" in cfg else "vqvae")
     with launched(cfg, folder, "vqvae_lightning.further_rank"):
         return fit(cfg, images)
 
@@ -41,12 +43,12 @@ def fit(cfg: Any, images: Any = None) -> dict[str, Any]:
     """One rank's part of `train`; the first one writes."""
     import pytorch_lightning as pl
     import torch
-    from pytorch_lightning.loggers import WandbLogger
 
-    from vqvae_lightning.checkpoints import load
+    from vqvae_lightning.checkpoints import load, weights_hash
     from vqvae_lightning.configs import build, plain
     from vqvae_lightning.data import CodesDataModule
-    from vqvae_lightning.errors import InputError
+    from vqvae_lightning.errors import InputError, Interrupted
+    from vqvae_lightning.loggers import Input, WandbRun
     from vqvae_lightning.progress import console
     from vqvae_lightning.results import UNITS, write_config, write_result
     from vqvae_lightning.tasks.optimization import check_optimizer
@@ -61,6 +63,9 @@ def fit(cfg: Any, images: Any = None) -> dict[str, Any]:
         enable_progress_bar=cfg.callbacks.progress is not None,
     )
     data = images
+    kind = "prior" if "vqvae_checkpoint" in cfg else "vqvae"
+    facts = {"data_fingerprint": images.fingerprint}
+    made_from = Input(f"data-{images.fingerprint}", "dataset", facts)
     known = [f"val/{name}" for name in UNITS]
     if cfg.monitor not in known:
         raise InputError(f"monitor={cfg.monitor} must be one of {', '.join(known)}.")
@@ -77,6 +82,8 @@ def fit(cfg: Any, images: Any = None) -> dict[str, Any]:
                 f"{cfg.vqvae_checkpoint} is now {data.vqvae_hash}: its codes mean something else."
             )
         cfg.vqvae_hash = data.vqvae_hash
+        facts = {**facts, "vqvae_hash": data.vqvae_hash}
+        made_from = Input(f"vqvae-{data.vqvae_hash}", "vqvae", facts, path)
         cfg.vqvae_checkpoint = str(Path(cfg.vqvae_checkpoint).absolute())
     else:
         cfg.model.net.channels = images.image_shape[0]
@@ -95,10 +102,16 @@ def fit(cfg: Any, images: Any = None) -> dict[str, Any]:
     if trainer.is_global_zero:
         write_config(cfg, folder)
 
+    wandb_runs = [run for run in trainer.loggers if isinstance(run, WandbRun)]
+    if not trainer.is_global_zero:
+        wandb_runs = []
     checkpoints = folder / "checkpoints"
     best, last = checkpoints / "best.ckpt", checkpoints / "last.ckpt"
     scores = None
+    status = 1
     try:
+        for run in wandb_runs:
+            run.begin(task.net, trainer.log_every_n_steps, made_from.facts)
         trainer.fit(task, datamodule=data, ckpt_path=whole_checkpoint(last))
         trainer.save_checkpoint(last, weights_only=False)
         if not getattr(getattr(task.net, "quantizer", None), "initialised", True):
@@ -110,11 +123,17 @@ def fit(cfg: Any, images: Any = None) -> dict[str, Any]:
         if not best.is_file():
             trainer.save_checkpoint(best, weights_only=False)
         scores = trainer.test(task, datamodule=data, ckpt_path=str(best), verbose=False)[0]
+        for run in wandb_runs:
+            name = f"{kind}-{weights_hash(load(best).net)}"
+            run.keep(kind, name, best, made_from)
+        status = 0
+    except Interrupted as stop:
+        status = stop.status
+        raise
     finally:
-        # Or the next stage, or the next job of a sweep, would log into this one's run.
-        for logger in trainer.loggers:
-            if isinstance(logger, WandbLogger):
-                logger.experiment.finish(exit_code=int(scores is None))
+        # Or the run would stay open beside those of the jobs that follow in this process.
+        for run in wandb_runs:
+            run.finish(status)
     score = getattr(trainer.checkpoint_callback, "best_model_score", None)
     peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
     if not trainer.is_global_zero:

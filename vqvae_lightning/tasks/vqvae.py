@@ -50,6 +50,7 @@ class VQVAETask(pl.LightningModule):
         quantizer = net.quantizer
         rows = quantizer.num_codes * quantizer.codes_per_position
         self.codebook_usage = CodebookUsage(rows) if rows else None
+        self.code_counts: Tensor | None = None  # hits of each code when last logged
         self.latent_usage: LatentUsage | None = None
         self.squared_error = MeanSquaredError()
 
@@ -154,6 +155,7 @@ class VQVAETask(pl.LightningModule):
             usage = self.codebook_usage.compute()
             self.log(f"{split}/perplexity", usage["perplexity"], prog_bar=split == "train")
             self.log(f"{split}/codebook_use", usage["use"])
+            self.code_counts = usage["counts"]
         if self.latent_usage is not None:
             kl, active = self.latent_usage.compute().values()
             self.log(f"{split}/active_dims", active.sum().float(), prog_bar=split == "train")

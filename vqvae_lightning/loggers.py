@@ -1,0 +1,302 @@
+"""Where figures and pictures of a training run go: metrics.csv, TensorBoard, Weights & Biases."""
+
+import csv
+import secrets
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import pytorch_lightning as pl
+from lightning_fabric.loggers.logger import rank_zero_experiment
+from PIL import Image
+from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger, WandbLogger
+from torch import Tensor, nn
+
+from vqvae_lightning.errors import InputError
+from vqvae_lightning.pictures import save_png
+from vqvae_lightning.progress import console
+from vqvae_lightning.results import UNITS
+
+HISTOGRAM_BINS = 512  # the most that Weights & Biases takes
+
+
+class MetricsFile(CSVLogger):
+    """Lightning's CSV logger, with `metrics.csv` in the run folder itself and kept on resume.
+
+    Args:
+        save_dir: The run folder.
+        flush_logs_every_n_steps: As in `CSVLogger`.
+    """
+
+    def __init__(self, save_dir: str, flush_logs_every_n_steps: int = 100) -> None:
+        super().__init__(
+            save_dir, name="", version="", flush_logs_every_n_steps=flush_logs_every_n_steps
+        )
+        path = Path(save_dir) / "metrics.csv"
+        self._earlier: list[dict[str, Any]] = []
+        if path.is_file():
+            with path.open(newline="") as file:
+                self._earlier = [
+                    {key: value for key, value in row.items() if value}
+                    for row in csv.DictReader(file)
+                ]
+
+    def log_metrics(self, metrics: Any, step: int | None = None) -> None:
+        """Log; before the first row of a resumed run, put back the rows of the steps before it."""
+        if self._earlier and step is not None:
+            rows = [row for row in self._earlier if int(row["step"]) < step]
+            self._earlier = []
+            self.experiment.metrics = rows
+            self.save()
+        super().log_metrics(metrics, step)
+
+    def log_hyperparams(self, params: Any = None) -> None:
+        """Nothing: `config.yaml` has them already."""
+
+
+def name_run(cfg: Any, job_type: str) -> None:
+    """Fill in what names a job's Weights & Biases run, before its ranks share the config.
+
+    Args:
+        cfg: Of the job; its `folder` gives the run's name.
+        job_type: `vqvae`, `prior` or `evaluation`.
+    """
+    for part in (cfg.logger or {}).values():
+        if part is not None and "job_type" in part:
+            part.job_type = job_type
+            part.name = part.name or "/".join(Path(cfg.folder).absolute().parts[-2:])
+            part.id = part.id or secrets.token_hex(4)
+
+
+class WandbRun(WandbLogger):
+    """One Weights & Biases run per training job: Lightning's logger, made safe for sweeps.
+
+    A job never logs into another job's run, an unreachable server is a warning and the run goes on
+    offline, and the run's id is in the config, so that a resumed job continues its run.
+
+    Args:
+        save_dir: The run folder; wandb's own files go below it.
+        project: Of Weights & Biases.
+        group: Runs that belong together.
+        job_type: What the run does: `vqvae`, `prior`, `evaluation`.
+        name: Shown in the dashboard.
+        id: Unique in the project.
+        offline: Keep the run on disk, for `wandb sync`. No account and no network.
+        watch: Also log histograms of the network's gradients, its parameters, or all.
+        artifacts: Also keep the best checkpoint as an artifact, with the data or the VQ-VAE that it
+            was made from as the run's input.
+        init_timeout: Seconds to wait for the server.
+
+    Raises:
+        InputError: If `watch` is none of these.
+    """
+
+    def __init__(
+        self,
+        save_dir: str,
+        project: str,
+        group: str | None = None,
+        job_type: str | None = None,
+        name: str | None = None,
+        id: str | None = None,
+        offline: bool = False,
+        watch: Literal["gradients", "parameters", "all"] | None = None,
+        artifacts: bool = False,
+        init_timeout: float = 60.0,
+    ) -> None:
+        if watch not in (None, "gradients", "parameters", "all"):
+            raise InputError(
+                f"logger.wandb.watch={watch} must be one of null, gradients, parameters, all."
+            )
+        try:
+            super().__init__(
+                save_dir=save_dir,
+                project=project,
+                group=group,
+                job_type=job_type,
+                name=name,
+                id=id,
+                offline=offline,
+            )
+        except ModuleNotFoundError as error:
+            raise InputError(
+                "logger=wandb needs wandb: uv run --extra wandb ..., or pip install wandb."
+            ) from error
+        self.network = watch
+        self.artifacts = artifacts
+        self.init_timeout = init_timeout
+
+    @property
+    @rank_zero_experiment
+    def experiment(self) -> Any:
+        """The wandb run, begun at the first use.
+
+        Raises:
+            InputError: If wandb refuses the settings, or knows no account.
+        """
+        if self._experiment is None:
+            import wandb
+
+            # Lightning would write WANDB_MODE, which the next job would find, and log into a run
+            # that an earlier job had left open.
+            options: dict[str, Any] = {
+                **self._wandb_init,
+                "settings": wandb.Settings(init_timeout=self.init_timeout),
+                "reinit": "finish_previous",
+            }
+            try:
+                run = wandb.init(**options, mode="offline" if self._offline else None)
+            except wandb.errors.CommError as error:
+                reason = str(error).splitlines()[0]
+                console.print(
+                    f"warning: Weights & Biases cannot be reached ({reason}); the run goes on "
+                    "offline, for `wandb sync`.",
+                    highlight=False,
+                )
+                wandb.teardown()  # its service holds the id for the run that did not start
+                run = wandb.init(**options, mode="offline")
+            except wandb.errors.UsageError as error:
+                raise InputError(
+                    f"logger=wandb: {error} Or set logger.wandb.offline=true, which needs no "
+                    "account."
+                ) from error
+            run.define_metric("trainer/global_step")
+            run.define_metric("*", step_metric="trainer/global_step", step_sync=True)
+            self._experiment = run
+        return self._experiment
+
+    def begin(self, net: nn.Module, every: int, facts: Mapping[str, Any]) -> None:
+        """Watch the network if asked to, and keep what is known before the first step.
+
+        Args:
+            net: The network to train.
+            every: Steps between two histograms.
+            facts: Into the run's config, beside the units of the logged names.
+        """
+        self.log_hyperparams({"facts": dict(facts), "units": UNITS})
+        if self.network is not None:
+            self.watch(net, log=self.network, log_freq=every, log_graph=False)
+
+    def keep(self, kind: str, name: str, checkpoint: Path, made_from: "Input") -> None:
+        """Log a checkpoint as an artifact, and what it was made from as the input of the run.
+
+        Offline, where wandb takes no inputs, the artifact's metadata still names it.
+
+        Args:
+            kind: `vqvae` or `prior`: the artifact's type.
+            name: Of the artifact.
+            checkpoint: The file.
+            made_from: The data set, or the VQ-VAE.
+        """
+        import wandb
+
+        if not self.artifacts:
+            return
+        run = self.experiment
+        if not run.offline:
+            source = wandb.Artifact(made_from.name, made_from.kind, metadata=made_from.facts)
+            if made_from.file is not None:
+                source.add_file(str(made_from.file))
+            run.use_artifact(source)
+        facts = {"made_from": made_from.name, **made_from.facts}
+        artifact = wandb.Artifact(name, kind, metadata=facts)
+        artifact.add_file(str(checkpoint))
+        run.log_artifact(artifact, aliases=["best"])
+
+    def finish(self, status: int) -> None:
+        """End the run, if it has begun; `status` is 0 if the job did what it should."""
+        if self._experiment is not None:
+            self._experiment.finish(exit_code=status)
+            self._experiment = None
+
+
+class Input(NamedTuple):
+    """What a checkpoint was made from, as an artifact."""
+
+    name: str
+    kind: str
+    facts: dict[str, Any]
+    file: Path | None = None
+
+
+def log_picture(
+    trainer: pl.Trainer,
+    name: str,
+    picture: Tensor,
+    folder: Path,
+    parts: Mapping[str, Tensor] | None = None,
+) -> None:
+    """Write a picture (3, H, W) uint8 to `folder` and to every logger that takes pictures.
+
+    Args:
+        trainer: Whose loggers and step.
+        name: Of the picture.
+        picture: The whole.
+        folder: For the PNG.
+        parts: The same in captioned parts, for loggers that show captions.
+    """
+    save_png(picture, folder / f"{name}_{trainer.global_step:07d}.png")
+    step = trainer.global_step - 1  # as Lightning numbers the figures of this validation
+    for logger in trainer.loggers:
+        if isinstance(logger, TensorBoardLogger):
+            logger.experiment.add_image(f"val/{name}", picture, step)
+        elif isinstance(logger, WandbLogger):
+            images = [part.movedim(0, -1).numpy() for part in (parts or {"": picture}).values()]
+            captions = {"caption": list(parts)} if parts else {}
+            logger.log_image(f"val/{name}", images, step=step, **captions)
+
+
+def log_histogram(trainer: pl.Trainer, name: str, counts: Tensor) -> None:
+    """Give a histogram, the hits (K,) of each code, most used first, to loggers that take one.
+
+    Above 512 codes neighbours share a bar.
+    """
+    heights = counts.sort(descending=True).values.cpu().double().numpy()
+    edges = np.linspace(0, len(heights), min(len(heights), HISTOGRAM_BINS) + 1)
+    bars, _ = np.histogram(np.arange(len(heights)), edges, weights=heights)
+    places = np.arange(len(heights))
+    for logger in trainer.loggers:
+        if isinstance(logger, TensorBoardLogger):
+            logger.experiment.add_histogram_raw(
+                name,
+                min=0.0,
+                max=float(len(heights)),
+                num=float(heights.sum()),
+                sum=float((heights * places).sum()),
+                sum_squares=float((heights * places**2).sum()),
+                bucket_limits=edges[1:].tolist(),
+                bucket_counts=bars.tolist(),
+                global_step=trainer.global_step - 1,
+            )
+        elif isinstance(logger, WandbLogger):
+            import wandb
+
+            histogram = wandb.Histogram(np_histogram=(bars.tolist(), edges.tolist()))
+            logger.log_metrics({name: histogram}, trainer.global_step - 1)  # type: ignore[dict-item]
+
+
+def log_result(
+    loggers: Sequence[Any], config: dict[str, Any], metrics: dict[str, float], pictures: list[Path]
+) -> None:
+    """Give the figures and PNG files of a finished evaluation to loggers, and end their runs.
+
+    Args:
+        loggers: Lightning's loggers.
+        config: The whole resolved config.
+        metrics: By logged name.
+        pictures: Named by their files.
+    """
+    for logger in loggers:
+        logger.log_hyperparams(config)
+        logger.log_metrics(metrics, 0)
+        for path in pictures:
+            picture = np.asarray(Image.open(path))
+            if isinstance(logger, TensorBoardLogger):
+                logger.experiment.add_image(path.stem, picture, 0, dataformats="HWC")
+            elif isinstance(logger, WandbLogger):
+                logger.log_image(path.stem, [picture], step=0)
+        if isinstance(logger, WandbRun):
+            logger.finish(0)
+        else:
+            logger.save()
