@@ -43,10 +43,12 @@ def fit(cfg: Any, images: Any = None) -> dict[str, Any]:
     import torch
     from pytorch_lightning.loggers import WandbLogger
 
+    from vqvae_lightning.callbacks import SameConfig
     from vqvae_lightning.checkpoints import load
     from vqvae_lightning.configs import build, plain
     from vqvae_lightning.data import CodesDataModule
     from vqvae_lightning.errors import InputError
+    from vqvae_lightning.launch import environment
     from vqvae_lightning.progress import console
     from vqvae_lightning.results import UNITS, write_config, write_result
     from vqvae_lightning.tasks.optimization import check_optimizer
@@ -56,7 +58,11 @@ def fit(cfg: Any, images: Any = None) -> dict[str, Any]:
     images = images or load_images(cfg.dataset)
     trainer = build(
         cfg.trainer,
-        callbacks=[build(part) for part in cfg.callbacks.values() if part is not None],
+        callbacks=[
+            SameConfig(cfg),
+            *[build(part) for part in cfg.callbacks.values() if part is not None],
+        ],
+        plugins=[environment()],
         logger=[build(part) for part in cfg.logger.values() if part is not None],
         enable_progress_bar=cfg.callbacks.progress is not None,
     )
