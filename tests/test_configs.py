@@ -36,11 +36,12 @@ def test_every_quantizer_builds(quantizer, tmp_path):
 @pytest.mark.parametrize("trainer", [t for t in options("trainer") if t != "as_stage_one"])
 @pytest.mark.parametrize(("config", "budget"), [("vqvae", 4000), ("prior", 1200)])
 def test_every_trainer_builds(trainer, config, budget, tmp_path):
-    if trainer in ("gpu", "ddp"):
+    if trainer in ("gpu", "ddp", "multinode"):
         torch = pytest.importorskip("torch")
         if not torch.cuda.is_available():
             pytest.skip("no GPU")
-    cfg = compose(config, f"trainer={trainer}", folder=tmp_path)
+    given = ["trainer.devices=1", "trainer.num_nodes=2"] if trainer == "multinode" else []
+    cfg = compose(config, f"trainer={trainer}", *given, folder=tmp_path)
     assert build(cfg.trainer).max_steps == (2 if trainer == "debug" else budget)
 
 

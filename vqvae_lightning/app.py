@@ -13,6 +13,7 @@ from typing import Any
 
 from vqvae_lightning.configs import CONF_DIR, register_resolvers
 from vqvae_lightning.errors import DivergenceError, InputError, Interrupted, RankError, check_range
+from vqvae_lightning.launch import beyond_repair, led
 
 # Lightning's and torch's notices about choices that are right here and that a user can do nothing
 # about.
@@ -55,7 +56,7 @@ def app(config_name: str) -> Callable[[Callable[[Any], Any]], Callable[[], None]
                 version_base="1.3", config_path=str(CONF_DIR), config_name=config_name
             )
             try:
-                main(_guarded(function))()
+                led(main(_guarded(function)))
             except Interrupted as stop:
                 sys.stderr.write(f"{stop}\n")
                 sys.exit(stop.status)
@@ -95,6 +96,8 @@ def quiet() -> None:
 def started(name: str, cfg: Any) -> Any:
     """The config of the run that `cfg` starts, or of the one that it resumes.
 
+    A job that Slurm has started again goes on with its own run, as with `resume=auto`.
+
     Args:
         name: The command, for `config.yaml` and for the line that says how to repeat the run.
         cfg: The composed config.
@@ -109,17 +112,18 @@ def started(name: str, cfg: Any) -> Any:
 
     hydra = HydraConfig.get()
     check_range("seed", cfg.seed, 0)
+    requeued = int(os.environ.get("SLURM_RESTART_COUNT", "0")) > 0
     if cfg.resume in (None, "auto"):
         chosen = hydra.job.config_name
         config = "" if chosen in ("vqvae", "pipeline") else f"--config-name {chosen} "
-        # Of a preset sweep this job is one: what repeats it has the values, not the sweep.
-        left_out = ("sweep=", "resume=")
-        given = [text for text in hydra.overrides.task if not text.startswith(left_out)]
+        # Of a preset sweep this job is one: what repeats it has the values, not the sweep. With
+        # resume=auto a later start of a command is the same command.
+        given = [t for t in hydra.overrides.task if not t.startswith(("sweep=", "resume="))]
         cfg.command = f"{name} {config}{shlex.join(given)}".strip()
         cfg.commit = checkout_commit()
         if not (Path(cfg.folder) / "config.yaml").is_file():
             return cfg
-        if cfg.resume is None:
+        if cfg.resume is None and not requeued:
             raise InputError(
                 f"{cfg.folder} holds a run already: go on with resume={cfg.folder}, or choose "
                 "another folder."
@@ -233,7 +237,7 @@ def _guarded(function: Callable[[Any], Any]) -> Callable[[Any], Any]:
             return function(cfg)
         except Exception as error:
             # In a sweep Hydra goes on with the next job and raises at the end.
-            if HydraConfig.get().mode == RunMode.MULTIRUN:
+            if HydraConfig.get().mode == RunMode.MULTIRUN and not beyond_repair():
                 raise
             raise _Failed(error) from error
 

@@ -1,5 +1,6 @@
 """What happens around the steps: progress, pictures, seeds, a clean stop."""
 
+import os
 import signal
 import threading
 import time
@@ -19,6 +20,7 @@ from pytorch_lightning.callbacks import (
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
+from vqvae_lightning.configs import plain
 from vqvae_lightning.data.codes import CodesDataModule
 from vqvae_lightning.data.images import ArrayDataModule, ImageDataModule, batch_seed
 from vqvae_lightning.distributed import gathered
@@ -26,6 +28,7 @@ from vqvae_lightning.errors import (
     DivergenceError,
     InputError,
     Interrupted,
+    RankError,
     check_positive,
     check_range,
 )
@@ -180,6 +183,41 @@ class SeedSteps(Callback):
         torch.manual_seed(batch_seed(self.seed, number, trainer.global_rank))
 
 
+class SameConfig(Callback):
+    """See that all ranks train with one config: another learning rate on one would not show.
+
+    Args:
+        cfg: The resolvable config of the run, complete when training starts.
+    """
+
+    def __init__(self, cfg: Any) -> None:
+        self.cfg = cfg
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Compare, now that the ranks are connected.
+
+        Raises:
+            RankError: Naming the first rank that differs, and the keys.
+        """
+        if stage != "fit":
+            return
+        first, *others = gathered(_flat(plain(self.cfg)))
+        for rank, config in enumerate(others, 1):
+            differing = sorted(dict(first.items() ^ config.items()))
+            if differing:
+                raise RankError(
+                    f"rank {rank} has another config than rank 0: {', '.join(differing)}"
+                )
+
+
+def _flat(value: Any, place: str = "") -> dict[str, str]:
+    """A config's leaves by their full keys."""
+    if not isinstance(value, dict):
+        return {place: repr(value)}
+    children = ((f"{place}.{key}".lstrip("."), child) for key, child in value.items())
+    return {k: v for place, child in children for k, v in _flat(child, place).items()}
+
+
 class AveragedWeights(WeightAveraging):
     """Exponential moving average of the weights; it is what is validated, saved and sampled.
 
@@ -236,7 +274,10 @@ class BestCheckpoint(ModelCheckpoint):
 class LastCheckpoint(Checkpoint):
     """`last.ckpt`, what `resume` goes on from: every so often, and when the run is told to stop.
 
-    Ctrl-C, or a scheduler's signal, finishes the step, saves and stops; a second one stops at once.
+    Ctrl-C, or a scheduler's signal, finishes the step, saves and stops; a second Ctrl-C stops at
+    once. Nothing is requeued here: that is for whoever reads the exit status. But submitit, which
+    requeues in its own handler of a signal, has this called after saving.
+
     The checkpoint before is kept as `previous.ckpt`, should the disk have damaged the last. Nothing
     is saved after the very last step, before its validation: resuming would take training for
     finished and never validate. A `Checkpoint`, so that Lightning calls it last: what is saved has
@@ -290,13 +331,13 @@ class LastCheckpoint(Checkpoint):
             return
         self._save(trainer)
         if self._agreed:
-            raise self._interrupted(f"after step {trainer.global_step}")
+            self._stop(f"after step {trainer.global_step}")
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Stop after the last validation, if asked to during it."""
         if trainer.strategy.reduce_boolean_decision(bool(self._asked), all=False):
             self._save(trainer)
-            raise self._interrupted("after the last step")
+            self._stop("after the last step")
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Stop watching."""
@@ -305,14 +346,32 @@ class LastCheckpoint(Checkpoint):
         self._previous = {}
 
     def _ask(self, number: int, frame: Any) -> None:
-        if self._asked:
+        # A scheduler may repeat its signal, or send another one, while the step is finished.
+        if self._asked and number == signal.SIGINT:
             raise KeyboardInterrupt
-        self._asked = number
+        self._asked = self._asked or number
 
-    def _interrupted(self, when: str) -> Interrupted:
-        by_user = self._asked in (0, signal.SIGINT)
-        said = "Interrupted" if by_user else f"Stopped by {signal.Signals(self._asked).name}"
-        return Interrupted(f"{said} {when}; saved {self.path}.", 130 if by_user else 75)
+    def _stop(self, when: str) -> None:
+        """End the run on all ranks, also those that the signal did not reach.
+
+        Raises:
+            Interrupted: Unless submitit says that a run must go on after this signal.
+        """
+        number = max(gathered(self._asked))
+        self._asked, self._agreed = 0, False
+        handler = self._previous.get(signal.Signals(number))
+        status = 130 if number == signal.SIGINT else 75
+        if "SUBMITIT_EXECUTOR" in os.environ:
+            if number == signal.SIGTERM:
+                return  # a warning only: its own signal is still to come
+            if getattr(handler, "__module__", "").startswith("submitit."):
+                try:
+                    handler(number, None)  # type: ignore[misc]
+                except SystemExit as stop:  # the first rank has requeued the job
+                    status = int(stop.code or 0)
+        name = signal.Signals(number).name
+        said = "Interrupted" if number == signal.SIGINT else f"Stopped by {name}"
+        raise Interrupted(f"{said} {when}; saved {self.path}.", status)
 
     def _save(self, trainer: pl.Trainer) -> None:
         path = Path(self.path)

@@ -1,29 +1,223 @@
-"""Several devices on one machine: a process for each further rank, with the job's own config.
+"""Several devices: each rank of a job gets the job's own, resolved config.
 
 Lightning starts ranks by running the command line again. In a Hydra sweep that line is the whole
 sweep: a rank would start a sweep of its own, draw other random values than its job has, and leave
-its rank behind in the environment for the next job, which then trains on a part of its data. Here
-each rank gets the resolved config of its job from a file, and nothing outlives the job.
+its rank behind in the environment for the next job, which then trains on a part of its data.
+
+On one machine a command starts its further ranks itself (`launched`): each reads the config from a
+file, and nothing outlives the job. Where torchrun, srun or submitit has started all ranks, only the
+first composes configs and runs the command (`led`); the others wait for what it sends them.
 """
 
+import datetime
 import os
 import socket
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from vqvae_lightning.errors import DivergenceError, InputError, RankError
+from vqvae_lightning.errors import (
+    DivergenceError,
+    InputError,
+    Interrupted,
+    RankError,
+    check_positive,
+)
 
 PATIENCE = 30.0  # seconds that the others have, after a rank has died, to notice by themselves
+WAIT = datetime.timedelta(minutes=30)  # for other ranks, at the start too; torch's own default
+IDLE = datetime.timedelta(days=30)  # while the first rank downloads, evaluates, trains a classifier
+
+T = TypeVar("T")
+
+
+class Outside:
+    """The ranks that torchrun or Slurm started, of which this process is one.
+
+    Args:
+        environment: Lightning's `ClusterEnvironment` for the launcher.
+
+    Attributes:
+        broken: That a job has failed while all ranks took part: the others may wait in a collective
+            for this one, so that nothing can be sent to them any more.
+
+    Raises:
+        RankError: If not all ranks have come within half an hour.
+    """
+
+    def __init__(self, environment: Any) -> None:
+        import torch
+        import torch.distributed as dist
+
+        self.environment = environment
+        self.rank: int = environment.global_rank()
+        self.world: int = environment.world_size()
+        self.broken = False
+        address = f"{environment.main_address}:{environment.main_port}"  # also sets MASTER_*
+        backend = "gloo"
+        if torch.cuda.is_available():
+            # Lightning's tensors go over NCCL, Python objects over gloo.
+            backend = "cpu:gloo,cuda:nccl"
+            torch.cuda.set_device(environment.local_rank() % torch.cuda.device_count())
+        try:
+            # Lightning keeps a group that is there.
+            dist.init_process_group(backend, rank=self.rank, world_size=self.world, timeout=WAIT)
+            self._line: Any = dist.new_group(backend="gloo", timeout=IDLE)
+        except (RuntimeError, ValueError) as error:
+            raise RankError(
+                f"rank {self.rank}: the {self.world} ranks did not find each other at {address}; "
+                f"was the command started once only, without srun or torchrun? ({error})"
+            ) from error
+
+    def check(self, devices: int, nodes: int) -> None:
+        """Refuse a trainer that counts other ranks than were started.
+
+        Raises:
+            InputError: Naming `trainer.devices` and `trainer.num_nodes`.
+        """
+        names = ("LOCAL_WORLD_SIZE", "SLURM_NTASKS_PER_NODE")
+        per_node = [int(os.environ[name]) for name in names if name in os.environ][:1] or [devices]
+        if devices * nodes != self.world or per_node != [devices]:
+            raise InputError(
+                f"trainer.devices={devices} and trainer.num_nodes={nodes} ask for "
+                f"{devices * nodes} ranks, {devices} on a node, but {self.world} were started, "
+                f"{per_node[0]} on a node."
+            )
+
+    @contextmanager
+    def sharing(self, cfg: Any, module: str) -> Iterator[None]:
+        """Let the other ranks run `module` on `cfg` while this one runs the block."""
+        from omegaconf import OmegaConf
+
+        if self.broken:
+            raise RankError("an earlier job failed on several ranks: start the command again.")
+        self._send((module, OmegaConf.to_yaml(cfg, resolve=True)))
+        try:
+            yield
+        except Interrupted:
+            raise  # agreed on by all ranks
+        except BaseException:
+            self.broken = True
+            raise
+
+    def follow(self) -> None:
+        """Run what the first rank sends, until it needs this one no more.
+
+        Raises:
+            RankError: If a job failed that the first rank's message describes better.
+            SystemExit: With the job's status, if it was stopped.
+        """
+        from omegaconf import OmegaConf
+
+        status = 0
+        while True:
+            message = self._send(None)
+            if message is None:
+                sys.exit(status)
+            module, text = message
+            try:
+                import_module(module).run(OmegaConf.create(text))
+            except Interrupted as stop:
+                # The first rank may be asking for another start: ended before it, this one would
+                # have the launcher end that too.
+                status = stop.status
+            except (InputError, DivergenceError, RankError) as error:
+                raise RankError(f"rank {self.rank}: {error}") from error
+
+    def dismiss(self) -> None:
+        """Let the other ranks end."""
+        import torch.distributed as dist
+
+        if not self.broken:
+            self._send(None)
+            dist.destroy_process_group()
+
+    def _send(self, message: Any) -> Any:
+        """The first rank's `message`, on all ranks."""
+        import torch.distributed as dist
+
+        messages = [message]
+        try:
+            dist.broadcast_object_list(messages, src=0, group=self._line)
+        except RuntimeError as error:
+            self.broken = True
+            raise RankError(f"rank {self.rank}: another rank has died ({error})") from error
+        return messages[0]
+
+
+_outside: Outside | None = None
+
+
+def started_outside() -> Any:
+    """Lightning's environment for the launcher that started this process and others; or None.
+
+    Raises:
+        InputError: If Slurm's variables contradict each other.
+    """
+    # Nothing is imported on the way of every command's --help.
+    if "TORCHELASTIC_RUN_ID" not in os.environ and "SLURM_NTASKS" not in os.environ:
+        return None
+    from lightning_fabric.plugins.environments.slurm import SLURMEnvironment
+    from lightning_fabric.plugins.environments.torchelastic import TorchElasticEnvironment
+
+    # torchrun first: it may run within a Slurm job.
+    if TorchElasticEnvironment.detect():
+        return TorchElasticEnvironment()
+    if not SLURMEnvironment.detect() or os.environ["SLURM_NTASKS"] == "1":
+        return None
+    try:
+        # Requeued by submitit, or by the job script at exit status 75: see LastCheckpoint.
+        return SLURMEnvironment(auto_requeue=False)
+    except RuntimeError as error:
+        raise InputError(" ".join(str(error).split())) from error
+
+
+def led(work: Callable[[], T]) -> T | None:
+    """Do `work` on the first rank, which the others follow, if a launcher started several.
+
+    Args:
+        work: Composes a config and runs a command on it.
+
+    Returns:
+        What `work` does; None on the other ranks.
+    """
+    global _outside
+
+    environment = started_outside() if _outside is None else None
+    if environment is None:
+        return work()
+    _outside = Outside(environment)
+    try:
+        if _outside.rank:
+            _outside.follow()
+        try:
+            return work()
+        finally:
+            _outside.dismiss()
+    finally:
+        _outside = None
+
+
+def beyond_repair() -> bool:
+    """Whether a job failed that other processes took part in, so that none can follow it here."""
+    return _outside is not None and _outside.broken
+
+
+def environment() -> Any:
+    """What tells Lightning's Trainer which rank it is; never a scheduler that it would requeue."""
+    from lightning_fabric.plugins.environments.lightning import LightningEnvironment
+
+    return LightningEnvironment() if _outside is None else _outside.environment
 
 
 def ranks_wanted(trainer: Any) -> int:
-    """Processes on this machine that a trainer's config asks for.
+    """Processes on a machine that a trainer's config asks for.
 
     Raises:
         InputError: If `devices` is no number of devices.
@@ -41,27 +235,47 @@ def ranks_wanted(trainer: Any) -> int:
 
 @contextmanager
 def launched(cfg: Any, folder: Path, module: str) -> Iterator[None]:
-    """Start the further ranks of a job, and see that none is left when it ends.
+    """Bring the further ranks of a job to it, and see that none is left in it when it ends.
 
-    Nothing to do for one device, or where a launcher (torchrun, a cluster's) has started them.
+    Those that torchrun or Slurm started are sent the config; else they are started here.
 
     Args:
         cfg: The config of the stage, resolvable.
         folder: Where the ranks' output goes: `ranks/rank1.log` and on.
-        module: Run with the path of the config by each further rank.
+        module: Run with the path of the config by each further rank that is started here, and by
+            its function `run` on one that was started outside.
 
     Raises:
+        InputError: If there are other ranks than the trainer counts, or several machines' ranks
+            were started by nobody.
         RankError: If a further rank failed, with the end of its output.
     """
+    count = ranks_wanted(cfg.trainer)
+    nodes = check_positive("trainer.num_nodes", cfg.trainer.num_nodes)
+    if _outside is not None:
+        _outside.check(count, nodes)
+        with _outside.sharing(cfg, module):
+            yield
+        return
+    if nodes > 1:
+        raise InputError(
+            f"trainer.num_nodes={nodes}: one command cannot start the ranks of several machines; "
+            f"use hydra/launcher=slurm, or on each of them torchrun --nnodes {nodes} "
+            f"--nproc-per-node {count} --rdzv-backend c10d --rdzv-endpoint HOST:PORT -m MODULE."
+        )
+    if count == 1:
+        yield
+        return
+    with _started_here(cfg, folder, module, count):
+        yield
+
+
+@contextmanager
+def _started_here(cfg: Any, folder: Path, module: str, count: int) -> Iterator[None]:
+    import torch
     from omegaconf import OmegaConf
 
     from vqvae_lightning.results import write_text
-
-    count = ranks_wanted(cfg.trainer)
-    if count == 1 or "LOCAL_RANK" in os.environ:
-        yield
-        return
-    import torch
 
     place = folder / "ranks"
     write_text(place / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))

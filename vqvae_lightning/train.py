@@ -44,10 +44,12 @@ def fit(cfg: Any, images: Any = None) -> dict[str, Any]:
     import pytorch_lightning as pl
     import torch
 
+    from vqvae_lightning.callbacks import SameConfig
     from vqvae_lightning.checkpoints import load, weights_hash
     from vqvae_lightning.configs import build, plain
     from vqvae_lightning.data import CodesDataModule
     from vqvae_lightning.errors import InputError, Interrupted
+    from vqvae_lightning.launch import environment
     from vqvae_lightning.loggers import Input, WandbRun
     from vqvae_lightning.progress import console
     from vqvae_lightning.results import UNITS, write_config, write_result
@@ -58,7 +60,11 @@ def fit(cfg: Any, images: Any = None) -> dict[str, Any]:
     images = images or load_images(cfg.dataset)
     trainer = build(
         cfg.trainer,
-        callbacks=[build(part) for part in cfg.callbacks.values() if part is not None],
+        callbacks=[
+            SameConfig(cfg),
+            *[build(part) for part in cfg.callbacks.values() if part is not None],
+        ],
+        plugins=[environment()],
         logger=[build(part) for part in cfg.logger.values() if part is not None],
         enable_progress_bar=cfg.callbacks.progress is not None,
     )
