@@ -123,7 +123,7 @@ def test_ranks_encode_each_image_once_and_in_order(on_two_ranks, tmp_path):
     (made,) = folder.iterdir()
     together = encode(folder)  # maps what is there
     assert (made / "header.json").is_file()
-    assert not list(made.glob("*.*.npy")), "parts of the ranks are left"
+    assert not list(made.glob("*.part")), "parts of the ranks are left"
     assert torch.equal(together, encode(tmp_path))
 
 

@@ -172,7 +172,7 @@ def _moved(value: Any, old: str, new: str) -> Any:
 
 
 def load_images(config: Any) -> Any:
-    """The `ImageDataModule` of a dataset config, downloaded and set up."""
+    """The `PixelDataModule` of a dataset config, downloaded and set up."""
     from vqvae_lightning.configs import build
 
     images = build(config)

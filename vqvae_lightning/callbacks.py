@@ -22,7 +22,7 @@ from torch import Tensor
 
 from vqvae_lightning.configs import plain
 from vqvae_lightning.data.codes import CodesDataModule
-from vqvae_lightning.data.images import ArrayDataModule, ImageDataModule, batch_seed
+from vqvae_lightning.data.images import PixelDataModule, StageDataModule, batch_seed
 from vqvae_lightning.distributed import gathered
 from vqvae_lightning.errors import (
     DivergenceError,
@@ -63,7 +63,7 @@ class StepProgress(ProgressBar):
         if not self._enabled:
             return
         steps = trainer.estimated_stepping_batches
-        datamodule: ArrayDataModule = trainer.datamodule  # type: ignore[attr-defined]
+        datamodule: StageDataModule = trainer.datamodule  # type: ignore[attr-defined]
         self._images = datamodule.batch_size * trainer.accumulate_grad_batches
         name = type(pl_module).__name__.removesuffix("Task").lower()
         columns = (
@@ -106,7 +106,7 @@ class StepProgress(ProgressBar):
     def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Show a bar over the images to test on."""
         if self._enabled:
-            datamodule: ArrayDataModule = trainer.datamodule  # type: ignore[attr-defined]
+            datamodule: StageDataModule = trainer.datamodule  # type: ignore[attr-defined]
             columns = (TextColumn("testing"), BarColumn(), RateColumn(), TimeRemainingColumn())
             self._progress = Progress(*columns, console=console, transient=True)
             self._task = self._progress.add_task("", total=len(datamodule.datasets["test"]))
@@ -404,7 +404,7 @@ class CollapseWarning(Callback):
             return
         metrics = trainer.callback_metrics
         if "val/codebook_use" in metrics:
-            data: ImageDataModule = trainer.datamodule  # type: ignore[attr-defined]
+            data: PixelDataModule = trainer.datamodule  # type: ignore[attr-defined]
             rows, columns = pl_module.net.grid(*data.image_shape[1:])
             total = quantizer.num_codes
             # Few validation images cannot use a large codebook up.
@@ -505,8 +505,8 @@ class ReconstructionPictures(Callback):
         """Draw; in evaluation mode, so the codebook does not move."""
         if trainer.sanity_checking or not trainer.is_global_zero:
             return
-        data = trainer.datamodule.datasets["val"].data  # type: ignore[attr-defined]
-        images = from_uint8(data[:PICTURED].to(pl_module.device))
+        data: PixelDataModule = trainer.datamodule  # type: ignore[attr-defined]
+        images = from_uint8(data.datasets["val"].preview(PICTURED).data.to(pl_module.device))
         with torch.no_grad():
             output = pl_module.net(images)
         log_picture(trainer, "reconstructions", pairs(images, output.reconstruction), self.folder)

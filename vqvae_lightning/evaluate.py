@@ -29,7 +29,7 @@ def evaluate(cfg: Any, images: Any = None) -> dict[str, Any]:
 
     Args:
         cfg: The composed config `conf/evaluate.yaml`.
-        images: The `ImageDataModule` to evaluate on, if it is set up already.
+        images: The `PixelDataModule` to evaluate on, if it is set up already.
 
     Returns:
         The contents of `result.json`; beside it lie `reconstructions.png`, `codes.npz` (histogram
@@ -87,7 +87,7 @@ def evaluate(cfg: Any, images: Any = None) -> dict[str, Any]:
 
     metrics = evaluation.reconstruction_metrics(codes, cfg.split, device)
     metrics |= evaluation.likelihood_metrics(codes, prior, cfg.split, device)
-    shown = images.datasets[cfg.split].data[: cfg.pictured]
+    shown = images.datasets[cfg.split].preview(cfg.pictured).data
     shown_codes = torch.tensor(codes.datasets[cfg.split].data[: cfg.pictured]).long()
     decoded = evaluation.decode_images(codes.vqvae, shown_codes.to(device))
     picture = pairs(from_uint8(shown), from_uint8(decoded))
@@ -98,7 +98,7 @@ def evaluate(cfg: Any, images: Any = None) -> dict[str, Any]:
         labels = None
         if prior.num_classes:
             # A class without training images has never been learnt.
-            present = images.datasets["train"].labels.unique()
+            present = codes.datasets["train"].labels.unique()
             labels = present[torch.arange(cfg.num_samples) % len(present)]
         drawn = evaluation.draw_images(
             codes.vqvae,

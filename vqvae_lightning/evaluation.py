@@ -17,7 +17,7 @@ from torchmetrics.image.fid import FrechetInceptionDistance
 
 from vqvae_lightning.callbacks import SeedSteps, StepProgress
 from vqvae_lightning.data.codes import CodesDataModule
-from vqvae_lightning.data.images import ImageDataModule, SplitName
+from vqvae_lightning.data.images import PixelDataModule, SplitName
 from vqvae_lightning.metrics import CodebookUsage, unigram_log_probabilities
 from vqvae_lightning.networks.autoencoder import from_uint8, to_uint8
 from vqvae_lightning.networks.likelihoods import discretised_logistic, fit_log_scale
@@ -49,7 +49,7 @@ def reconstruction_metrics(
     batch_usage = CodebookUsage(codes.num_codes).to(device)
     batch_perplexities: list[float] = []
     psnr_sum, count = 0.0, 0
-    for levels, grid in _pairs(codes, split, device, "reconstructing"):
+    for levels, _, grid in _pairs(codes, split, device, "reconstructing"):
         decoded = codes.vqvae.decode(grid).float()
         rounded, truth = to_uint8(decoded).float() / 255, levels.float() / 255
         squared.update(rounded, truth)
@@ -99,18 +99,14 @@ def likelihood_metrics(
     log_scale = _scale(codes, device)
     sums = dict.fromkeys(("pixels", "unigram", "position", "prior"), 0.0)
     total = len(codes.datasets[split])
-    labels = codes.datasets[split].labels
-    done = 0
-    for levels, grid in _pairs(codes, split, device, "scoring"):
+    for levels, labels, grid in _pairs(codes, split, device, "scoring"):
         mean = (codes.vqvae.decode(grid).float() + 1) * 127.5
-        part = slice(done, done + len(levels))
-        done += len(levels)
         sums["pixels"] -= float(discretised_logistic(levels, mean, log_scale).double().sum())
         sums["unigram"] -= float(unigram[grid].double().sum())
         chosen = by_position.expand(len(grid), -1, -1, -1).gather(1, grid[:, None])
         sums["position"] -= float(chosen.double().sum())
         if prior is not None:
-            own = labels[part].to(device) if labels is not None and prior.num_classes else None
+            own = labels if prior.num_classes else None
             sums["prior"] -= float(score(prior, grid, own).double().sum())
     per_code = {name: value / (total * positions) for name, value in sums.items()}
     pixels = sums["pixels"] / (LN2 * total * dims)
@@ -131,7 +127,7 @@ def likelihood_metrics(
 
 
 def train_classifier(
-    task: ClassifierTask, images: ImageDataModule, trainer_options: dict[str, Any], batch_size: int
+    task: ClassifierTask, images: PixelDataModule, trainer_options: dict[str, Any], batch_size: int
 ) -> nn.Module:
     """The network of `task`, trained on the real training images.
 
@@ -190,15 +186,13 @@ def classifier_metrics(
         input_img_size=codes.images.image_shape,
     ).to(device)
     right = {"real": 0, "reconstruction": 0, "sample": 0}
-    truth = codes.datasets[split].labels
-    assert truth is not None
     done = 0
-    for levels, grid in _pairs(codes, split, device, "judging"):
+    for levels, truth, grid in _pairs(codes, split, device, "judging"):
+        assert truth is not None
         decoded = to_uint8(codes.vqvae.decode(grid))
-        part = truth[done : done + len(levels)].to(device)
         done += len(levels)
         for name, batch in (("real", levels), ("reconstruction", decoded)):
-            right[name] += int((classifier(from_uint8(batch)).argmax(1) == part).sum())
+            right[name] += int((classifier(from_uint8(batch)).argmax(1) == truth).sum())
         distance.update(levels, real=True)
         distance.update(decoded, real=False)
     distances = {"reconstruction_fid": float(distance.compute())}
@@ -352,34 +346,41 @@ def decode_images(vqvae: Any, codes: Tensor) -> Tensor:
     return torch.cat([to_uint8(vqvae.decode(part)).cpu() for part in codes.split(256)])
 
 
-def nearest_training_images(images: ImageDataModule, samples: Tensor) -> Tensor:
+def nearest_training_images(images: PixelDataModule, samples: Tensor) -> Tensor:
     """For each sample (N, C, H, W) uint8, the training image at the smallest Euclidean distance."""
     flat = samples.flatten(1).float()
     best = torch.full((len(samples),), math.inf)
     nearest = torch.zeros_like(samples)
-    for part in images.datasets["train"].data.split(8192):
-        distance, row = torch.cdist(flat, part.flatten(1).float()).min(1)
-        closer = distance < best
-        best[closer] = distance[closer]
-        nearest[closer] = part[row[closer]]
+    with progress_bar("searching", len(images.datasets["train"])) as advance:
+        for part, _ in images.batches("train"):
+            distance, row = torch.cdist(flat, part.flatten(1).float()).min(1)
+            closer = distance < best
+            best[closer] = distance[closer]
+            nearest[closer] = part[row[closer]]
+            advance(len(part))
     return nearest
 
 
 def _pairs(
     codes: CodesDataModule, split: SplitName, device: torch.device, step: str
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Images (B, C, H, W) uint8 and their codes (B, h, w), batch by batch, under a progress bar."""
+) -> Iterator[tuple[Tensor, Tensor | None, Tensor]]:
+    """Images (B, C, H, W) uint8, labels (B,) and codes (B, h, w) in batches, under a progress bar.
+
+    Images that workers read come in another order than the rows of the codes.
+    """
     codes.vqvae.to(device)
-    batches = zip(codes.images.batches(split), codes.batches(split), strict=True)
-    with progress_bar(step, len(codes.datasets[split])) as advance:
-        for images, grid in batches:
-            yield images.data.to(device), grid.data.to(device).long()
+    stored, loader = codes.datasets[split], codes.images.batches(split)
+    with progress_bar(step, len(stored)) as advance:
+        for rows, images in zip(loader.rows(), loader, strict=True):
+            grid = stored.__getitems__(rows).data
+            labels = None if images.labels is None else images.labels.to(device)
+            yield images.data.to(device), labels, grid.to(device).long()
             advance(len(images.data))
 
 
 def _scale(codes: CodesDataModule, device: torch.device) -> Tensor:
     means, levels, count = [], [], 0
-    for images, grid in _pairs(codes, "val", device, "fitting the scale"):
+    for images, _, grid in _pairs(codes, "val", device, "fitting the scale"):
         means.append((codes.vqvae.decode(grid).float() + 1) * 127.5)
         levels.append(images)
         count += images.numel()

@@ -39,7 +39,7 @@ def reconstruct(cfg: Any) -> dict[str, Any]:
     count = check_positive("count", cfg.count)
     if cfg.input is None:
         data = load_images(vqvae.config["dataset"])
-        images = data.datasets["test"].data[:count]
+        images = data.datasets["test"].preview(count).data
     else:
         try:
             source = ImageFolderSource(cfg.input, size=cfg.size, grey=net.channels == 1)

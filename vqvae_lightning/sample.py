@@ -174,9 +174,8 @@ def images_to_complete(cfg: Any, prior: Any, vqvae: Any) -> tuple[Any, Any]:
     from vqvae_lightning.errors import InputError
 
     if cfg.complete == "test":
-        data = load_images(vqvae.config["dataset"]).datasets["test"]
-        labels = data.labels[: cfg.num_samples] if prior.num_classes else None
-        return data.data[: cfg.num_samples], labels
+        first = load_images(vqvae.config["dataset"]).datasets["test"].preview(cfg.num_samples)
+        return first.data, first.labels if prior.num_classes else None
     # The codes' grid is the prior's: the images must have the size that it was trained on.
     factor = 2**vqvae.net.downsamplings
     size = [prior.height * factor, prior.width * factor]

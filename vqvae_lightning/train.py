@@ -15,7 +15,7 @@ def train(cfg: Any, images: Any = None) -> dict[str, Any]:
     Args:
         cfg: The composed config of a stage (`conf/vqvae.yaml` or `conf/prior.yaml`); what the data
             decide (channels, number of codes) is filled in.
-        images: The `ImageDataModule` of `cfg.dataset`, if it is set up already.
+        images: The `PixelDataModule` of `cfg.dataset`, if it is set up already.
 
     Returns:
         The contents of `result.json`.

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import vqvae_lightning
-from vqvae_lightning.data.images import ArrayDataModule, ArrayDataset, Batch, ImageDataModule
+from vqvae_lightning.data.images import ArrayDataset, Batch, PixelDataModule, StageDataModule
 from vqvae_lightning.distributed import agreed, gathered, rank_and_world
 from vqvae_lightning.errors import InputError
 from vqvae_lightning.networks.autoencoder import VQVAE, from_uint8
@@ -37,14 +37,16 @@ def require_codes(quantizer: Any) -> None:
         )
 
 
-class CodesDataModule(ArrayDataModule):
+class CodesDataModule(StageDataModule):
     """The codes of a data set under a trained VQ-VAE.
 
     All splits are encoded once, into `folder`/<VQ-VAE hash>-<data fingerprint>: per split the codes
-    in the smallest integer type that holds them, memory-mapped when read, and the labels; and a
-    header. The folder is written under another name and then renamed: an interrupted run leaves
-    nothing behind that a later one would read, and of two runs that encode at once the first to
-    finish wins. The ranks of one run share the work, and the folder.
+    in the smallest integer type that holds them, and the labels; and a header. Codes are written as
+    they come and memory-mapped when read, so that they need not fit in memory: those of 1.3 million
+    images are 2.6 GB at 32x32 codes each. The folder is written under another name and then
+    renamed: an interrupted run leaves nothing behind that a later one would read, and of two runs
+    that encode at once the first to finish wins. The ranks of one run share the work, and the
+    folder.
 
     Args:
         images: The images; their batch size, seed and splits are used.
@@ -57,10 +59,11 @@ class CodesDataModule(ArrayDataModule):
         grid: Rows and columns of codes per image.
     """
 
+    datasets: dict[str, ArrayDataset]
     batch_size_key = "batch_size"
 
     def __init__(
-        self, images: ImageDataModule, vqvae: VQVAE, vqvae_hash: str, folder: str, batch_size: int
+        self, images: PixelDataModule, vqvae: VQVAE, vqvae_hash: str, folder: str, batch_size: int
     ) -> None:
         super().__init__(batch_size, images.eval_batch_size, images.seed)
         images.setup()
@@ -143,6 +146,7 @@ class CodesDataModule(ArrayDataModule):
         try:
             found = json.loads((self.folder / "header.json").read_text())
             arrays = {s: np.load(self.folder / f"{s}.npy", mmap_mode="r") for s in SPLITS}
+            labels = {s: self._labels(s) for s in SPLITS}
         except (OSError, ValueError) as error:
             raise InputError(
                 f"the codes in {self.folder} cannot be read ({error}): delete the folder to make "
@@ -163,12 +167,16 @@ class CodesDataModule(ArrayDataModule):
                     f"{self.folder}/{split}.npy has shape {array.shape} of {array.dtype}, not "
                     f"{shape} of {self.integer}: delete the folder to make the codes anew."
                 )
-            self.datasets[split] = ArrayDataset(array, self.images.datasets[split].labels)
+            self.datasets[split] = ArrayDataset(array, labels[split])
 
     def histogram(self) -> Tensor:
         """Hits per code in the training split, (K,) int64."""
-        flat = torch.from_numpy(np.asarray(self.datasets["train"].data).astype(np.int64)).flatten()
-        return flat.bincount(minlength=self.num_codes)
+        rows = self.datasets["train"].data
+        counts = torch.zeros(self.num_codes, dtype=torch.int64)
+        for start in range(0, len(rows), 8192):  # all of them as int64 may not fit in memory
+            part = torch.from_numpy(rows[start : start + 8192].astype(np.int64))
+            counts += part.flatten().bincount(minlength=self.num_codes)
+        return counts
 
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
         """To int64, on the device."""
@@ -179,27 +187,55 @@ class CodesDataModule(ArrayDataModule):
             codes = self.vqvae.to(device).encode(from_uint8(batch.data.to(device)))
         return codes.cpu().numpy().astype(self.integer)
 
+    def _labels(self, split: str) -> Tensor | None:
+        if not self.images.num_classes:
+            return None
+        labels = np.load(self.folder / f"{split}_labels.npy")
+        wanted = (len(self.images.datasets[split]),)
+        if labels.shape != wanted:
+            raise ValueError(f"{split}_labels.npy has shape {labels.shape}, not {wanted}")
+        return torch.from_numpy(labels)
+
     def _encode_part(self, partial: Path, rank: int, world: int, device: torch.device) -> None:
-        """Write this rank's part of each split."""
+        """Write this rank's part of each split: the rows' bytes, of codes and of labels."""
         partial.mkdir(parents=True, exist_ok=True)
         with progress_bar("encoding", sum(self.header["images"].values())) as advance:
             for split in SPLITS:
-                parts = [np.zeros((0, *self.grid), self.integer)]
-                for batch in self.images.batches(split):  # type: ignore[arg-type]
-                    parts.append(self._encode(batch, device))
-                    advance(len(batch.data) * world)
-                np.save(partial / f"{split}.{rank}.npy", np.concatenate(parts))
+                loader = self.images.batches(split)  # type: ignore[arg-type]
+                rows = loader.rows()
+                first = min((int(part[0]) for part in rows), default=0)
+                with (
+                    open(partial / f"{split}.{rank}.part", "wb") as codes,
+                    open(partial / f"{split}_labels.{rank}.part", "wb") as labels,
+                ):
+                    # Each batch to its place: of several workers the batches come out of order.
+                    for part, batch in zip(rows, loader, strict=True):
+                        encoded = self._encode(batch, device)
+                        row = int(part[0]) - first
+                        codes.seek(row * encoded[0].nbytes)
+                        codes.write(encoded.tobytes())
+                        if batch.labels is not None:
+                            labels.seek(row * batch.labels[0].nbytes)
+                            labels.write(batch.labels.numpy().tobytes())
+                        advance(len(batch.data) * world)
 
     def _join(self, partial: Path, world: int) -> None:
-        """Put the ranks' parts together, write labels and header, and give the folder its name."""
-        for split in SPLITS:
-            parts = [partial / f"{split}.{rank}.npy" for rank in range(world)]
-            np.save(partial / f"{split}.npy", np.concatenate([np.load(part) for part in parts]))
-            for part in parts:
-                part.unlink()
-            labels = self.images.datasets[split].labels
-            if labels is not None:
-                np.save(partial / f"{split}_labels.npy", labels.numpy())
+        """Put the ranks' parts together, write the header, and give the folder its name."""
+        for split, total in self.header["images"].items():
+            arrays: list[tuple[str, np.dtype[Any], tuple[int, ...]]] = [
+                (split, self.integer, (total, *self.grid))
+            ]
+            if self.images.num_classes:
+                arrays.append((f"{split}_labels", np.dtype(np.int64), (total,)))
+            for name, integer, shape in arrays:
+                with open(partial / f"{name}.npy", "wb") as whole:
+                    head = {"descr": integer.str, "fortran_order": False, "shape": shape}
+                    np.lib.format.write_array_header_1_0(whole, head)
+                    for rank in range(world):
+                        with open(partial / f"{name}.{rank}.part", "rb") as part:
+                            shutil.copyfileobj(part, whole)
+        for path in partial.glob("*.part"):
+            path.unlink()
         written = {**self.header, "version": vqvae_lightning.__version__}
         (partial / "header.json").write_text(json.dumps(written, indent=1))
         try:

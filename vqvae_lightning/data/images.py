@@ -1,7 +1,7 @@
 """The LightningDataModule of both stages: images in memory, one indexing operation per batch."""
 
-from collections.abc import Iterator
-from typing import Any, Literal, NamedTuple, cast
+from collections.abc import Iterator, Mapping
+from typing import Any, Literal, NamedTuple, Protocol, cast
 
 import pytorch_lightning as pl
 import torch
@@ -31,6 +31,19 @@ def batch_seed(seed: int, number: int, rank: int) -> int:
     return (seed * 1_000_003 + number) * 1024 + rank
 
 
+class SplitDataset(Protocol):
+    """One split, in memory or not."""
+
+    def __len__(self) -> int:
+        """Images, or their codes."""
+
+    def preview(self, count: int) -> Batch:
+        """The first `count` rows, as they are stored."""
+
+    def loader(self, batch_size: int, seed: int | None) -> "ResumableLoader":
+        """Batches of this rank: in an order that `seed` decides, or each row once if it is None."""
+
+
 class ArrayDataset(Dataset[Batch]):
     """Rows of an array and their labels; a whole batch is read by one indexing operation."""
 
@@ -45,6 +58,14 @@ class ArrayDataset(Dataset[Batch]):
         """The batch with these rows."""
         data = torch.as_tensor(self.data[rows])
         return Batch(data, None if self.labels is None else self.labels[rows])
+
+    def preview(self, count: int) -> Batch:
+        """The first `count` rows."""
+        return self.__getitems__(torch.arange(min(count, len(self))))
+
+    def loader(self, batch_size: int, seed: int | None) -> "ResumableLoader":
+        """Batches of this rank, as `EpochBatches` has them."""
+        return ResumableLoader(self, EpochBatches(len(self), batch_size, seed))
 
 
 class EpochBatches:
@@ -76,7 +97,11 @@ class EpochBatches:
             return self.total // self.batch_size
         return -(-len(self._own()) // (self.batch_size // self.world))
 
-    def __iter__(self) -> Iterator[Tensor]:
+    def rows(self) -> list[Tensor]:
+        """Row numbers of each batch of an evaluation, in the loader's order."""
+        return list(self)
+
+    def __iter__(self) -> Iterator[Any]:
         start, self.resume_at = self.resume_at % max(1, len(self)), 0
         local = self.batch_size // self.world
         if self.seed is None:
@@ -99,20 +124,39 @@ class ResumableLoader(DataLoader[Batch]):
     """A loader that goes on after the last batch it gave.
 
     Lightning stores its state in each checkpoint.
+
+    Args:
+        dataset: Gives whole batches.
+        batches: What to ask it for.
+        **options: Of `DataLoader`.
     """
+
+    def __init__(self, dataset: Dataset[Batch], batches: EpochBatches, **options: Any) -> None:
+        super().__init__(dataset, batch_sampler=cast(Any, batches), collate_fn=_as_it_is, **options)
+        self.batches = batches
+
+    def rows(self) -> list[Tensor]:
+        """Row numbers of each batch of an evaluation, in order."""
+        return self.batches.rows()
 
     def state_dict(self) -> dict[str, int]:
         """Batches given in this epoch."""
-        return {"batches": cast(EpochBatches, self.batch_sampler).position}
+        return {"batches": self.batches.position}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Let the next epoch begin after the batches of `state`."""
-        cast(EpochBatches, self.batch_sampler).resume_at = state["batches"]
+        self.batches.resume_at = state["batches"]
 
 
-class ArrayDataModule(pl.LightningDataModule):
-    """Batches out of arrays in memory, for images and for codes alike."""
+def _as_it_is(batch: Any) -> Any:
+    # A function with a name, which can be sent to a worker.
+    return batch
 
+
+class StageDataModule(pl.LightningDataModule):
+    """Batches of the three splits, for images and for codes alike."""
+
+    datasets: Mapping[str, SplitDataset]
     batch_size_key = "dataset.batch_size"
 
     def __init__(self, batch_size: int, eval_batch_size: int, seed: int) -> None:
@@ -120,7 +164,7 @@ class ArrayDataModule(pl.LightningDataModule):
         self.batch_size = check_positive("dataset.batch_size", batch_size)
         self.eval_batch_size = check_positive("dataset.eval_batch_size", eval_batch_size)
         self.seed = seed
-        self.datasets: dict[str, ArrayDataset] = {}
+        self.datasets = {}
 
     def train_dataloader(self) -> ResumableLoader:
         """Shuffled anew in each epoch; a last batch that is not full is left for a later epoch."""
@@ -139,41 +183,26 @@ class ArrayDataModule(pl.LightningDataModule):
         return self._loader(split, "dataset.eval_batch_size", self.eval_batch_size, None)
 
     def _loader(self, split: str, key: str, batch_size: int, seed: int | None) -> ResumableLoader:
-        dataset = self.datasets[split]
-        batches = EpochBatches(len(dataset), batch_size, seed)
         # Checked here, where the number of ranks is known.
-        if batch_size % batches.world:
-            down = batch_size // batches.world * batches.world
+        world = rank_and_world()[1]
+        if batch_size % world:
+            down = batch_size // world * world
             raise InputError(
-                f"{key}={batch_size} does not divide over {batches.world} devices; it counts all "
-                f"devices together. Nearest that do: {down} and {down + batches.world}."
+                f"{key}={batch_size} does not divide over {world} devices; it counts all "
+                f"devices together. Nearest that do: {down} and {down + world}."
             )
-        return ResumableLoader(
-            dataset, batch_sampler=cast(Any, batches), collate_fn=lambda batch: batch
-        )
+        return self.datasets[split].loader(batch_size, seed)
 
 
-class ImageDataModule(ArrayDataModule):
-    """Images for both stages.
+class PixelDataModule(StageDataModule):
+    """Images for both stages, from memory or from shards.
 
-    Images stay uint8 in memory and on the bus; they are scaled to [-1, 1], and flipped, on the
-    device.
-
-    Args:
-        source: Where they come from.
-        batch_size: Images per optimizer step, over all ranks together.
-        eval_batch_size: Images per batch in validation, testing and encoding, over all ranks
-            together.
-        flip: Mirror each training image left to right with probability 1/2.
-        val_share: Share of the training images set aside for validation where the set has no such
-            split, and for testing where it has no test split either.
-        split_seed: Chooses them; not the run's seed, so that all runs see one split.
-        seed: Order of the training batches and flips.
+    Images stay uint8 on the bus; they are scaled to [-1, 1], and flipped, on the device.
 
     Attributes:
         image_shape: (C, H, W).
         class_names: Empty without labels.
-        fingerprint: 16 hexadecimal digits that change with any pixel, label or split.
+        fingerprint: 16 hexadecimal digits that change with any image, label or split.
         pixel_variance: Of all values of the training images, in [0, 1]: the divisor of NMSE.
     """
 
@@ -183,60 +212,22 @@ class ImageDataModule(ArrayDataModule):
     pixel_variance: float
 
     def __init__(
-        self,
-        source: Source,
-        batch_size: int = 32,
-        eval_batch_size: int = 256,
-        flip: bool = False,
-        val_share: float = 0.05,
-        split_seed: int = 0,
-        seed: int = 0,
+        self, batch_size: int, eval_batch_size: int, flip: bool, val_share: float, seed: int
     ) -> None:
         super().__init__(batch_size, eval_batch_size, seed)
         if not check_range("dataset.val_share", val_share, 0, 0.5) > 0:
             raise InputError("dataset.val_share=0 leaves no images to validate on.")
-        self.source = source
         self.flip = flip
         self.val_share = val_share
-        self.split_seed = split_seed
+
+    def setup(self, stage: str | None = None) -> None:
+        """Make the splits known, once."""
+        raise NotImplementedError
 
     @property
     def num_classes(self) -> int:
         """0 without labels."""
         return len(self.class_names)
-
-    def prepare_data(self) -> None:
-        """Download, in one process per node."""
-        self.source.prepare()
-
-    def setup(self, stage: str | None = None) -> None:
-        """Load the images and carve missing splits."""
-        if self.datasets:
-            return
-        splits = self.source.load()
-        train, val, test = splits.train, splits.val, splits.test
-        if test is None:
-            train, test = self._carve(train, seed=self.split_seed + 1)
-        if val is None:
-            train, val = self._carve(train, seed=self.split_seed)
-        if self.batch_size > len(train.images):
-            raise InputError(
-                f"dataset.batch_size={self.batch_size} is larger than the training split "
-                f"({len(train.images)} images): it must be at most that."
-            )
-        for name, split in (("train", train), ("val", val), ("test", test)):
-            self.datasets[name] = ArrayDataset(split.images, split.labels)
-        self.class_names = splits.class_names
-        carved = f"{self.val_share} {self.split_seed}" if None in splits[:3] else ""
-        self.fingerprint = splits._replace(class_names=[*splits.class_names, carved]).fingerprint()
-        channels, height, width = train.images.shape[1:]
-        self.image_shape = channels, height, width
-        counts = train.images.flatten().bincount(minlength=256).double()
-        share, levels = counts / counts.sum(), torch.arange(256).double() / 255
-        mean = (share * levels).sum()
-        self.pixel_variance = float((share * (levels - mean) ** 2).sum())
-        if self.pixel_variance == 0:
-            raise InputError("all training pixels are equal: there is nothing to learn.")
 
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
         """To [-1, 1] and, in training, flipped; on the device."""
@@ -252,6 +243,77 @@ class ImageDataModule(ArrayDataModule):
             where = mirrored.to(images.device)[:, None, None, None]
             images = torch.where(where, images.flip(-1), images)
         return Batch(images, batch.labels)
+
+    def _check_train(self, images: int) -> None:
+        if self.batch_size > images:
+            raise InputError(
+                f"dataset.batch_size={self.batch_size} is larger than the training split "
+                f"({images} images): it must be at most that."
+            )
+
+    def _take_levels(self, counts: Tensor) -> None:
+        """Take the variance from how often each of the 256 levels occurs in training images."""
+        share, levels = counts.double() / counts.sum(), torch.arange(256).double() / 255
+        mean = (share * levels).sum()
+        self.pixel_variance = float((share * (levels - mean) ** 2).sum())
+        if self.pixel_variance == 0:
+            raise InputError("all training pixels are equal: there is nothing to learn.")
+
+
+class ImageDataModule(PixelDataModule):
+    """Images that are held in memory, as uint8.
+
+    Args:
+        source: Where they come from.
+        batch_size: Images per optimizer step, over all ranks together.
+        eval_batch_size: Images per batch in validation, testing and encoding, over all ranks
+            together.
+        flip: Mirror each training image left to right with probability 1/2.
+        val_share: Share of the training images set aside for validation where the set has no such
+            split, and for testing where it has no test split either.
+        split_seed: Chooses them; not the run's seed, so that all runs see one split.
+        seed: Order of the training batches and flips.
+    """
+
+    datasets: dict[str, ArrayDataset]
+
+    def __init__(
+        self,
+        source: Source,
+        batch_size: int = 32,
+        eval_batch_size: int = 256,
+        flip: bool = False,
+        val_share: float = 0.05,
+        split_seed: int = 0,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(batch_size, eval_batch_size, flip, val_share, seed)
+        self.source = source
+        self.split_seed = split_seed
+
+    def prepare_data(self) -> None:
+        """Download, in one process per node."""
+        self.source.prepare()
+
+    def setup(self, stage: str | None = None) -> None:
+        """Load the images and carve missing splits."""
+        if self.datasets:
+            return
+        splits = self.source.load()
+        train, val, test = splits.train, splits.val, splits.test
+        if test is None:
+            train, test = self._carve(train, seed=self.split_seed + 1)
+        if val is None:
+            train, val = self._carve(train, seed=self.split_seed)
+        self._check_train(len(train.images))
+        for name, split in (("train", train), ("val", val), ("test", test)):
+            self.datasets[name] = ArrayDataset(split.images, split.labels)
+        self.class_names = splits.class_names
+        carved = f"{self.val_share} {self.split_seed}" if None in splits[:3] else ""
+        self.fingerprint = splits._replace(class_names=[*splits.class_names, carved]).fingerprint()
+        channels, height, width = train.images.shape[1:]
+        self.image_shape = channels, height, width
+        self._take_levels(train.images.flatten().bincount(minlength=256))
 
     def _carve(self, split: Split, seed: int) -> tuple[Split, Split]:
         total = len(split.images)

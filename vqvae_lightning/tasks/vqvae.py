@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchmetrics import MeanSquaredError
 
-from vqvae_lightning.data.images import Batch, ImageDataModule
+from vqvae_lightning.data.images import Batch, PixelDataModule
 from vqvae_lightning.distributed import all_reduce
 from vqvae_lightning.metrics import CodebookUsage, LatentUsage
 from vqvae_lightning.networks.autoencoder import VQVAE, to_uint8
@@ -56,7 +56,7 @@ class VQVAETask(pl.LightningModule):
 
     def setup(self, stage: str) -> None:
         """Take the variance of the training pixels, and the size of the grid, from the data."""
-        data: ImageDataModule = self.trainer.datamodule  # type: ignore[attr-defined]
+        data: PixelDataModule = self.trainer.datamodule  # type: ignore[attr-defined]
         self.pixel_variance.fill_(data.pixel_variance)
         if isinstance(self.net.quantizer, GaussianBottleneck):
             grid = self.net.grid(*data.image_shape[1:])
