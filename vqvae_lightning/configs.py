@@ -77,8 +77,18 @@ def plain(config: Any) -> dict[str, Any]:
 
 
 def register_resolvers() -> None:
-    """Make the interpolations of `conf/` known, such as `run_folder`."""
+    """Make the interpolations of `conf/` known, such as `run_folder`, and let its files be used."""
+    from hydra.core.config_store import ConfigStore
+    from hydra.core.plugins import Plugins
     from omegaconf import OmegaConf
+
+    # Of a plugin's config and a file of the same name Hydra refuses both: ours stays.
+    Plugins.instance()
+    for path in (CONF_DIR / "hydra").rglob("*.yaml"):
+        group = ConfigStore.instance().repo
+        for part in path.relative_to(CONF_DIR).parent.parts:
+            group = group.get(part, {})
+        group.pop(path.name, None)
 
     OmegaConf.register_new_resolver("run_folder", _run_folder, replace=True)
     OmegaConf.register_new_resolver("cuda_or_cpu", _cuda_or_cpu, replace=True)

@@ -1,5 +1,6 @@
 """What a sweep has beside its jobs: a study that goes on, failures told at its end, a report."""
 
+import logging
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -60,6 +61,7 @@ def continue_study(config: Any) -> None:
     """
     from omegaconf import OmegaConf, open_dict, read_write
 
+    logging.getLogger("alembic").setLevel(logging.WARNING)  # of the study's tables
     # About Optuna's use of SQLAlchemy, which the version that it needs still allows.
     os.environ.setdefault("SQLALCHEMY_SILENCE_UBER_WARNING", "1")
     try:
