@@ -27,6 +27,11 @@ class Sweep(Callback):
     folder: ClassVar[Path | None] = None
     failed_before: ClassVar[set[tuple[Path, int]]] = set()
 
+    @classmethod
+    def forget(cls) -> None:
+        """Before a command, for there may be several in one process."""
+        cls.folder, cls.failed_before = None, set()
+
     def on_multirun_start(self, config: Any, **kwargs: Any) -> None:
         """Look at the sweep before its first job.
 
@@ -74,7 +79,7 @@ def continue_study(config: Any) -> None:
         ) from error
     hydra = config.hydra
     Path(hydra.sweep.dir).mkdir(parents=True, exist_ok=True)
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    optuna.logging.set_verbosity(logging.WARNING)
     study = optuna.create_study(
         study_name=hydra.sweeper.study_name,
         storage=hydra.sweeper.storage,
@@ -110,7 +115,7 @@ def summed_up(one_line: Callable[[BaseException], str], full: bool) -> Iterator[
     Raises:
         SystemExit: With status 1, if all there is to say of the error has been told.
     """
-    Sweep.folder = None
+    Sweep.forget()
     try:
         yield
     except Exception as error:

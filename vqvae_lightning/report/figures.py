@@ -14,7 +14,7 @@ Array = np.ndarray[Any, np.dtype[Any]]
 
 INK, QUIET, TRAIN, VAL, EXTRA = "#1f2933", "#9aa5b1", "#7db3e8", "#1a5fb4", "#c64600"
 COLOURS = (VAL, EXTRA, "#26806a", "#8a3ab9", "#b8860b", "#d6336c", "#0b93b8", "#7a4b1e")
-DASHES = ("-", "--", ":", "-.")
+DASHES: tuple[Any, ...] = ("-", "--", ":", "-.")
 STYLE: dict[Any, Any] = {
     "axes.edgecolor": QUIET,
     "axes.grid": True,
@@ -80,11 +80,14 @@ def overlaid(
             axis.set(title=name, ylabel=unit, xlabel="steps")
         for axis in axes[len(panels) :]:
             axis.set_axis_off()
-        lines = {line.get_label(): line for axis in axes for line in axis.lines if line.get_label()}
-        lines = {label: line for label, line in lines.items() if not str(label).startswith("_")}
-        figure = axes[0].figure
-        figure.legend(
-            list(lines.values()), list(lines), loc="outside lower left", ncols=2, fontsize=8
+        lines = {str(line.get_label()): line for axis in axes for line in axis.lines}
+        labels = [label for label in lines if not label.startswith("_")]
+        axes[0].figure.legend(
+            [lines[label] for label in labels],
+            labels,
+            loc="outside lower left",
+            ncols=2,
+            fontsize=8,
         )
 
     return draw((9, 2.6 * rows + 0.2 * -(-len(named) // 2)), columns, paint, rows)

@@ -103,6 +103,7 @@ def write_sweep_report(folder: Path) -> list[Path]:
         jobs=jobs,
         counts=_counts(jobs),
         keys=short,
+        names=shortened(short),
         value=value,
         shown=shown,
         unit=unit,
@@ -180,14 +181,16 @@ def value(job: Job, key: str) -> Any:
     return job.config[key] if key in job.config else job.chosen.get(key)
 
 
+def shortened(keys: list[str]) -> dict[str, str]:
+    """The last part of each key, where no other ends in the same."""
+    last = {key: key.rpartition(".")[2] for key in keys}
+    return {key: end if list(last.values()).count(end) == 1 else key for key, end in last.items()}
+
+
 def label(job: Job, keys: list[str]) -> str:
     """A job in a legend: its folder's name and what it differs in."""
-    short = {key: ".".join(key.split(".")[-1:]) for key in keys}
-    parts = [
-        f"{short[key] if list(short.values()).count(short[key]) == 1 else key}={_text(given)}"
-        for key in keys
-        if (given := value(job, key)) is not None
-    ]
+    given = [(name, value(job, key)) for key, name in shortened(keys).items()]
+    parts = [f"{name}={_text(one)}" for name, one in given if one is not None]
     return f"{job.name}: {', '.join(parts)}" if parts else job.name
 
 
@@ -258,7 +261,8 @@ def _overrides(words: list[str]) -> Iterator[tuple[str, Any]]:
         key, equals, given = word.lstrip("+").partition("=")
         if equals and key not in OWN and not key.startswith(("hydra.", "hydra/")):
             # Read as a config would: 1e-3 is a number.
-            yield key, OmegaConf.to_container(OmegaConf.from_dotlist([f"value={given}"]))["value"]
+            read: Any = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={given}"]))
+            yield key, read["value"]
 
 
 def _leaves(node: Any, folder: str, path: str = "") -> Iterator[tuple[str, Any]]:
