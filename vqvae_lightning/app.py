@@ -12,7 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from vqvae_lightning.configs import CONF_DIR, register_resolvers
-from vqvae_lightning.errors import DivergenceError, InputError, Interrupted, RankError, check_range
+from vqvae_lightning.errors import (
+    DivergenceError,
+    Failed,
+    InputError,
+    Interrupted,
+    RankError,
+    check_range,
+)
 from vqvae_lightning.launch import beyond_repair, led
 
 # Lightning's and torch's notices about choices that are right here and that a user can do nothing
@@ -47,6 +54,8 @@ def app(config_name: str) -> Callable[[Callable[[Any], Any]], Callable[[], None]
         def command() -> None:
             import hydra
 
+            from vqvae_lightning.sweeps import summed_up
+
             register_resolvers()
             full = os.environ.get("HYDRA_FULL_ERROR")
             # Hydra prints its own account of an error unless this is set; `_explain` makes one line
@@ -56,15 +65,16 @@ def app(config_name: str) -> Callable[[Callable[[Any], Any]], Callable[[], None]
                 version_base="1.3", config_path=str(CONF_DIR), config_name=config_name
             )
             try:
-                led(main(_guarded(function)))
+                with summed_up(_one_line, full is not None):
+                    led(main(_guarded(function)))
             except Interrupted as stop:
                 sys.stderr.write(f"{stop}\n")
                 sys.exit(stop.status)
             except KeyboardInterrupt:
                 sys.stderr.write("Interrupted.\n")
                 sys.exit(130)
-            except (_Failed, Exception) as failure:
-                error = failure.error if isinstance(failure, _Failed) else failure
+            except (Failed, Exception) as failure:
+                error = failure.error if isinstance(failure, Failed) else failure
                 if full:
                     raise error from None
                 line = _explain(error)
@@ -129,7 +139,8 @@ def started(name: str, cfg: Any) -> Any:
                 "another folder."
             )
         stored = stored_config(Path(cfg.folder), Path(cfg.folder))
-        if stored.command != cfg.command:
+        # A study that goes on may give the same values in another order.
+        if sorted(shlex.split(stored.command)) != sorted(shlex.split(cfg.command)):
             raise InputError(
                 f"resume=auto: {cfg.folder} holds a run of another command: {stored.command}"
             )
@@ -219,29 +230,32 @@ def print_result(title: str, result: dict[str, Any], paths: list[Path]) -> None:
         console.print(str(path), soft_wrap=True, highlight=False)
 
 
-class _Failed(BaseException):
-    """Carries the error of a single run past Hydra, which would add a line of its own."""
-
-    def __init__(self, error: Exception) -> None:
-        super().__init__(str(error))
-        self.error = error
-
-
 def _guarded(function: Callable[[Any], Any]) -> Callable[[Any], Any]:
     def run(cfg: Any) -> Any:
         from hydra.core.hydra_config import HydraConfig
         from hydra.types import RunMode
 
+        from vqvae_lightning.results import FAILURE, write_failure
+
         quiet()
+        hydra = HydraConfig.get()
+        folder = Path(hydra.runtime.output_dir)
+        (folder / FAILURE).unlink(missing_ok=True)
         try:
             return function(cfg)
         except Exception as error:
             # In a sweep Hydra goes on with the next job and raises at the end.
-            if HydraConfig.get().mode == RunMode.MULTIRUN and not beyond_repair():
+            if hydra.mode == RunMode.MULTIRUN and not beyond_repair():
+                trace = "".join(traceback.format_exception(error))
+                write_failure(folder, _one_line(error), list(hydra.overrides.task), trace)
                 raise
-            raise _Failed(error) from error
+            raise Failed(error) from error
 
     return run
+
+
+def _one_line(error: BaseException) -> str:
+    return _explain(error) or f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
 def _explain(error: BaseException) -> str | None:

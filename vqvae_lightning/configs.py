@@ -77,12 +77,23 @@ def plain(config: Any) -> dict[str, Any]:
 
 
 def register_resolvers() -> None:
-    """Make the interpolations of `conf/` known: `run_folder`, `cuda_or_cpu`, `fast_precision`."""
+    """Make the interpolations of `conf/` known, such as `run_folder`, and let its files be used."""
+    from hydra.core.config_store import ConfigStore
+    from hydra.core.plugins import Plugins
     from omegaconf import OmegaConf
+
+    # Of a plugin's config and a file of the same name Hydra refuses both: ours stays.
+    Plugins.instance()
+    for path in (CONF_DIR / "hydra").rglob("*.yaml"):
+        group = ConfigStore.instance().repo
+        for part in path.relative_to(CONF_DIR).parent.parts:
+            group = group.get(part, {})
+        group.pop(path.name, None)
 
     OmegaConf.register_new_resolver("run_folder", _run_folder, replace=True)
     OmegaConf.register_new_resolver("cuda_or_cpu", _cuda_or_cpu, replace=True)
     OmegaConf.register_new_resolver("fast_precision", _fast_precision, replace=True)
+    OmegaConf.register_new_resolver("trial_number", _trial_number, replace=True)
 
 
 def _run_folder(resume: str | None, fresh: str) -> str:
@@ -111,3 +122,14 @@ def _fast_precision(accelerator: str) -> str:
     flags = Path("/proc/cpuinfo")
     native = flags.is_file() and re.search(r"\b(amx|avx512)_bf16\b", flags.read_text())
     return "bf16-mixed" if accelerator == "cpu" and native else "32-true"
+
+
+def _trial_number(job: int, waiting: list[int], begun: int) -> int:
+    """Number of the trial that is job `job` of a study's sweep.
+
+    Args:
+        job: From 0, in the order in which this sweep starts them.
+        waiting: Trials that an earlier sweep left: they come first.
+        begun: How many trials the study had, those included; then come new ones.
+    """
+    return waiting[job] if job < len(waiting) else begun + job - len(waiting)

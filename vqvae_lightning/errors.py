@@ -31,6 +31,14 @@ class Interrupted(BaseException):
         self.status = status
 
 
+class Failed(BaseException):
+    """Carries an error past Hydra, which would add a line of its own or make a warning of it."""
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__(str(error))
+        self.error = error
+
+
 def check_positive(name: str, value: object) -> int:
     """Return `value` if it is an integer of at least 1.
 

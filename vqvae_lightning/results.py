@@ -1,15 +1,19 @@
-"""What a run writes down: its config, and `result.json` with every figure and its unit."""
+"""What a run writes down: its config, its curves, and `result.json` with each figure's unit."""
 
+import csv
 import json
 import os
 import platform
+import shlex
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+FAILURE = "failure.txt"
+"""What a failed job of a sweep leaves: its error, its overrides, and where the code failed."""
 UNITS = {
     "accuracy": "share of codes predicted",
     "active_dims": "latent channels",
@@ -88,6 +92,21 @@ def read_result(folder: Path) -> dict[str, Any] | None:
     return json.loads(path.read_text()) if path.is_file() else None
 
 
+def read_curves(path: Path) -> dict[str, tuple[list[float], list[float]]]:
+    """Steps and values of each column of a `metrics.csv`; of a run that goes on, so far."""
+    curves: dict[str, tuple[list[float], list[float]]] = {}
+    text = path.read_text()
+    # A line without its end is one that is being written.
+    for row in csv.DictReader(text[: text.rfind("\n") + 1].splitlines()):
+        for name, value in row.items():
+            if value and name not in ("step", "epoch"):
+                steps, values = curves.setdefault(name, ([], []))
+                # A row carries the index of its step; the curve is over steps done.
+                steps.append(float(row["step"]) + 1)
+                values.append(float(value))
+    return curves
+
+
 def write_result(folder: Path, metrics: dict[str, float], **facts: Any) -> dict[str, Any]:
     """Write `result.json`.
 
@@ -103,6 +122,28 @@ def write_result(folder: Path, metrics: dict[str, float], **facts: Any) -> dict[
     result = {"metrics": named, **facts, **circumstances()}
     write_text(folder / "result.json", json.dumps(result, indent=1))
     return result
+
+
+class Failure(NamedTuple):
+    """Why a job of a sweep failed."""
+
+    error: str
+    overrides: list[str]
+
+
+def write_failure(folder: Path, error: str, overrides: list[str], trace: str) -> None:
+    """Leave `failure.txt` in a job's folder: the error in one line, and what led to it."""
+    line = " ".join(error.split())
+    write_text(folder / FAILURE, f"{line}\n{shlex.join(overrides)}\n\n{trace}")
+
+
+def read_failure(folder: Path) -> Failure | None:
+    """What `write_failure` wrote; None if the job has not failed."""
+    path = folder / FAILURE
+    if not path.is_file():
+        return None
+    error, overrides = path.read_text().split("\n")[:2]
+    return Failure(error, shlex.split(overrides))
 
 
 def unit(name: str) -> str:

@@ -155,6 +155,7 @@ def fit(cfg: Any, images: Any = None) -> dict[str, Any]:
         monitor=cfg.monitor,
         objective=None if score is None else float(score),
         steps=trainer.global_step,
+        pruned=any(getattr(part, "pruned", False) for part in trainer.callbacks),
         checkpoint=str(best),
         devices=trainer.world_size,
         peak_gpu_bytes=peak,

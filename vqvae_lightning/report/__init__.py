@@ -1,16 +1,14 @@
 """report.html and its figures, out of what a finished run left in its folder."""
 
 import base64
-import csv
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 from markupsafe import Markup
 
-from vqvae_lightning.report import figures
-from vqvae_lightning.results import read_result, write_text
+from vqvae_lightning.results import read_curves, read_result, write_text
 
 
 def write_report(folder: Path) -> Path:
@@ -22,6 +20,8 @@ def write_report(folder: Path) -> Path:
     Returns:
         Its path.
     """
+    from vqvae_lightning.report import figures
+
     result = read_result(folder)
     stages = {name: read_result(folder / name) for name in ("evaluation", "samples")}
     assert result is not None
@@ -37,13 +37,8 @@ def write_report(folder: Path) -> Path:
         "reconstructions": folder / "reconstructions.png",
         "nearest": folder / "evaluation" / "nearest.png",
     }
-    environment = Environment(
-        loader=PackageLoader("vqvae_lightning", "report"),
-        autoescape=True,
-        undefined=StrictUndefined,
-    )
     split = result["split"]
-    page = environment.get_template("template.html").render(
+    page = template("template.html").render(
         result=result,
         split=split,
         value=lambda name: result["metrics"].get(f"{split}/{name}", {}).get("value"),
@@ -66,18 +61,14 @@ def write_report(folder: Path) -> Path:
     return path
 
 
-def read_curves(path: Path) -> dict[str, tuple[list[float], list[float]]]:
-    """Steps and values of each column of a `metrics.csv`."""
-    curves: dict[str, tuple[list[float], list[float]]] = {}
-    with path.open(newline="") as file:
-        for row in csv.DictReader(file):
-            for name, value in row.items():
-                if value and name not in ("step", "epoch"):
-                    steps, values = curves.setdefault(name, ([], []))
-                    # A row carries the index of its step; the curve is over steps done.
-                    steps.append(float(row["step"]) + 1)
-                    values.append(float(value))
-    return curves
+def template(name: str) -> Template:
+    """A page of this folder, to render; a value that it names and is not given is an error."""
+    environment = Environment(
+        loader=PackageLoader("vqvae_lightning", "report"),
+        autoescape=True,
+        undefined=StrictUndefined,
+    )
+    return environment.get_template(name)
 
 
 def inline_png(path: Path) -> dict[str, Any]:

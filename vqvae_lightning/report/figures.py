@@ -13,6 +13,8 @@ Curves = dict[str, tuple[list[float], list[float]]]
 Array = np.ndarray[Any, np.dtype[Any]]
 
 INK, QUIET, TRAIN, VAL, EXTRA = "#1f2933", "#9aa5b1", "#7db3e8", "#1a5fb4", "#c64600"
+COLOURS = (VAL, EXTRA, "#26806a", "#8a3ab9", "#b8860b", "#d6336c", "#0b93b8", "#7a4b1e")
+DASHES: tuple[Any, ...] = ("-", "--", ":", "-.")
 STYLE: dict[Any, Any] = {
     "axes.edgecolor": QUIET,
     "axes.grid": True,
@@ -50,6 +52,45 @@ def plot(axes: Axes, curves: Curves, name: str, label: str, colour: str) -> None
     if name in curves:
         few = len(curves[name][0]) < 30
         axes.plot(*curves[name], label=label, color=colour, marker="o" if few else "", ms=3)
+
+
+def overlaid(
+    named: list[tuple[str, Curves]], others: list[Curves], panels: list[tuple[str, str]]
+) -> str:
+    """Curves of several runs in one panel for each name.
+
+    Args:
+        named: A label for the legend, and the run's curves.
+        others: Runs in grey, without a label.
+        panels: Names of the curves, and their units.
+    """
+    columns = min(2, len(panels))
+    rows = -(-len(panels) // columns)
+
+    def paint(axes: list[Axes]) -> None:
+        for axis, (name, unit) in zip(axes, panels, strict=False):
+            for curves in others:
+                if name in curves:
+                    axis.plot(*curves[name], color=QUIET, lw=0.7)
+            for number, (label, curves) in enumerate(named):
+                plot(axis, curves, name, label.replace("$", r"\$"), COLOURS[number % len(COLOURS)])
+                if name in curves:
+                    # Told apart without colours too.
+                    axis.lines[-1].set_linestyle(DASHES[number % len(DASHES)])
+            axis.set(title=name, ylabel=unit, xlabel="steps")
+        for axis in axes[len(panels) :]:
+            axis.set_axis_off()
+        lines = {str(line.get_label()): line for axis in axes for line in axis.lines}
+        labels = [label for label in lines if not label.startswith("_")]
+        axes[0].figure.legend(
+            [lines[label] for label in labels],
+            labels,
+            loc="outside lower left",
+            ncols=2,
+            fontsize=8,
+        )
+
+    return draw((9, 2.6 * rows + 0.2 * -(-len(named) // 2)), columns, paint, rows)
 
 
 def losses(curves: Curves) -> str:
