@@ -32,6 +32,7 @@ LEVELS = {
     "data": 3,
     "launch": 3,
     "tasks": 4,
+    "preflight": 4,
     "report": 3,
     "sweeps": 4,
     "loggers": 4,

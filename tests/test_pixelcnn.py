@@ -247,7 +247,7 @@ def test_equal_codes_at_the_edge_go_by_their_number():
 def test_a_batch_takes_no_more_than_its_share_of_memory(monkeypatch):
     prior = make(8, 8)
     assert batch_that_fits(prior, 8, 8, torch.device("cpu")) == 256
-    monkeypatch.setattr("vqvae_lightning.networks.sampling._available_memory", lambda: 4_000_000)
+    monkeypatch.setattr("vqvae_lightning.networks.sampling.available_memory", lambda: 4_000_000)
     alone = batch_that_fits(prior, 8, 8, torch.device("cpu"))
     assert 1 < alone < 256
     assert batch_that_fits(prior, 8, 8, torch.device("cpu"), guided=True) <= alone // 2 + 1

@@ -230,6 +230,26 @@ def print_result(title: str, result: dict[str, Any], paths: list[Path]) -> None:
         console.print(str(path), soft_wrap=True, highlight=False)
 
 
+def print_survey(title: str, survey: Any) -> None:
+    """Show all that a `preflight.Survey` found of a stage."""
+    from rich.table import Table
+
+    from vqvae_lightning.progress import console
+
+    table = Table(title=title, title_justify="left", show_header=False)
+    for name, text in survey.facts.items():
+        table.add_row(name, text)
+    console.print(table)
+    for warning in survey.warnings:
+        console.print(f"warning: {warning}", highlight=False)
+
+
+def leave_nothing(folder: Path) -> None:
+    """Remove the folder that Hydra made for a run that was only looked over."""
+    if not any(folder.iterdir()):
+        folder.rmdir()
+
+
 def _guarded(function: Callable[[Any], Any]) -> Callable[[Any], Any]:
     def run(cfg: Any) -> Any:
         from hydra.core.hydra_config import HydraConfig

@@ -1,4 +1,6 @@
-"""Which devices a command without a Trainer runs on."""
+"""Which devices a command without a Trainer runs on, and how much memory there is."""
+
+from pathlib import Path
 
 import torch
 
@@ -35,3 +37,12 @@ def devices_for(accelerator: str, count: int) -> list[torch.device]:
     if count > present:
         raise InputError(f"devices={count} must be at most {present}, the GPUs of this machine.")
     return [torch.device("cuda", number) for number in range(count)]
+
+
+def available_memory() -> int:
+    """Bytes that Linux could give to a new process; elsewhere 16 GiB."""
+    found = Path("/proc/meminfo")
+    for line in found.read_text().splitlines() if found.is_file() else ():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    return 2**34

@@ -8,8 +8,10 @@ from typing import Any
 
 from vqvae_lightning.app import (
     app,
+    leave_nothing,
     load_images,
     print_result,
+    print_survey,
     started,
     stoppable,
     stored_config,
@@ -39,7 +41,7 @@ def stage_configs(cfg: Any) -> dict[str, Any]:
     from omegaconf import OmegaConf
 
     folder = Path(cfg.folder)
-    common = ("study", "seed", "data_dir", "resume", "command", "commit", "folder")
+    common = ("study", "seed", "data_dir", "resume", "preflight", "command", "commit", "folder")
     training = ("dataset", "logger", "model", "trainer", "callbacks", "monitor")
     configs: dict[str, Any] = {}
     for name in STAGES[:-1]:
@@ -79,34 +81,41 @@ def stage_configs(cfg: Any) -> dict[str, Any]:
     return configs
 
 
-def check_stages(configs: dict[str, Any], images: Any) -> None:
+def check_stages(configs: dict[str, Any], images: Any) -> dict[str, Any]:
     """Find what is wrong with a later stage before the first one trains.
+
+    Returns:
+        The `preflight.Survey` of both training stages.
 
     Raises:
         InputError: Naming the key as the pipeline's config has it.
     """
     from vqvae_lightning.configs import build
+    from vqvae_lightning.data import CodesDataModule
     from vqvae_lightning.data.codes import require_codes
-    from vqvae_lightning.errors import InputError, check_positive
+    from vqvae_lightning.errors import InputError
     from vqvae_lightning.evaluate import check_evaluation
+    from vqvae_lightning.preflight import survey
     from vqvae_lightning.sample import check_sampling
     from vqvae_lightning.tasks.optimization import check_optimizer
+    from vqvae_lightning.train import fit_to_codes, prepared
 
     require_codes(build(configs["vqvae"].model.net.quantizer))
-    prior, judge, drawing = (configs[name] for name in ("prior", "evaluation", "samples"))
-    stand_in = {"num_codes": 2, "height": 1, "width": 1, "num_classes": images.num_classes}
+    judge, drawing = configs["evaluation"], configs["samples"]
+    prior = configs["prior"].copy()
+    first = prepared(configs["vqvae"].copy(), images)
     try:
-        check_optimizer(build(prior.model, net=stand_in).optimizer_factory)
+        # Of an untrained VQ-VAE: the sizes are those of the trained one.
+        codes = CodesDataModule(images, first.task.net.eval(), "", prior.folder, prior.batch_size)
+        fit_to_codes(prior, codes)
+        task = build(prior.model)
+        second = survey(prior, task.net, codes, check_optimizer(task.optimizer_factory))
     except InputError as error:
         raise InputError(f"prior.{error}") from error
-    total = len(images.datasets["train"])
-    if check_positive("prior.batch_size", prior.batch_size) > total:
-        raise InputError(f"prior.batch_size={prior.batch_size} must be at most {total} images.")
     check_evaluation(judge, "evaluation.")
-    factor = 2 ** configs["vqvae"].model.net.downsamplings
-    height = max(1, images.image_shape[1] // factor)
     rate = prior.model.net.null_label_rate
-    check_sampling(drawing, images.num_classes, height, rate, "sampling.")
+    check_sampling(drawing, images.num_classes, codes.grid[0], rate, "sampling.")
+    return {"vqvae": first.survey, "prior": second}
 
 
 def run_pipeline(cfg: Any) -> dict[str, Any]:
@@ -130,12 +139,16 @@ def run_pipeline(cfg: Any) -> dict[str, Any]:
 
     folder = Path(cfg.folder)
     configs = stage_configs(cfg)
-    if not (folder / "config.yaml").is_file():
-        write_config(cfg, folder)
     images = None
     if any(read_result(folder / name) is None for name in ("vqvae", "prior", "evaluation")):
         images = load_images(configs["vqvae"].dataset)
-        check_stages(configs, images)
+        surveys = check_stages(configs, images)
+        if cfg.preflight:
+            for name, found in surveys.items():
+                print_survey(name, found)
+            return {}
+    if not (folder / "config.yaml").is_file():
+        write_config(cfg, folder)
     runs: dict[str, Callable[[Any], dict[str, Any]]] = {
         "vqvae": lambda stage: train(stage, images),
         "prior": lambda stage: train(stage, images),
@@ -191,6 +204,9 @@ def main(cfg: Any) -> float | None:
     with stoppable("vqvae-pipeline", cfg):
         result = run_pipeline(cfg)
     folder = Path(cfg.folder)
+    if cfg.preflight:
+        leave_nothing(folder)
+        return None
     shown = [f"{result['split']}/{key}" for key in HEADLINES]
     short = {key: result["metrics"][key] for key in shown if key in result["metrics"]}
     took = time.perf_counter() - start

@@ -2,9 +2,18 @@
 
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from vqvae_lightning.app import app, codes_of, load_images, print_result, started, stoppable
+from vqvae_lightning.app import (
+    app,
+    codes_of,
+    leave_nothing,
+    load_images,
+    print_result,
+    print_survey,
+    started,
+    stoppable,
+)
 
 
 def train(cfg: Any, images: Any = None) -> dict[str, Any]:
@@ -34,26 +43,88 @@ def train(cfg: Any, images: Any = None) -> dict[str, Any]:
         return finished
     # Before the ranks start, so that only one process downloads.
     images = images or load_images(cfg.dataset)
-    name_run(cfg, "prior" if "vqvae_checkpoint" in cfg else "vqvae")
+    kind = "prior" if "vqvae_checkpoint" in cfg else "vqvae"
+    if cfg.preflight:
+        print_survey(kind, prepared(cfg, images).survey)
+        return {}
+    name_run(cfg, kind)
     with launched(cfg, folder, "vqvae_lightning.further_rank"):
         return fit(cfg, images)
 
 
+class Stage(NamedTuple):
+    """What a config turns into, before a Trainer is there."""
+
+    task: Any
+    data: Any
+    made_from: Any
+    """The `loggers.Input` of its checkpoint."""
+    survey: Any
+    """The `preflight.Survey`."""
+
+
+def prepared(cfg: Any, images: Any) -> Stage:
+    """Build the stage that `cfg` describes, fill in what the data decide, and look it over.
+
+    Raises:
+        InputError: If it cannot work.
+    """
+    import pytorch_lightning as pl
+
+    from vqvae_lightning.checkpoints import load
+    from vqvae_lightning.configs import build
+    from vqvae_lightning.errors import InputError
+    from vqvae_lightning.loggers import Input
+    from vqvae_lightning.preflight import survey
+    from vqvae_lightning.results import UNITS
+    from vqvae_lightning.tasks.optimization import check_optimizer
+
+    data = images
+    facts = {"data_fingerprint": images.fingerprint}
+    made_from = Input(f"data-{images.fingerprint}", "dataset", facts)
+    known = [f"val/{name}" for name in UNITS]
+    if cfg.monitor not in known:
+        raise InputError(f"monitor={cfg.monitor} must be one of {', '.join(known)}.")
+    if "vqvae_checkpoint" in cfg:
+        path = Path(cfg.vqvae_checkpoint)
+        data = codes_of(images, load(path, "vqvae").net, path, cfg, cfg.batch_size)
+        fit_to_codes(cfg, data)
+        if cfg.vqvae_hash not in (None, data.vqvae_hash):
+            raise InputError(
+                f"this prior began on the codes of VQ-VAE {cfg.vqvae_hash}, but vqvae_checkpoint="
+                f"{cfg.vqvae_checkpoint} is now {data.vqvae_hash}: its codes mean something else."
+            )
+        cfg.vqvae_hash = data.vqvae_hash
+        facts = {**facts, "vqvae_hash": data.vqvae_hash}
+        made_from = Input(f"vqvae-{data.vqvae_hash}", "vqvae", facts, path)
+        cfg.vqvae_checkpoint = str(Path(cfg.vqvae_checkpoint).absolute())
+    else:
+        cfg.model.net.channels = images.image_shape[0]
+    pl.seed_everything(cfg.seed, workers=True, verbose=False)
+    task = build(cfg.model)
+    states = check_optimizer(task.optimizer_factory)
+    return Stage(task, data, made_from, survey(cfg, task.net, data, states))
+
+
+def fit_to_codes(cfg: Any, codes: Any) -> None:
+    """Fill in a prior's sizes, which the VQ-VAE and the data decide."""
+    height, width = codes.grid
+    sizes = {"num_codes": codes.num_codes, "height": height, "width": width}
+    cfg.model.net.update({**sizes, "num_classes": codes.images.num_classes})
+
+
 def fit(cfg: Any, images: Any = None) -> dict[str, Any]:
     """One rank's part of `train`; the first one writes."""
-    import pytorch_lightning as pl
     import torch
 
     from vqvae_lightning.callbacks import SameConfig
     from vqvae_lightning.checkpoints import load, weights_hash
     from vqvae_lightning.configs import build, plain
-    from vqvae_lightning.data import CodesDataModule
-    from vqvae_lightning.errors import InputError, Interrupted
+    from vqvae_lightning.errors import Interrupted
     from vqvae_lightning.launch import environment
-    from vqvae_lightning.loggers import Input, WandbRun
+    from vqvae_lightning.loggers import WandbRun
     from vqvae_lightning.progress import console
-    from vqvae_lightning.results import UNITS, write_config, write_result
-    from vqvae_lightning.tasks.optimization import check_optimizer
+    from vqvae_lightning.results import write_config, write_result
 
     folder = Path(cfg.folder)
     start = time.perf_counter()
@@ -68,42 +139,14 @@ def fit(cfg: Any, images: Any = None) -> dict[str, Any]:
         logger=[build(part) for part in cfg.logger.values() if part is not None],
         enable_progress_bar=cfg.callbacks.progress is not None,
     )
-    data = images
-    kind = "prior" if "vqvae_checkpoint" in cfg else "vqvae"
-    facts = {"data_fingerprint": images.fingerprint}
-    made_from = Input(f"data-{images.fingerprint}", "dataset", facts)
-    known = [f"val/{name}" for name in UNITS]
-    if cfg.monitor not in known:
-        raise InputError(f"monitor={cfg.monitor} must be one of {', '.join(known)}.")
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
-    if "vqvae_checkpoint" in cfg:
-        path = Path(cfg.vqvae_checkpoint)
-        data = codes_of(images, load(path, "vqvae").net, path, cfg, cfg.batch_size)
-        net = {"num_codes": data.num_codes, "num_classes": images.num_classes}
-        cfg.model.net.update({**net, "height": data.grid[0], "width": data.grid[1]})
-        if cfg.vqvae_hash not in (None, data.vqvae_hash):
-            raise InputError(
-                f"this prior began on the codes of VQ-VAE {cfg.vqvae_hash}, but vqvae_checkpoint="
-                f"{cfg.vqvae_checkpoint} is now {data.vqvae_hash}: its codes mean something else."
-            )
-        cfg.vqvae_hash = data.vqvae_hash
-        facts = {**facts, "vqvae_hash": data.vqvae_hash}
-        made_from = Input(f"vqvae-{data.vqvae_hash}", "vqvae", facts, path)
-        cfg.vqvae_checkpoint = str(Path(cfg.vqvae_checkpoint).absolute())
-    else:
-        cfg.model.net.channels = images.image_shape[0]
-    pl.seed_everything(cfg.seed, workers=True, verbose=False)
-    task = build(cfg.model)
-    check_optimizer(task.optimizer_factory)
-    if not isinstance(data, CodesDataModule):
-        task.net.grid(*images.image_shape[1:])
-    elif task.net.layers_needed > len(task.net.layers):
-        console.print(
-            f"warning: model.net.layers={len(task.net.layers)} leaves some of the "
-            f"{data.grid[0]}x{data.grid[1]} codes unseen; {task.net.layers_needed} layers see all.",
-            highlight=False,
-        )
+    kind = "prior" if "vqvae_checkpoint" in cfg else "vqvae"
+    task, data, made_from, survey = prepared(cfg, images)
+    if trainer.is_global_zero:
+        console.print(f"[bold]{kind}[/bold]  {survey.line}", highlight=False)
+        for warning in survey.warnings:
+            console.print(f"warning: {warning}", highlight=False)
     task.save_hyperparameters(plain(cfg))
     if trainer.is_global_zero:
         write_config(cfg, folder)
@@ -187,6 +230,9 @@ def main(cfg: Any) -> float | None:
     cfg = started("vqvae-train", cfg)
     with stoppable("vqvae-train", cfg):
         result = train(cfg)
+    if cfg.preflight:
+        leave_nothing(Path(cfg.folder))
+        return None
     print_result("test", result, [Path(cfg.folder)])
     return result["objective"]  # type: ignore[no-any-return]
 

@@ -161,7 +161,7 @@ class StageDataModule(pl.LightningDataModule):
 
     def __init__(self, batch_size: int, eval_batch_size: int, seed: int) -> None:
         super().__init__()
-        self.batch_size = check_positive("dataset.batch_size", batch_size)
+        self.batch_size = check_positive(self.batch_size_key, batch_size)
         self.eval_batch_size = check_positive("dataset.eval_batch_size", eval_batch_size)
         self.seed = seed
         self.datasets = {}

@@ -72,6 +72,16 @@ class Encoder(nn.Module):
         """See the class."""
         return self.layers(images)  # type: ignore[no-any-return]
 
+    @property
+    def receptive_field(self) -> int:
+        """Height and width in pixels of what a code can depend on, borders aside."""
+        seen = stride = 1
+        for part in self.modules():
+            if isinstance(part, nn.Conv2d):
+                seen += (part.kernel_size[0] - 1) * stride
+                stride *= part.stride[0]
+        return seen
+
 
 class Decoder(nn.Module):
     """Vectors (B, code_dim, H, W) to images (B, channels, H * f, W * f), f = 2**downsamplings.

@@ -1,13 +1,13 @@
 """Draw codes from a PixelCNN: its own weights, run one row and one code at a time."""
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vqvae_lightning.devices import available_memory
 from vqvae_lightning.errors import InputError, check_positive, check_range
 from vqvae_lightning.networks.pixelcnn import GatedLayer, PixelCNN, enlarged, gate
 
@@ -166,7 +166,7 @@ def batch_that_fits(
     if device.type == "cuda":
         free = torch.cuda.mem_get_info(device)[0]
     else:
-        free = _available_memory() // processes
+        free = available_memory() // processes
     channels, layers = prior.embedding.embedding_dim, len(prior.layers)
     reach = cast(GatedLayer, prior.layers[0]).reach
     cells = (height + reach) * (width + 2 * reach)
@@ -176,15 +176,6 @@ def batch_that_fits(
         floats += layers * 4 * channels * height * width
     floats = floats * (2 if guided else 1) + 16 * prior.num_codes  # sorted, in float64
     return max(1, min(LARGEST_BATCH, int(MEMORY_SHARE * free) // (4 * floats)))
-
-
-def _available_memory() -> int:
-    """Bytes that Linux could give to a new process; elsewhere 16 GiB."""
-    found = Path("/proc/meminfo")
-    for line in found.read_text().splitlines() if found.is_file() else ():
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
-    return 2**34
 
 
 def distribution(

@@ -60,16 +60,25 @@ def optimization(
     return {"optimizer": built, "lr_scheduler": {"scheduler": rate, "interval": "step"}}
 
 
-def check_optimizer(optimizer: OptimizerFactory) -> None:
-    """Make an optimizer once, so that a bad value is found before any training.
+def check_optimizer(optimizer: OptimizerFactory) -> float:
+    """Make an optimizer and step once, so that a bad value is found before any training.
+
+    Returns:
+        Values that it keeps per value of a parameter: 2 for Adam.
 
     Raises:
         InputError: With what the optimizer says of its arguments.
     """
+    values = 1024  # many, beside what an optimizer keeps once per tensor
+    parameter = nn.Parameter(torch.zeros(values))
     try:
-        optimizer([nn.Parameter(torch.zeros(1))])
+        built = optimizer([parameter])
+        parameter.grad = torch.zeros(values)
+        built.step(lambda: 0.0)
     except (TypeError, ValueError, RuntimeError) as error:
         raise InputError(f"model.optimizer: {error}") from error
+    kept = [value for value in built.state[parameter].values() if isinstance(value, Tensor)]
+    return sum(value.numel() for value in kept) // values
 
 
 def require_finite(step: int, loss: Tensor, terms: dict[str, Tensor]) -> None:

@@ -1,0 +1,147 @@
+"""What a run is going to be, against what it then is."""
+
+import re
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import TINY_VQVAE, compose
+from torch import nn
+
+from vqvae_lightning import preflight
+from vqvae_lightning.app import load_images
+from vqvae_lightning.errors import InputError
+from vqvae_lightning.networks.autoencoder import Encoder
+from vqvae_lightning.tasks.optimization import check_optimizer
+from vqvae_lightning.train import prepared
+
+SMALL = [option for option in TINY_VQVAE if not option.startswith("trainer=")]
+
+
+def surveyed(folder, *overrides):
+    cfg = compose("vqvae", *overrides, folder=folder)
+    return prepared(cfg, load_images(cfg.dataset)).survey
+
+
+def bytes_of(text):
+    number, unit = re.match(r"([\d.]+) (kB|MB|GB)", text).groups()
+    return float(number) * {"kB": 1e3, "MB": 1e6, "GB": 1e9}[unit]
+
+
+def test_preflight_prints_everything_and_leaves_nothing(toy, command):
+    outcome = command("vqvae-pipeline", "experiment=smoke", "preflight=true", *toy)
+    assert outcome.status == 0, outcome.err
+    for words in ("1 x cpu, 32-true", "3x2 codes of 512", "96 train, 24 val, 30 test", "GB free"):
+        assert words in outcome.out
+    assert not outcome.folder.exists()
+
+
+def test_a_run_begins_with_its_line_and_its_checkpoints_are_as_large_as_told(toy, command):
+    small = ("experiment=smoke", "model.net.hidden=64", "prior.model.net.channels=32", *toy)
+    outcome = command("vqvae-pipeline", *small)
+    assert outcome.status == 0, outcome.err
+    text = " ".join(outcome.out.split())
+    for stage in ("vqvae", "prior"):
+        told = re.search(rf"{stage} 1 x cpu.*?checkpoints of ([\d.]+ [kMG]B)", text).group(1)
+        written = (outcome.folder / stage / "checkpoints" / "last.ckpt").stat().st_size
+        assert bytes_of(told) == pytest.approx(written, rel=0.1), stage
+
+
+def test_activations_are_the_bytes_kept_for_the_backward_pass():
+    net = nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 2, 3, padding=1))
+    data = SimpleNamespace(image_shape=(1, 8, 8))
+    # The first convolution keeps its input, the second the ReLU's output; the ReLU the same.
+    assert preflight._activations(net, data, "32-true") == 4 * 64 * (1 + 4)
+
+
+def test_looking_over_changes_nothing_of_the_network(toy, tmp_path):
+    cfg = compose("vqvae", *SMALL, *toy, folder=tmp_path)
+    images = load_images(cfg.dataset)
+    task = prepared(cfg, images).task
+    before = {name: value.clone() for name, value in task.net.state_dict().items()}
+    state = torch.get_rng_state()
+    preflight.survey(cfg, task.net, images, 2.0)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert task.net.training
+    assert task.net.quantizer.update(0.5) == {}, "nothing was gathered"
+    for name, value in task.net.state_dict().items():
+        assert torch.equal(value, before[name]), name
+
+
+@pytest.mark.parametrize(("downsamplings", "blocks"), [(1, 0), (2, 2), (3, 1)])
+def test_the_receptive_field_is_what_a_code_depends_on(downsamplings, blocks):
+    encoder = Encoder(1, 4, 3, downsamplings, blocks, 2)
+    for parameter in encoder.parameters():
+        nn.init.constant_(parameter, 0.1)
+    images = torch.ones(1, 1, 128, 128, requires_grad=True)
+    vectors = encoder(images)
+    middle = vectors.shape[-1] // 2
+    vectors[0, :, middle, middle].sum().backward()
+    seen = (images.grad[0, 0] != 0).any(0).sum()
+    assert encoder.receptive_field == seen
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "values"), [(torch.optim.Adam, 2), (torch.optim.AdamW, 2), (torch.optim.SGD, 0)]
+)
+def test_the_optimizers_state_is_counted(optimizer, values):
+    assert check_optimizer(lambda parameters: optimizer(parameters, lr=0.1)) == values
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (
+            ("trainer.devices=3", "dataset.batch_size=8"),
+            r"dataset\.batch_size=8 does not divide over 3 devices.*6 and 9",
+        ),
+        (
+            ("trainer.devices=4", "dataset.batch_size=3"),
+            r"Nearest that do: 4\.",
+        ),
+        (("trainer.precision=16-mixed",), r"precision=16-mixed: accelerator cpu has no float16"),
+    ],
+)
+def test_combinations_that_cannot_work_are_errors(overrides, words, toy, tmp_path):
+    with pytest.raises(InputError, match=words):
+        surveyed(tmp_path, *SMALL, *toy, *overrides)
+
+
+def test_a_model_larger_than_memory_is_refused(toy, tmp_path, monkeypatch):
+    monkeypatch.setattr(preflight, "available_memory", lambda: 100_000)
+    with pytest.raises(InputError, match=r"take \d+ kB, but this machine .* has 100 kB"):
+        surveyed(tmp_path, *SMALL, *toy, "model.net.hidden=20")
+
+
+def test_activations_that_do_not_fit_are_a_warning(toy, tmp_path, monkeypatch):
+    monkeypatch.setattr(preflight, "available_memory", lambda: 200_000)
+    (warning,) = surveyed(tmp_path, *SMALL, *toy).warnings
+    assert "smaller dataset.batch_size" in warning
+
+
+def test_a_full_disk_is_found_before_training(toy, tmp_path, monkeypatch):
+    monkeypatch.setattr(preflight.shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+    with pytest.raises(InputError, match=r"do not fit into the 1 kB .*hydra\.run\.dir"):
+        surveyed(tmp_path, *SMALL, *toy)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (("trainer.max_steps=5", "trainer.val_check_interval=6"), "nothing is validated"),
+        (("model.net.quantizer.num_codes=577",), "the 96 training images have 576 codes"),
+        (("dataset.batch_size=1", "model.net.quantizer.num_codes=64"), "hit every 11 steps"),
+    ],
+)
+def test_what_is_probably_not_meant_is_a_warning(overrides, words, toy, tmp_path):
+    assert any(
+        words in warning for warning in surveyed(tmp_path, *SMALL, *toy, *overrides).warnings
+    )
+
+
+def test_a_prior_whose_layers_do_not_span_the_grid_is_told(command):
+    short = ("experiment=smoke", "prior.model.net.layers=1", "prior.model.net.first_kernel=3")
+    outcome = command("vqvae-pipeline", *short, "preflight=true")
+    assert "model.net.layers=1 leaves some of the 7x7 codes unseen; 6 layers see all" in " ".join(
+        outcome.out.split()
+    )

@@ -1,0 +1,242 @@
+"""What a run is going to be, before its first step: sizes, memory, data, and what cannot work."""
+
+import copy
+import shutil
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from vqvae_lightning.data import CodesDataModule
+from vqvae_lightning.data.images import StageDataModule
+from vqvae_lightning.devices import available_memory
+from vqvae_lightning.errors import InputError
+from vqvae_lightning.launch import ranks_wanted
+from vqvae_lightning.networks.autoencoder import VQVAE
+from vqvae_lightning.networks.pixelcnn import PixelCNN
+
+PROBED = 2  # images in the batch on which activations are measured
+CHECKPOINTS = 4  # best, last, the one before, and the one being written
+AUTOCAST = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
+
+
+class Survey(NamedTuple):
+    """What `survey` found."""
+
+    facts: dict[str, str]
+    """Name and text of each, in reading order."""
+    warnings: list[str]
+    """What will work, but probably not as meant."""
+
+    @property
+    def line(self) -> str:
+        """The facts in short, for the start of every run."""
+        facts = self.facts
+        return (
+            f"{facts['devices']}, batch {facts['batch']}; {facts['parameters']} parameters, "
+            f"{facts['memory']}; {facts['codes']}; checkpoints of {facts['checkpoints']}"
+        )
+
+
+def survey(cfg: Any, net: nn.Module, data: StageDataModule, optimizer_states: float) -> Survey:
+    """Look a stage over, before any of its steps.
+
+    Args:
+        cfg: The stage's config, with what the data decide filled in.
+        net: The network built from it.
+        data: The stage's data, set up, but for the codes of a prior, which may not be made yet.
+        optimizer_states: Values that the optimizer keeps per value of a parameter.
+
+    Raises:
+        InputError: If it cannot work: a batch that does not divide over the devices, a state larger
+            than the device, checkpoints larger than what is free on the disk, a precision that the
+            device has not got.
+    """
+    images = data.images if isinstance(data, CodesDataModule) else data
+    sizes = {split: len(images.datasets[split]) for split in ("train", "val", "test")}
+    shape = images.image_shape  # type: ignore[attr-defined]
+    ranks, nodes = ranks_wanted(cfg.trainer), int(cfg.trainer.num_nodes)
+    world = ranks * nodes
+    batch = data.batch_size
+    if batch % world:
+        down = batch // world * world
+        near = f"{down} and {down + world}" if down else str(world)
+        raise InputError(
+            f"{data.batch_size_key}={batch} does not divide over {world} devices; it counts all "
+            f"devices together. Nearest that do: {near}."
+        )
+    device = _device(cfg.trainer, ranks)
+    warnings: list[str] = []
+
+    codes, found = _codes(net, data, shape, batch, sizes["train"])
+    warnings += found
+    parameters = sum(p.numel() for p in net.parameters())
+    weights = _bytes(net.state_dict().values())
+    states = sum(p.numel() * p.element_size() for p in net.parameters() if p.requires_grad)
+    optimizer = round(states * optimizer_states)
+    averages = cfg.callbacks.average is not None if "average" in cfg.callbacks else False
+    fixed = weights * (2 if averages else 1) + optimizer + states * (2 if world > 1 else 1)
+    local = batch // world
+    running = local * _activations(net, data, cfg.trainer.precision)
+    room, where = _room(device, ranks)
+    if fixed > room:
+        raise InputError(
+            f"weights, gradients and optimizer take {_size(fixed)}, but {where} has "
+            f"{_size(room)}: choose a smaller model.net.hidden, channels or num_codes."
+        )
+    if fixed + running > room:
+        warnings.append(
+            f"about {_size(fixed + running)} are needed and {where} has {_size(room)}: choose a "
+            f"smaller {data.batch_size_key}, or more devices."
+        )
+    checkpoint = weights * (2 if averages else 1) + optimizer
+    free = shutil.disk_usage(_existing(Path(cfg.folder))).free
+    if CHECKPOINTS * checkpoint > free:
+        raise InputError(
+            f"{CHECKPOINTS} checkpoints of {_size(checkpoint)} do not fit into the {_size(free)} "
+            f"that are free at {cfg.folder}: set hydra.run.dir to another disk."
+        )
+    steps, every = cfg.trainer.max_steps, cfg.trainer.val_check_interval
+    if isinstance(every, int) and 0 < steps < every:
+        warnings.append(
+            f"trainer.val_check_interval={every} is above trainer.max_steps={steps}: nothing is "
+            "validated, and the best checkpoint is the last."
+        )
+    places = f" on each of {nodes} nodes" if nodes > 1 else ""
+    each = f" ({local} each)" if world > 1 else ""
+    facts = {
+        "devices": f"{ranks} x {device}{places}, {cfg.trainer.precision}",
+        "batch": f"{batch}{each}",
+        "parameters": f"{parameters:,}",
+        "memory": f"{_size(fixed + running)} per device",
+        "codes": codes,
+        "data": f"{sizes['train']:,} train, {sizes['val']:,} val, {sizes['test']:,} test images of "
+        f"{'x'.join(map(str, shape))}, {len(images.class_names) or 'no'} classes, fingerprint "  # type: ignore[attr-defined]
+        f"{images.fingerprint}",  # type: ignore[attr-defined]
+        "length": f"{steps:,} steps, {steps * batch / sizes['train']:.1f} epochs"
+        if steps > 0
+        else f"{cfg.trainer.max_epochs} epochs",
+        "checkpoints": f"{_size(checkpoint)}, {_size(free)} free",
+    }
+    return Survey(facts, warnings)
+
+
+def _codes(
+    net: nn.Module, data: StageDataModule, shape: tuple[int, int, int], batch: int, total: int
+) -> tuple[str, list[str]]:
+    """The latent grid against what sees it, and the codes of a batch against K."""
+    if isinstance(net, PixelCNN):
+        assert isinstance(data, CodesDataModule)
+        rows, columns = data.grid
+        layers, needed = len(net.layers), net.layers_needed
+        text = f"{rows}x{columns} codes of {net.num_codes}, seen by {needed} of {layers} layers"
+        if needed <= layers:
+            return text, []
+        warning = (
+            f"model.net.layers={layers} leaves some of the {rows}x{columns} codes unseen; "
+            f"{needed} layers see all."
+        )
+        return f"{rows}x{columns} codes of {net.num_codes}, not all seen", [warning]
+    assert isinstance(net, VQVAE)
+    rows, columns = net.grid(*shape[1:])
+    seen = net.encoder.receptive_field
+    grid = f"{rows}x{columns} %s, each sees {seen}x{seen} pixels"
+    quantizer = net.quantizer
+    if not quantizer.num_codes:
+        return grid % f"vectors of {quantizer.code_dim}", []
+    positions = rows * columns
+    warnings = []
+    if quantizer.num_codes > total * positions:
+        warnings.append(
+            f"model.net.quantizer.num_codes={quantizer.num_codes} cannot all be used: the {total} "
+            f"training images have {total * positions} codes."
+        )
+    share = batch * positions / quantizer.num_codes
+    text = f"{grid % f'codes of {quantizer.num_codes}'}, {share:.3g} per code and step"
+    if share < 0.1:
+        warnings.append(
+            f"a step has {batch * positions} codes for model.net.quantizer.num_codes="
+            f"{quantizer.num_codes}: each is hit every {1 / share:.0f} steps at best; choose a "
+            f"larger {data.batch_size_key}."
+        )
+    return text, warnings
+
+
+def _activations(net: nn.Module, data: StageDataModule, precision: str) -> int:
+    """Bytes per image that a training step keeps for the backward pass, measured on a copy."""
+    probe = copy.deepcopy(net).train()
+    kept: dict[int, int] = {}
+    own = {p.untyped_storage().data_ptr() for p in (*probe.parameters(), *probe.buffers())}
+
+    def note(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    inputs: tuple[Tensor, ...]
+    if isinstance(net, PixelCNN):
+        assert isinstance(data, CodesDataModule)
+        labels = [torch.zeros(PROBED, dtype=torch.long)] if net.num_classes else []
+        inputs = (torch.zeros(PROBED, *data.grid, dtype=torch.long), *labels)
+    else:
+        inputs = (torch.zeros(PROBED, *data.image_shape),)  # type: ignore[attr-defined]
+    with (
+        torch.random.fork_rng(devices=[]),
+        torch.autocast("cpu", AUTOCAST.get(precision), enabled=precision in AUTOCAST),
+        torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor),
+    ):
+        output = probe(*inputs)
+    del output  # kept until here, so that no storage is counted twice under one address
+    return sum(kept.values()) // PROBED
+
+
+def _device(trainer: Any, ranks: int) -> str:
+    """Name of a device, and whether there are as many and they have the precision.
+
+    Raises:
+        InputError: If not.
+    """
+    if trainer.accelerator not in ("gpu", "cuda"):
+        if trainer.precision == "16-mixed":
+            raise InputError(
+                f"trainer.precision=16-mixed: accelerator {trainer.accelerator} has no float16 "
+                "training; choose bf16-mixed or 32-true."
+            )
+        return str(trainer.accelerator)
+    present = torch.cuda.device_count()
+    if ranks > present:
+        raise InputError(
+            f"trainer.devices={ranks} must be at most {present}, the GPUs of this machine."
+        )
+    if trainer.precision == "bf16-mixed" and not torch.cuda.is_bf16_supported(False):
+        raise InputError(
+            f"trainer.precision=bf16-mixed: {torch.cuda.get_device_name()} has no bfloat16; choose "
+            "16-mixed or 32-true."
+        )
+    return torch.cuda.get_device_name()
+
+
+def _room(device: str, ranks: int) -> tuple[int, str]:
+    """Bytes for each rank, and of what."""
+    if device == "cpu" or not torch.cuda.is_available():
+        return available_memory() // ranks, "this machine (a rank's share)"
+    return torch.cuda.mem_get_info()[1], device
+
+
+def _existing(folder: Path) -> Path:
+    """The nearest folder above that is there."""
+    return next(path for path in (folder, *folder.absolute().parents) if path.exists())
+
+
+def _bytes(tensors: Any) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors if isinstance(t, Tensor))
+
+
+def _size(count: float) -> str:
+    """A number of bytes for people, in decimal units."""
+    for power, name in ((1e9, "GB"), (1e6, "MB")):
+        if count >= power:
+            return f"{count / power:.3g} {name}" if count < 1e12 else f"{count / power:,.0f} {name}"
+    return f"{count / 1e3:.3g} kB"
