@@ -41,7 +41,17 @@ def stage_configs(cfg: Any) -> dict[str, Any]:
     from omegaconf import OmegaConf
 
     folder = Path(cfg.folder)
-    common = ("study", "seed", "data_dir", "resume", "preflight", "command", "commit", "folder")
+    common = (
+        "study",
+        "seed",
+        "data_dir",
+        "resume",
+        "preflight",
+        "compile",
+        "command",
+        "commit",
+        "folder",
+    )
     training = ("dataset", "logger", "model", "trainer", "callbacks", "monitor")
     configs: dict[str, Any] = {}
     for name in STAGES[:-1]:

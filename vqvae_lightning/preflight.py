@@ -1,6 +1,7 @@
 """What a run is going to be, before its first step: sizes, memory, data, and what cannot work."""
 
 import copy
+import os
 import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -67,6 +68,8 @@ def survey(cfg: Any, net: nn.Module, data: StageDataModule, optimizer_states: fl
             f"devices together. Nearest that do: {near}."
         )
     device = _device(cfg.trainer, ranks)
+    if cfg.compile and device == "cpu" and not _cpp_compiler():
+        raise InputError("compile=true needs a C++ compiler on a CPU: install g++, or set CXX.")
     warnings: list[str] = []
 
     codes, found = _codes(net, data, shape, batch, sizes["train"])
@@ -104,9 +107,10 @@ def survey(cfg: Any, net: nn.Module, data: StageDataModule, optimizer_states: fl
             "validated, and the best checkpoint is the last."
         )
     places = f" on each of {nodes} nodes" if nodes > 1 else ""
+    compiled = ", compiled" if cfg.compile else ""
     each = f" ({local} each)" if world > 1 else ""
     facts = {
-        "devices": f"{ranks} x {device}{places}, {cfg.trainer.precision}",
+        "devices": f"{ranks} x {device}{places}, {cfg.trainer.precision}{compiled}",
         "batch": f"{batch}{each}",
         "parameters": f"{parameters:,}",
         "memory": f"{_size(fixed + running)} per device",
@@ -216,6 +220,12 @@ def _device(trainer: Any, ranks: int) -> str:
             "16-mixed or 32-true."
         )
     return torch.cuda.get_device_name()
+
+
+def _cpp_compiler() -> str | None:
+    chosen = os.environ.get("CXX")
+    names = [chosen] if chosen else ["g++", "clang++", "c++"]
+    return next((name for name in names if shutil.which(name)), None)
 
 
 def _room(device: str, ranks: int) -> tuple[int, str]:

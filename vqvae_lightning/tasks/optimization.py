@@ -60,6 +60,12 @@ def optimization(
     return {"optimizer": built, "lr_scheduler": {"scheduler": rate, "interval": "step"}}
 
 
+def compile_once(parts: list[nn.Module]) -> None:
+    """Compile modules in place, so that their weights keep their names; empties the list."""
+    while parts:
+        parts.pop().compile()
+
+
 def check_optimizer(optimizer: OptimizerFactory) -> float:
     """Make an optimizer and step once, so that a bad value is found before any training.
 

@@ -6,7 +6,7 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from vqvae_lightning.data.codes import CodesDataModule
 from vqvae_lightning.data.images import Batch
@@ -16,6 +16,7 @@ from vqvae_lightning.networks.pixelcnn import PixelCNN
 from vqvae_lightning.tasks.optimization import (
     OptimizerFactory,
     WarmupCosine,
+    compile_once,
     optimization,
     require_finite,
 )
@@ -34,6 +35,8 @@ class PriorTask(pl.LightningModule):
         schedule: Factor on the learning rate; None keeps it constant.
         label_smoothing: Share of the target that is spread over all codes (Szegedy et al. 2015,
             arXiv:1512.00567, section 7), in the loss only: nats per code are never smoothed.
+        channels_last: Store maps and weights with the channels innermost.
+        compile: Compile the network with `torch.compile`.
 
     Raises:
         InputError: If `label_smoothing` is outside [0, 1].
@@ -47,9 +50,12 @@ class PriorTask(pl.LightningModule):
         optimizer: OptimizerFactory,
         schedule: WarmupCosine | None = None,
         label_smoothing: float = 0.0,
+        channels_last: bool = True,
+        compile: bool = False,
     ) -> None:
         super().__init__()
-        self.net = net.to(memory_format=torch.channels_last)
+        self.net = net.to(memory_format=torch.channels_last) if channels_last else net
+        self.parts_to_compile: list[nn.Module] = [net] if compile else []
         self.optimizer_factory = optimizer
         self.schedule = schedule
         self.label_smoothing = check_range("label_smoothing", label_smoothing, 0, 1)
@@ -59,6 +65,7 @@ class PriorTask(pl.LightningModule):
     def setup(self, stage: str) -> None:
         """Take the unigram model from the training codes."""
         data: CodesDataModule = self.trainer.datamodule  # type: ignore[attr-defined]
+        compile_once(self.parts_to_compile)
         self.unigram.copy_(unigram_log_probabilities(data.histogram()))
         self.codes_per_dim = math.prod(data.grid) / math.prod(data.images.image_shape)
 

@@ -5,7 +5,7 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torchmetrics import MeanSquaredError
 
 from vqvae_lightning.data.images import Batch, PixelDataModule
@@ -16,6 +16,7 @@ from vqvae_lightning.quantizers import GaussianBottleneck, QuantizerOutput
 from vqvae_lightning.tasks.optimization import (
     OptimizerFactory,
     WarmupCosine,
+    compile_once,
     optimization,
     require_finite,
 )
@@ -31,17 +32,25 @@ class VQVAETask(pl.LightningModule):
         net: The network.
         optimizer: Makes the optimizer out of the parameters.
         schedule: Factor on the learning rate; None keeps it constant.
+        channels_last: Store images and weights with the channels innermost, as convolutions on a
+            CPU and on tensor cores read them; the quantizer's rows are then contiguous.
+        compile: Compile encoder and decoder with `torch.compile`; the quantizer, which talks to
+            other ranks, stays as it is.
     """
 
     pixel_variance: Tensor
 
     def __init__(
-        self, net: VQVAE, optimizer: OptimizerFactory, schedule: WarmupCosine | None = None
+        self,
+        net: VQVAE,
+        optimizer: OptimizerFactory,
+        schedule: WarmupCosine | None = None,
+        channels_last: bool = True,
+        compile: bool = False,
     ) -> None:
         super().__init__()
-        # Convolutions on a CPU and on tensor cores read channels last; the quantizer's rows are
-        # then contiguous.
-        self.net = net.to(memory_format=torch.channels_last)
+        self.net = net.to(memory_format=torch.channels_last) if channels_last else net
+        self.parts_to_compile: list[nn.Module] = [net.encoder, net.decoder] if compile else []
         self.optimizer_factory = optimizer
         self.schedule = schedule
         self.total_steps = float("inf")
@@ -58,6 +67,7 @@ class VQVAETask(pl.LightningModule):
         """Take the variance of the training pixels, and the size of the grid, from the data."""
         data: PixelDataModule = self.trainer.datamodule  # type: ignore[attr-defined]
         self.pixel_variance.fill_(data.pixel_variance)
+        compile_once(self.parts_to_compile)
         if isinstance(self.net.quantizer, GaussianBottleneck):
             grid = self.net.grid(*data.image_shape[1:])
             self.latent_usage = LatentUsage(self.net.quantizer.code_dim, *grid).to(self.device)
