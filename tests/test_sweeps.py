@@ -7,6 +7,7 @@ import shutil
 import statistics
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from conftest import TINY_VQVAE, compose
@@ -16,8 +17,8 @@ from vqvae_lightning import train as training
 from vqvae_lightning.configs import CONF_DIR
 from vqvae_lightning.errors import Interrupted
 from vqvae_lightning.report.__main__ import main as report_command
-from vqvae_lightning.report.sweep import read_jobs, write_sweep_report
-from vqvae_lightning.results import read_result
+from vqvae_lightning.report.sweep import job_folders, read_jobs, write_sweep_report
+from vqvae_lightning.results import read_curves, read_result, write_config
 
 OPTUNA = ("-m", "hydra/sweeper=optuna", "hydra.sweep.dir=study")
 LEARNING = (
@@ -42,7 +43,7 @@ def disturb(monkeypatch, errors):
         number = cfg.folder.rpartition("/")[2]
         seen.append(number)
         if number in errors:
-            training.fit.__globals__["Path"](cfg.folder).mkdir(exist_ok=True)
+            write_config(cfg, Path(cfg.folder))
             raise errors[number]
         return whole(cfg, *arguments)
 
@@ -97,6 +98,7 @@ def test_a_failed_job_is_told_and_stops_no_other(toy, command, tmp_path, monkeyp
     assert "4 jobs finished, 2 failed" in outcome.err
     assert "power cut" not in outcome.err
     assert {row["folder"]: row["state"] for row in table(tmp_path / "jobs")}["4"] == "finished"
+    assert not (tmp_path / "jobs/4/failure.txt").exists()
 
 
 def test_a_report_that_cannot_be_written_fails_no_sweep(toy, command, monkeypatch):
@@ -131,7 +133,8 @@ def test_pipelines_and_unfinished_runs_are_compared_too(toy, command, tmp_path, 
         (copy / "result.json").write_text(json.dumps(result))
         if score is None:
             (copy / "result.json").unlink()
-    (tmp_path / "sweep/2/result.json.backup").write_text("")
+    names = [str(path.relative_to(tmp_path / "sweep")) for path in job_folders(tmp_path / "sweep")]
+    assert names == ["2", "10", "deeper/0"]
     sys.argv = ["vqvae-report", str(tmp_path / "sweep")]
     report_command()
     assert capsys.readouterr().out.split() == [
@@ -149,6 +152,12 @@ def test_pipelines_and_unfinished_runs_are_compared_too(toy, command, tmp_path, 
     page = (tmp_path / "sweep/report.html").read_text()
     assert "val/nats_per_code" in page
     assert 'alt="samples of job 10"' in page
+
+
+def test_a_row_that_is_being_written_is_left_out(tmp_path):
+    path = tmp_path / "metrics.csv"
+    path.write_text("epoch,step,val/nmse\n0,4,0.25\n0,9,0.1")
+    assert read_curves(path) == {"val/nmse": ([5], [0.25])}
 
 
 @pytest.mark.parametrize(("place", "said"), [("", "no job in it"), ("run", "of one run")])
@@ -238,11 +247,23 @@ def test_an_interrupted_trial_goes_on_from_its_checkpoint(toy, command, tmp_path
 
 
 def test_a_study_with_values_and_sampler_of_ones_own(toy, command, tmp_path):
-    space = ("hydra/sweeper/space=given", "model.optimizer.lr=interval(1e-3,2e-3)")
     options = ("hydra/sweeper/sampler=random", "hydra.sweeper.n_trials=1", "seed=7")
-    outcome = command("vqvae-train", *OPTUNA, *space, *options, *TINY_VQVAE, *toy)
+    options = (*OPTUNA, *options, *TINY_VQVAE, *toy)
+    outcome = command("vqvae-train", *options, "quantizer=choice(none)")  # composed too late
+    assert outcome.status == 1
+    assert "unknown key model.net.quantizer" in outcome.err
+    outcome = command("vqvae-train", *options, "model.optimizer.lr=-1")
+    assert outcome.status == 1
+    assert "0 jobs finished, 1 failed" in outcome.err
+    assert "Traceback" not in outcome.err
+    own = (*options, "hydra/sweeper/space=given")
+    outcome = command("vqvae-train", *own, "model.optimizer.lr=interval(1e-3,2e-3)")
+    assert outcome.status == 1
+    assert "searches other values" in outcome.err
+    outcome = command("vqvae-train", *own, "model.optimizer.lr=tag(log,interval(1e-3,2e-3))")
     assert outcome.status == 0, outcome.err
-    (job,) = read_jobs(tmp_path / "study")
+    job, failed = read_jobs(tmp_path / "study")
+    assert (job.name, failed.name, failed.state) == ("3", "1", "failed")
     assert 1e-3 <= job.config["model.optimizer.lr"] <= 2e-3
     assert job.config["model.net.quantizer.commitment"] == 0.25
 
@@ -264,23 +285,24 @@ def test_every_search_space_names_keys_that_there_are(path, tmp_path):
 
 
 def test_a_job_that_lags_behind_the_median_is_stopped(toy, toy_npz, command, tmp_path):
-    rates = "model.optimizer.lr=5e-3,2e-3,1e-5,8e-3"
+    rates = "model.optimizer.lr=5e-3,2e-3,1e-5,8e-3,2e-5"
     pruning = ("callbacks.pruning.min_jobs=2", "callbacks.pruning.warmup=1")
     sweep = ("-m", *LEARNING, *toy, rates, *pruning, "hydra.sweep.dir=jobs")
     outcome = command("vqvae-train", *sweep)
     assert outcome.status == 0, outcome.err
     jobs = {job.name: job for job in read_jobs(tmp_path / "jobs")}
-    assert {name: job.state for name, job in jobs.items()} == {
-        **{"0": "finished", "1": "finished", "2": "pruned", "3": "finished"}
-    }
+    pruned = {name for name, job in jobs.items() if job.state == "pruned"}
+    assert (pruned, len(jobs)) == ({"2", "4"}, 5)
     result = read_result(tmp_path / "jobs/2")
     assert result["steps"] == 10, "the second validation, the first after the warm-up"
     scores = {name: job.curves["val/nmse"][1] for name, job in jobs.items()}
     assert result["objective"] == pytest.approx(min(scores["2"]))
     assert len(scores["2"]) == 2
-    median = statistics.median([min(scores["0"][:2]), min(scores["1"][:2])])
-    assert f"{median:.4g}" in " ".join(outcome.out.split("stopped after step 10")[1].split())
-    assert min(scores["2"]) > median
+    # Two validations each; of the finished jobs there were two, then three.
+    reached = {name: min(score[:2]) for name, score in scores.items()}
+    medians = [statistics.median(reached[name] for name in those) for those in ("01", "013")]
+    said = re.findall(r"stopped after step 10: .*? was ([0-9.]+)", " ".join(outcome.out.split()))
+    assert said == [f"{median:.4g}" for median in medians]
     assert "after 10 steps" in (tmp_path / "jobs/report.html").read_text()
 
     # Two ranks stop together; the values that Optuna draws are those of both.

@@ -15,6 +15,9 @@ from vqvae_lightning.results import FAILURE
 
 OPTUNA = "hydra_plugins.hydra_optuna_sweeper.optuna_sweeper.OptunaSweeper"
 
+# What Optuna says of a key that had another kind of interval, or other choices.
+OTHER_SPACE = ("Cannot set different distribution", "CategoricalDistribution does not support dyn")
+
 
 class Sweep(Callback):
     """Hydra's callback of every command: remembers a sweep that has begun, continues a study.
@@ -87,10 +90,14 @@ def continue_study(config: Any) -> None:
         load_if_exists=True,
     )
     trials = study.trials
-    waiting = [t.number for t in trials if t.state in (TrialState.RUNNING, TrialState.WAITING)]
+    waiting = []
     for trial in trials:
         if trial.state == TrialState.RUNNING:
-            study._storage.set_trial_state(trial._trial_id, TrialState.WAITING)
+            # One that was drawn but never composed would stop each sweep again.
+            begun = (Path(hydra.sweep.dir) / str(trial.number) / "config.yaml").is_file()
+            state = TrialState.WAITING if begun else TrialState.FAIL
+            study._storage.set_trial_state(trial._trial_id, state)
+            waiting += [trial.number] if begun else []
     finished = sum(trial.state == TrialState.COMPLETE for trial in trials)
     with read_write(config), open_dict(config):
         hydra.sweeper.n_trials = max(0, hydra.sweeper.n_trials - finished)
@@ -121,6 +128,11 @@ def summed_up(one_line: Callable[[BaseException], str], full: bool) -> Iterator[
     except Exception as error:
         if Sweep.folder is None:
             raise
+        if isinstance(error, ValueError) and str(error).startswith(OTHER_SPACE):
+            raise InputError(
+                f"the study in {Sweep.folder} searches other values: choose another "
+                f"hydra.sweep.dir, or hydra.sweeper.study_name ({error})"
+            ) from error
         told = _tell(Sweep.folder, one_line(error))
         _report(Sweep.folder)
         if full or not told:
