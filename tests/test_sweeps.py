@@ -29,6 +29,8 @@ LEARNING = (
     "trainer.limit_test_batches=1",
 )
 
+PRUNING = ("callbacks.pruning.min_jobs=2", "callbacks.pruning.warmup=1")
+
 
 def table(folder):
     with (folder / "jobs.csv").open(newline="") as file:
@@ -239,6 +241,9 @@ def test_an_interrupted_trial_goes_on_from_its_checkpoint(toy, command, tmp_path
     assert outcome.status == 130
     assert "after step 12" in outcome.err
     config = (tmp_path / "study/0/config.yaml").read_text()
+    refused = command("vqvae-train", *options, "model.optimizer.lr=1e-3")
+    assert refused.status == 1
+    assert "model.optimizer.lr is searched by the study" in refused.err
     outcome = command("vqvae-train", *options)
     assert outcome.status == 0, outcome.err
     assert (tmp_path / "study/0/config.yaml").read_text() == config
@@ -285,11 +290,9 @@ def test_every_search_space_names_keys_that_there_are(path, tmp_path):
         assert OmegaConf.select(cfg, key) is not None, key
 
 
-def test_a_job_that_lags_behind_the_median_is_stopped(toy, toy_npz, command, tmp_path):
+def test_a_job_that_lags_behind_the_median_is_stopped(toy, command, tmp_path):
     rates = "model.optimizer.lr=5e-3,2e-3,1e-5,8e-3,2e-5"
-    pruning = ("callbacks.pruning.min_jobs=2", "callbacks.pruning.warmup=1")
-    sweep = ("-m", *LEARNING, *toy, rates, *pruning, "hydra.sweep.dir=jobs")
-    outcome = command("vqvae-train", *sweep)
+    outcome = command("vqvae-train", "-m", *LEARNING, *toy, rates, *PRUNING, "hydra.sweep.dir=jobs")
     assert outcome.status == 0, outcome.err
     jobs = {job.name: job for job in read_jobs(tmp_path / "jobs")}
     pruned = {name for name, job in jobs.items() if job.state == "pruned"}
@@ -306,12 +309,14 @@ def test_a_job_that_lags_behind_the_median_is_stopped(toy, toy_npz, command, tmp
     assert said == [f"{median:.4g}" for median in medians]
     assert "after 10 steps" in (tmp_path / "jobs/report.html").read_text()
 
-    # Two ranks stop together; the values that Optuna draws are those of both.
-    for name in ("0", "1"):
-        shutil.copytree(tmp_path / "jobs" / name, tmp_path / "study" / f"other{name}")
+
+def test_two_ranks_stop_together_with_the_values_that_were_drawn(toy, command, tmp_path):
+    others = ("hydra.sweep.dir=study", "hydra.sweep.subdir=other${hydra.job.num}")
+    rates = "model.optimizer.lr=5e-3,2e-3"
+    assert command("vqvae-train", "-m", *LEARNING, *toy, rates, *others).status == 0
     run = subprocess.run(
         [
-            *(sys.executable, "-m", "vqvae_lightning.train", *OPTUNA, *LEARNING, *toy, *pruning),
+            *(sys.executable, "-m", "vqvae_lightning.train", *OPTUNA, *LEARNING, *toy, *PRUNING),
             *("trainer=ddp_cpu", "trainer.devices=2", "trainer.precision=32-true"),
             *("hydra/sweeper/space=given", "model.optimizer.lr=interval(1e-6,1e-5)"),
             *("hydra.sweeper.n_trials=1", "trainer.log_every_n_steps=1"),

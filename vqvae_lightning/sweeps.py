@@ -16,7 +16,10 @@ from vqvae_lightning.results import FAILURE
 OPTUNA = "hydra_plugins.hydra_optuna_sweeper.optuna_sweeper.OptunaSweeper"
 
 # What Optuna says of a key that had another kind of interval, or other choices.
-OTHER_SPACE = ("Cannot set different distribution", "CategoricalDistribution does not support dyn")
+OTHER_SPACE = (
+    "Cannot set different distribution",
+    "CategoricalDistribution does not support dynamic",
+)
 
 
 class Sweep(Callback):
@@ -65,8 +68,10 @@ def continue_study(config: Any) -> None:
         config: The sweep's, with its `hydra` node; changed in place.
 
     Raises:
-        InputError: If the plugin is not installed.
+        InputError: If the plugin is not installed, or a value is given for what the interrupted
+            trial has drawn.
     """
+    from hydra.core.override_parser.overrides_parser import OverridesParser
     from omegaconf import OmegaConf, open_dict, read_write
 
     logging.getLogger("alembic").setLevel(logging.WARNING)  # of the study's tables
@@ -91,8 +96,16 @@ def continue_study(config: Any) -> None:
     )
     trials = study.trials
     waiting = []
+    given = OverridesParser.create().parse_overrides(list(hydra.overrides.task))
+    fixed = {text.get_key_element() for text in given if not text.is_sweep_override()}
     for trial in trials:
         if trial.state == TrialState.RUNNING:
+            for key in fixed & set(trial.params):
+                raise InputError(
+                    f"{key} is searched by the study in {hydra.sweep.dir}, whose trial "
+                    f"{trial.number} was interrupted: let it finish, or choose another "
+                    "hydra.sweep.dir or hydra.sweeper.study_name."
+                )
             # One that was drawn but never composed would stop each sweep again.
             begun = (Path(hydra.sweep.dir) / str(trial.number) / "config.yaml").is_file()
             state = TrialState.WAITING if begun else TrialState.FAIL
