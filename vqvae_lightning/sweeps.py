@@ -100,14 +100,14 @@ def continue_study(config: Any) -> None:
     fixed = {text.get_key_element() for text in given if not text.is_sweep_override()}
     for trial in trials:
         if trial.state == TrialState.RUNNING:
-            for key in fixed & set(trial.params):
+            # One that was drawn but never composed would stop each sweep again.
+            begun = (Path(hydra.sweep.dir) / str(trial.number) / "config.yaml").is_file()
+            for key in fixed & set(trial.params) if begun else ():
                 raise InputError(
                     f"{key} is searched by the study in {hydra.sweep.dir}, whose trial "
                     f"{trial.number} was interrupted: let it finish, or choose another "
                     "hydra.sweep.dir or hydra.sweeper.study_name."
                 )
-            # One that was drawn but never composed would stop each sweep again.
-            begun = (Path(hydra.sweep.dir) / str(trial.number) / "config.yaml").is_file()
             state = TrialState.WAITING if begun else TrialState.FAIL
             study._storage.set_trial_state(trial._trial_id, state)
             waiting += [trial.number] if begun else []
