@@ -195,6 +195,12 @@ def test_a_study_goes_on_with_what_is_missing(toy, command, tmp_path, monkeypatc
     assert sorted(path.name for path in study.glob("*/")) == ["0", "1"]
     before = (study / "0/result.json").stat().st_mtime_ns
 
+    # As a start that ends before its first job leaves it.
+    import optuna
+
+    stored = optuna.load_study("default", "sqlite:///study/study.db")
+    stored._storage.set_trial_state(stored.trials[1]._trial_id, optuna.trial.TrialState.WAITING)
+
     # The trial that was interrupted comes first, with its number; this time it fails.
     with monkeypatch.context() as patch:
         seen = disturb(patch, {"1": RuntimeError("diverged")})

@@ -98,19 +98,18 @@ def continue_study(config: Any) -> None:
     waiting = []
     given = OverridesParser.create().parse_overrides(list(hydra.overrides.task))
     fixed = {text.get_key_element() for text in given if not text.is_sweep_override()}
-    for trial in trials:
-        if trial.state == TrialState.RUNNING:
-            # One that was drawn but never composed would stop each sweep again.
-            begun = (Path(hydra.sweep.dir) / str(trial.number) / "config.yaml").is_file()
-            for key in fixed & set(trial.params) if begun else ():
-                raise InputError(
-                    f"{key} is searched by the study in {hydra.sweep.dir}, whose trial "
-                    f"{trial.number} was interrupted: let it finish, or choose another "
-                    "hydra.sweep.dir or hydra.sweeper.study_name."
-                )
-            state = TrialState.WAITING if begun else TrialState.FAIL
-            study._storage.set_trial_state(trial._trial_id, state)
-            waiting += [trial.number] if begun else []
+    for trial in (trial for trial in trials if not trial.state.is_finished()):
+        # One that was drawn but never composed would stop each sweep again.
+        begun = (Path(hydra.sweep.dir) / str(trial.number) / "config.yaml").is_file()
+        for key in fixed & set(trial.params) if begun else ():
+            raise InputError(
+                f"{key} is searched by the study in {hydra.sweep.dir}, whose trial "
+                f"{trial.number} was interrupted: let it finish, or choose another "
+                "hydra.sweep.dir or hydra.sweeper.study_name."
+            )
+        state = TrialState.WAITING if begun else TrialState.FAIL
+        study._storage.set_trial_state(trial._trial_id, state)
+        waiting += [trial.number] if begun else []
     finished = sum(trial.state == TrialState.COMPLETE for trial in trials)
     with read_write(config), open_dict(config):
         hydra.sweeper.n_trials = max(0, hydra.sweeper.n_trials - finished)
