@@ -47,6 +47,8 @@ LEVELS = {
     "pipeline": 8,
 }
 COMMANDS = ("vqvae-train", "vqvae-pipeline", "vqvae-sample", "vqvae-evaluate", "vqvae-reconstruct")
+MODULES = {name: name.replace("vqvae-", "vqvae_lightning.") for name in COMMANDS}
+MODULES["vqvae-report"] = "vqvae_lightning.report.__main__"  # takes a folder, no overrides
 
 
 def imported(path):
@@ -104,12 +106,11 @@ def test_importing_the_package_is_light():
     assert heavy_modules_after("import vqvae_lightning") == "[]"
 
 
-@pytest.mark.parametrize("name", COMMANDS)
+@pytest.mark.parametrize("name", MODULES)
 def test_help_is_light(name):
-    module = name.replace("vqvae-", "vqvae_lightning.")
     code = f"""
 import sys
-from {module} import main
+from {MODULES[name]} import main
 sys.argv = ["{name}", "--help"]
 try:
     main()
@@ -119,12 +120,12 @@ except SystemExit:
     assert heavy_modules_after(code) == "[]"
 
 
-@pytest.mark.parametrize("name", COMMANDS)
+@pytest.mark.parametrize("name", MODULES)
 def test_each_command_is_also_a_module(name):
     module = name.replace("vqvae-", "vqvae_lightning.")
     run = subprocess.run([sys.executable, "-m", module, "--help"], capture_output=True, text=True)
     assert run.returncode == 0
-    assert "Powered by Hydra" in run.stdout
+    assert ("Powered by Hydra" if name in COMMANDS else "usage: vqvae-report") in run.stdout
 
 
 def test_the_public_names_are_there():
@@ -144,16 +145,19 @@ def test_the_wheel_runs_the_pipeline_outside_the_checkout(tmp_path):
     names = zipfile.ZipFile(wheel).namelist()
     for inside in (
         "conf/pipeline.yaml",
+        "conf/hydra/sweeper/optuna.yaml",
         "py.typed",
         "data/bundled/fashion_mnist_mini.npz",
         "data/bundled/LICENSE-fashion-mnist",
         "report/template.html",
+        "report/sweep.html",
+        "report/style.css",
     ):
         assert f"vqvae_lightning/{inside}" in names
     assert all(name.startswith("vqvae_lightning") for name in names), "a second top-level package"
     inside = zipfile.ZipFile(wheel)
     (scripts,) = (name for name in names if name.endswith("entry_points.txt"))
-    assert all(f"{name} = vqvae_lightning" in inside.read(scripts).decode() for name in COMMANDS)
+    assert all(f"{name} = vqvae_lightning" in inside.read(scripts).decode() for name in MODULES)
     (metadata,) = (name for name in names if name.endswith("METADATA"))
     assert "Requires-Dist: pytorch-lightning" in inside.read(metadata).decode()
     # A fresh environment that has the dependencies of this one but not this checkout.
@@ -178,15 +182,15 @@ def test_the_wheel_runs_the_pipeline_outside_the_checkout(tmp_path):
 
 def test_pyproject_ships_each_command():
     text = (ROOT / "pyproject.toml").read_text()
-    for name in COMMANDS:
-        assert f'{name} = "vqvae_lightning.{name.removeprefix("vqvae-")}:main"' in text
+    for name, module in MODULES.items():
+        assert f'{name} = "{module}:main"' in text
 
 
 def shell_lines():
     for block in re.findall(r"```(?:bash|sh|shell)?\n(.*?)```", README, re.DOTALL):
         for line in block.splitlines():
             found = re.search(r"(vqvae-\w+)((?: [^#&|]*)?)", line)
-            if found:
+            if found and found.group(1) in COMMANDS:
                 yield found.group(1), found.group(2).split()
 
 

@@ -15,6 +15,12 @@ from vqvae_lightning.results import FAILURE
 
 OPTUNA = "hydra_plugins.hydra_optuna_sweeper.optuna_sweeper.OptunaSweeper"
 
+# What Optuna says of a key that had another kind of interval, or other choices.
+OTHER_SPACE = (
+    "Cannot set different distribution",
+    "CategoricalDistribution does not support dynamic",
+)
+
 
 class Sweep(Callback):
     """Hydra's callback of every command: remembers a sweep that has begun, continues a study.
@@ -62,8 +68,10 @@ def continue_study(config: Any) -> None:
         config: The sweep's, with its `hydra` node; changed in place.
 
     Raises:
-        InputError: If the plugin is not installed.
+        InputError: If the plugin is not installed, or a value is given for what the interrupted
+            trial has drawn.
     """
+    from hydra.core.override_parser.overrides_parser import OverridesParser
     from omegaconf import OmegaConf, open_dict, read_write
 
     logging.getLogger("alembic").setLevel(logging.WARNING)  # of the study's tables
@@ -87,10 +95,21 @@ def continue_study(config: Any) -> None:
         load_if_exists=True,
     )
     trials = study.trials
-    waiting = [t.number for t in trials if t.state in (TrialState.RUNNING, TrialState.WAITING)]
-    for trial in trials:
-        if trial.state == TrialState.RUNNING:
-            study._storage.set_trial_state(trial._trial_id, TrialState.WAITING)
+    waiting = []
+    given = OverridesParser.create().parse_overrides(list(hydra.overrides.task))
+    fixed = {text.get_key_element() for text in given if not text.is_sweep_override()}
+    for trial in (trial for trial in trials if not trial.state.is_finished()):
+        # One that was drawn but never composed would stop each sweep again.
+        begun = (Path(hydra.sweep.dir) / str(trial.number) / "config.yaml").is_file()
+        for key in fixed & set(trial.params) if begun else ():
+            raise InputError(
+                f"{key} is searched by the study in {hydra.sweep.dir}, whose trial "
+                f"{trial.number} was interrupted: let it finish, or choose another "
+                "hydra.sweep.dir or hydra.sweeper.study_name."
+            )
+        state = TrialState.WAITING if begun else TrialState.FAIL
+        study._storage.set_trial_state(trial._trial_id, state)
+        waiting += [trial.number] if begun else []
     finished = sum(trial.state == TrialState.COMPLETE for trial in trials)
     with read_write(config), open_dict(config):
         hydra.sweeper.n_trials = max(0, hydra.sweeper.n_trials - finished)
@@ -121,6 +140,11 @@ def summed_up(one_line: Callable[[BaseException], str], full: bool) -> Iterator[
     except Exception as error:
         if Sweep.folder is None:
             raise
+        if isinstance(error, ValueError) and str(error).startswith(OTHER_SPACE):
+            raise InputError(
+                f"the study in {Sweep.folder} searches other values: choose another "
+                f"hydra.sweep.dir, or hydra.sweeper.study_name ({error})"
+            ) from error
         told = _tell(Sweep.folder, one_line(error))
         _report(Sweep.folder)
         if full or not told:

@@ -1,0 +1,340 @@
+"""Sweeps: failed jobs, studies that go on, jobs that lag behind, and the report of them all."""
+
+import csv
+import json
+import re
+import shutil
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import TINY_VQVAE, compose
+from omegaconf import OmegaConf
+
+from vqvae_lightning import train as training
+from vqvae_lightning.configs import CONF_DIR
+from vqvae_lightning.errors import Interrupted
+from vqvae_lightning.report.__main__ import main as report_command
+from vqvae_lightning.report.sweep import job_folders, read_jobs, write_sweep_report
+from vqvae_lightning.results import read_curves, read_result, write_config
+
+OPTUNA = ("-m", "hydra/sweeper=optuna", "hydra.sweep.dir=study")
+LEARNING = (
+    *TINY_VQVAE,
+    "trainer.max_steps=15",
+    "trainer.val_check_interval=5",
+    "trainer.limit_train_batches=2",
+    "trainer.limit_test_batches=1",
+)
+
+PRUNING = ("callbacks.pruning.min_jobs=2", "callbacks.pruning.warmup=1")
+
+
+def table(folder):
+    with (folder / "jobs.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def disturb(monkeypatch, errors):
+    """Let the jobs in folders of these names fail; the list that is returned fills with all."""
+    whole, seen = training.train, []
+
+    def train(cfg, *arguments):
+        number = cfg.folder.rpartition("/")[2]
+        seen.append(number)
+        if number in errors:
+            if isinstance(errors[number], Interrupted):
+                write_config(cfg, Path(cfg.folder))  # it had begun
+            raise errors[number]
+        return whole(cfg, *arguments)
+
+    monkeypatch.setattr(training, "train", train)
+    return seen
+
+
+def test_a_failed_job_is_told_and_stops_no_other(toy, command, tmp_path, monkeypatch):
+    sweep = ("-m", *TINY_VQVAE, *toy, "resume=auto", "hydra.sweep.dir=jobs")
+    values = ("model.optimizer.lr=1e-3,-1,2e-3", "model.net.quantizer.commitment=0.25,1.0")
+    with monkeypatch.context() as patch:
+        disturb(patch, {"4": RuntimeError("power cut")})
+        outcome = command("vqvae-train", *sweep, *values)
+    assert outcome.status == 1
+    told = [line for line in outcome.err.splitlines() if re.match(r"  job \d", line)]
+    assert [re.match(r"  job (\d) .*commitment=(\S+)\): (.*)", line).groups() for line in told] == [
+        ("2", "0.25", "model.optimizer: Invalid learning rate: -1"),
+        ("3", "1.0", "model.optimizer: Invalid learning rate: -1"),
+        ("4", "0.25", "RuntimeError: power cut"),
+    ]
+    assert "3 jobs finished, 3 failed" in outcome.err
+    assert "Traceback" not in outcome.err
+    assert "power cut" in (tmp_path / "jobs/4/failure.txt").read_text().split("Traceback")[1]
+
+    rows = table(tmp_path / "jobs")
+    assert [row["state"] for row in rows] == ["finished"] * 3 + ["failed"] * 3
+    scores = [float(row["objective"]) for row in rows[:3]]
+    assert scores == sorted(scores)
+    for row in rows[:3]:
+        result = read_result(tmp_path / "jobs" / row["folder"])
+        assert float(row["objective"]) == result["objective"]
+        assert float(row["seconds"]) == result["seconds"]
+        assert {name: float(row[name]) for name in result["metrics"]} == {
+            name: entry["value"] for name, entry in result["metrics"].items()
+        }
+    chosen = {row["folder"]: (row["model.optimizer.lr"], row["note"]) for row in rows}
+    assert chosen["5"] == ("0.002", "")
+    assert chosen["3"] == ("-1", "model.optimizer: Invalid learning rate: -1")
+    assert set(rows[0]) - set(result["metrics"]) == {
+        *("folder", "state", "objective", "monitor", "seconds", "note"),
+        *("model.optimizer.lr", "model.net.quantizer.commitment"),
+    }, "what all jobs share says nothing"
+    page = (tmp_path / "jobs/report.html").read_text()
+    assert not re.findall(r"(?:src|href)=\"(?!data:|#)", page)
+    assert page.count("data:image/png") == 3
+    assert page.count("<svg") == 1
+    assert "5: lr=0.002, commitment=1" in page
+    assert page.count("power cut") == 1
+
+    # The next start does what is missing, and a job that works has not failed.
+    outcome = command("vqvae-train", *sweep, *values)
+    assert "4 jobs finished, 2 failed" in outcome.err
+    assert "power cut" not in outcome.err
+    assert {row["folder"]: row["state"] for row in table(tmp_path / "jobs")}["4"] == "finished"
+    assert not (tmp_path / "jobs/4/failure.txt").exists()
+
+
+def test_a_report_that_cannot_be_written_fails_no_sweep(toy, command, monkeypatch):
+    def fail(folder):
+        raise OSError("disk full")
+
+    monkeypatch.setattr("vqvae_lightning.report.sweep.write_sweep_report", fail)
+    outcome = command("vqvae-train", "-m", *TINY_VQVAE, *toy, "hydra.sweep.dir=jobs", "seed=1")
+    assert outcome.status == 0
+    assert "no report of the sweep: OSError: disk full" in outcome.out
+
+
+def test_errors_before_any_job_are_told_as_ever(toy, command):
+    outcome = command("vqvae-train", "-m", *toy, "model.nonsense=1,2", "hydra.sweep.dir=jobs")
+    assert outcome.status == 1
+    assert "nonsense" in outcome.err
+    assert "jobs finished" not in outcome.err
+    assert "no report" not in outcome.out
+
+
+def test_pipelines_and_unfinished_runs_are_compared_too(toy, command, tmp_path, capsys):
+    smoke = ("experiment=smoke", "evaluation.num_samples=12", "sampling.num_samples=6")
+    first = tmp_path / "sweep" / "2"
+    assert command("vqvae-pipeline", *smoke, *toy, "seed=3", folder=first).status == 0
+    for name, seed, score in (("10", 4, 0.5), ("deeper/0", 5, None)):
+        copy = tmp_path / "sweep" / name
+        shutil.copytree(first, copy)
+        config = (copy / "config.yaml").read_text().replace("seed: 3", f"seed: {seed}")
+        (copy / "config.yaml").write_text(config.replace("seed=3", f"seed={seed}"))
+        result = read_result(copy)
+        result["metrics"]["test/nmse"]["value"] = score
+        (copy / "result.json").write_text(json.dumps(result))
+        if score is None:
+            (copy / "result.json").unlink()
+    names = [str(path.relative_to(tmp_path / "sweep")) for path in job_folders(tmp_path / "sweep")]
+    assert names == ["2", "10", "deeper/0"]
+    sys.argv = ["vqvae-report", str(tmp_path / "sweep")]
+    report_command()
+    assert capsys.readouterr().out.split() == [
+        str(tmp_path / "sweep" / name) for name in ("report.html", "jobs.csv")
+    ]
+    rows = table(tmp_path / "sweep")
+    assert [(row["folder"], row["state"], row["seed"]) for row in rows] == [
+        ("10", "finished", "4"),
+        ("2", "finished", "3"),
+        ("deeper/0", "unfinished", "5"),
+    ]
+    nmse = read_result(first)["metrics"]["test/nmse"]["value"]
+    assert [row["objective"] for row in rows] == ["0.5", repr(nmse), ""]
+    assert float(rows[1]["seconds"]) == pytest.approx(sum(read_result(first)["seconds"].values()))
+    page = (tmp_path / "sweep/report.html").read_text()
+    assert "val/nats_per_code" in page
+    assert 'alt="samples of job 10"' in page
+
+
+def test_a_row_that_is_being_written_is_left_out(tmp_path):
+    path = tmp_path / "metrics.csv"
+    path.write_text("epoch,step,val/nmse\n0,4,0.25\n0,9,0.1")
+    assert read_curves(path) == {"val/nmse": ([5], [0.25])}
+
+
+@pytest.mark.parametrize(("place", "said"), [("", "no job in it"), ("run", "of one run")])
+def test_what_is_no_sweep_is_refused(place, said, tmp_path, monkeypatch):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").write_text("")
+    folder = tmp_path / place if place else tmp_path / "nothing"
+    monkeypatch.setattr(sys, "argv", ["vqvae-report", str(folder)])
+    with pytest.raises(SystemExit, match=said):
+        report_command()
+
+
+def test_what_lies_in_a_job_is_shown_as_text(toy, command, tmp_path):
+    study = r"study='<script>$\frac$</script>'"  # to HTML and to the figures' formulas
+    folder = tmp_path / "jobs" / "0"
+    assert command("vqvae-train", *TINY_VQVAE, *toy, study, folder=folder).status == 0
+    shutil.copytree(folder, folder.with_name("1"))
+    config = folder / "config.yaml"
+    config.write_text(config.read_text().replace("frac", "other"))
+    write_sweep_report(folder.parent)
+    page = (folder.parent / "report.html").read_text()
+    assert page.count(r"study=&lt;script&gt;$\frac$") == 2, "in the curves and below the picture"
+    assert "<script" not in page
+
+
+def test_a_study_goes_on_with_what_is_missing(toy, command, tmp_path, monkeypatch):
+    options = (*OPTUNA, "hydra.sweeper.n_trials=3", *TINY_VQVAE, *toy)
+    with monkeypatch.context() as patch:
+        disturb(patch, {"1": Interrupted("Interrupted.")})
+        assert command("vqvae-train", *options).status == 130
+    study = tmp_path / "study"
+    assert sorted(path.name for path in study.glob("*/")) == ["0", "1"]
+    before = (study / "0/result.json").stat().st_mtime_ns
+
+    # As a start that ends before its first job leaves it.
+    import optuna
+
+    stored = optuna.load_study("default", "sqlite:///study/study.db")
+    stored._storage.set_trial_state(stored.trials[1]._trial_id, optuna.trial.TrialState.WAITING)
+
+    # The trial that was interrupted comes first, with its number; this time it fails.
+    with monkeypatch.context() as patch:
+        seen = disturb(patch, {"1": RuntimeError("diverged")})
+        outcome = command("vqvae-train", *options)
+    assert outcome.status == 0, outcome.err
+    assert seen == ["1", "2"]
+    assert "2 jobs finished, 1 failed" in outcome.err
+    assert "RuntimeError: diverged" in outcome.err
+
+    # Failed trials do not count: one is missing, and then none.
+    for expected in (["3"], []):
+        with monkeypatch.context() as patch:
+            seen = disturb(patch, {})
+            outcome = command("vqvae-train", *options)
+        assert outcome.status == 0, outcome.err
+        assert seen == expected
+        assert "failed" not in outcome.err, "a failure of an earlier start is old news"
+    assert (study / "0/result.json").stat().st_mtime_ns == before
+    jobs = read_jobs(study)
+    assert sorted((job.name, job.state) for job in jobs) == [
+        *(("0", "finished"), ("1", "failed"), ("2", "finished"), ("3", "finished"))
+    ]
+    rates = [job.chosen["model.optimizer.lr"] for job in jobs]
+    assert len(set(rates)) == 4, "no start repeats the draws of another"
+    assert all(3e-4 <= rate <= 6e-3 for rate in rates)
+    best = OmegaConf.load(study / "optimization_results.yaml")
+    assert best.best_value == jobs[0].objective == min(job.objective for job in jobs[:3])
+
+
+def test_an_interrupted_trial_goes_on_from_its_checkpoint(toy, command, tmp_path, monkeypatch):
+    from vqvae_lightning.callbacks import LastCheckpoint
+
+    options = (*OPTUNA, "hydra.sweeper.n_trials=1", *LEARNING, *toy)
+    options = [text for text in options if "num_codes" not in text]  # so that three are drawn
+    whole = LastCheckpoint.on_train_batch_end
+
+    def stop(self, trainer, *arguments):
+        self._asked = 2 if trainer.global_step == 12 else 0
+        whole(self, trainer, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LastCheckpoint, "on_train_batch_end", stop)
+        outcome = command("vqvae-train", *options)
+    assert outcome.status == 130
+    assert "after step 12" in outcome.err
+    config = (tmp_path / "study/0/config.yaml").read_text()
+    refused = command("vqvae-train", *options, "model.optimizer.lr=1e-3")
+    assert refused.status == 1
+    assert "model.optimizer.lr is searched by the study" in refused.err
+    outcome = command("vqvae-train", *options)
+    assert outcome.status == 0, outcome.err
+    assert (tmp_path / "study/0/config.yaml").read_text() == config
+    assert "step 10/15" not in outcome.out
+    assert "step 15/15" in outcome.out
+    assert read_result(tmp_path / "study/0")["steps"] == 15
+
+
+def test_a_study_with_values_and_sampler_of_ones_own(toy, command, tmp_path):
+    options = ("hydra/sweeper/sampler=random", "hydra.sweeper.n_trials=1", "seed=7")
+    options = (*OPTUNA, *options, *TINY_VQVAE, *toy)
+    outcome = command("vqvae-train", *options, "quantizer=choice(none)")  # composed too late
+    assert outcome.status == 1
+    assert "unknown key model.net.quantizer" in outcome.err
+    outcome = command("vqvae-train", *options, "model.optimizer.lr=-1")
+    assert outcome.status == 1
+    assert "0 jobs finished, 1 failed" in outcome.err
+    assert "Traceback" not in outcome.err
+    own = (*options, "hydra/sweeper/space=given")
+    outcome = command("vqvae-train", *own, "model.optimizer.lr=interval(1e-3,2e-3)")
+    assert outcome.status == 1
+    assert "searches other values" in outcome.err
+    outcome = command("vqvae-train", *own, "model.optimizer.lr=tag(log,interval(1e-3,2e-3))")
+    assert outcome.status == 0, outcome.err
+    job, failed = read_jobs(tmp_path / "study")
+    assert (job.name, failed.name, failed.state) == ("3", "1", "failed")
+    assert 1e-3 <= job.config["model.optimizer.lr"] <= 2e-3
+    assert job.config["model.net.quantizer.commitment"] == 0.25
+
+
+def test_a_study_without_its_extra_is_refused(toy, command, monkeypatch):
+    monkeypatch.setitem(sys.modules, "optuna", None)
+    outcome = command("vqvae-train", *OPTUNA, *TINY_VQVAE, *toy)
+    assert outcome.status == 1
+    assert "hydra/sweeper=optuna needs the extra optuna" in outcome.err
+
+
+@pytest.mark.parametrize(
+    "path", sorted((CONF_DIR / "hydra/sweeper/space").glob("*.yaml")), ids=lambda path: path.stem
+)
+def test_every_search_space_names_keys_that_there_are(path, tmp_path):
+    cfg = compose("vqvae", folder=tmp_path)
+    for key in OmegaConf.load(path):
+        assert OmegaConf.select(cfg, key) is not None, key
+
+
+def test_a_job_that_lags_behind_the_median_is_stopped(toy, command, tmp_path):
+    rates = "model.optimizer.lr=5e-3,2e-3,1e-5,8e-3,2e-5"
+    outcome = command("vqvae-train", "-m", *LEARNING, *toy, rates, *PRUNING, "hydra.sweep.dir=jobs")
+    assert outcome.status == 0, outcome.err
+    jobs = {job.name: job for job in read_jobs(tmp_path / "jobs")}
+    pruned = {name for name, job in jobs.items() if job.state == "pruned"}
+    assert (pruned, len(jobs)) == ({"2", "4"}, 5)
+    result = read_result(tmp_path / "jobs/2")
+    assert result["steps"] == 10, "the second validation, the first after the warm-up"
+    scores = {name: job.curves["val/nmse"][1] for name, job in jobs.items()}
+    assert result["objective"] == pytest.approx(min(scores["2"]))
+    assert len(scores["2"]) == 2
+    # Two validations each; of the finished jobs there were two, then three.
+    reached = {name: min(score[:2]) for name, score in scores.items()}
+    medians = [statistics.median(reached[name] for name in those) for those in ("01", "013")]
+    said = re.findall(r"stopped after step 10: .*? was ([0-9.]+)", " ".join(outcome.out.split()))
+    assert said == [f"{median:.4g}" for median in medians]
+    assert "after 10 steps" in (tmp_path / "jobs/report.html").read_text()
+
+
+def test_two_ranks_stop_together_with_the_values_that_were_drawn(toy, command, tmp_path):
+    others = ("hydra.sweep.dir=study", "hydra.sweep.subdir=other${hydra.job.num}")
+    rates = "model.optimizer.lr=5e-3,2e-3"
+    assert command("vqvae-train", "-m", *LEARNING, *toy, rates, *others).status == 0
+    run = subprocess.run(
+        [
+            *(sys.executable, "-m", "vqvae_lightning.train", *OPTUNA, *LEARNING, *toy, *PRUNING),
+            *("trainer=ddp_cpu", "trainer.devices=2", "trainer.precision=32-true"),
+            *("hydra/sweeper/space=given", "model.optimizer.lr=interval(1e-6,1e-5)"),
+            *("hydra.sweeper.n_trials=1", "trainer.log_every_n_steps=1"),
+        ],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+    drawn = tmp_path / "study" / "0"
+    result = read_result(drawn)
+    assert (result["pruned"], result["steps"], result["devices"]) == (True, 10, 2)
+    rates = [OmegaConf.load(drawn / name) for name in ("config.yaml", "ranks/config.yaml")]
+    assert rates[0].model.optimizer.lr == rates[1].model.optimizer.lr < 1e-5
