@@ -12,7 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from vqvae_lightning.configs import CONF_DIR, register_resolvers
-from vqvae_lightning.errors import DivergenceError, InputError, Interrupted, RankError, check_range
+from vqvae_lightning.errors import (
+    DivergenceError,
+    Failed,
+    InputError,
+    Interrupted,
+    RankError,
+    check_range,
+)
 from vqvae_lightning.launch import beyond_repair, led
 
 # Lightning's and torch's notices about choices that are right here and that a user can do nothing
@@ -47,7 +54,10 @@ def app(config_name: str) -> Callable[[Callable[[Any], Any]], Callable[[], None]
         def command() -> None:
             import hydra
 
+            from vqvae_lightning.launchers import register_launchers
+
             register_resolvers()
+            register_launchers()
             full = os.environ.get("HYDRA_FULL_ERROR")
             # Hydra prints its own account of an error unless this is set; `_explain` makes one line
             # of it.
@@ -56,6 +66,7 @@ def app(config_name: str) -> Callable[[Callable[[Any], Any]], Callable[[], None]
                 version_base="1.3", config_path=str(CONF_DIR), config_name=config_name
             )
             try:
+                sys.argv[1:] = _arguments(sys.argv[1:])
                 led(main(_guarded(function)))
             except Interrupted as stop:
                 sys.stderr.write(f"{stop}\n")
@@ -63,8 +74,8 @@ def app(config_name: str) -> Callable[[Callable[[Any], Any]], Callable[[], None]
             except KeyboardInterrupt:
                 sys.stderr.write("Interrupted.\n")
                 sys.exit(130)
-            except (_Failed, Exception) as failure:
-                error = failure.error if isinstance(failure, _Failed) else failure
+            except (Failed, Exception) as failure:
+                error = failure.error if isinstance(failure, Failed) else failure
                 if full:
                     raise error from None
                 line = _explain(error)
@@ -81,6 +92,18 @@ def app(config_name: str) -> Callable[[Callable[[Any], Any]], Callable[[], None]
         return command
 
     return decorate
+
+
+def _arguments(given: list[str]) -> list[str]:
+    """The command line in Hydra's words, which knows no --dry-run and launchers in sweeps only."""
+    arguments = list(given)
+    if "--dry-run" in arguments:
+        if "hydra/launcher=slurm" not in arguments:
+            raise InputError("--dry-run shows what hydra/launcher=slurm would submit: add that.")
+        arguments[arguments.index("--dry-run")] = "hydra.launcher.dry_run=true"
+    if {"hydra/launcher=slurm", "hydra/launcher=joblib"} & set(arguments):
+        arguments.append("hydra.mode=MULTIRUN")
+    return arguments
 
 
 def quiet() -> None:
@@ -219,14 +242,6 @@ def print_result(title: str, result: dict[str, Any], paths: list[Path]) -> None:
         console.print(str(path), soft_wrap=True, highlight=False)
 
 
-class _Failed(BaseException):
-    """Carries the error of a single run past Hydra, which would add a line of its own."""
-
-    def __init__(self, error: Exception) -> None:
-        super().__init__(str(error))
-        self.error = error
-
-
 def _guarded(function: Callable[[Any], Any]) -> Callable[[Any], Any]:
     def run(cfg: Any) -> Any:
         from hydra.core.hydra_config import HydraConfig
@@ -239,7 +254,7 @@ def _guarded(function: Callable[[Any], Any]) -> Callable[[Any], Any]:
             # In a sweep Hydra goes on with the next job and raises at the end.
             if HydraConfig.get().mode == RunMode.MULTIRUN and not beyond_repair():
                 raise
-            raise _Failed(error) from error
+            raise Failed(error) from error
 
     return run
 
