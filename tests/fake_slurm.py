@@ -1,6 +1,6 @@
 """sbatch, srun, scontrol and sacct for one job on one machine, with Slurm's variables.
 
-The test puts links to this file on PATH under those names. What happens is kept in `FAKE_SLURM`:
+The test puts copies of this file on PATH under those names. What happens is kept in `FAKE_SLURM`:
 `script` as submitted, `tasks` with the process numbers, `requeued` once per requeue, `state`.
 """
 
@@ -18,7 +18,8 @@ JOB = str(10_000 + os.getppid() % 10_000)
 def sbatch(script):
     (PLACE / "script").write_text(Path(script).read_text())
     command = [sys.executable, __file__, "controller", JOB]
-    subprocess.Popen(command, start_new_session=True, stdout=subprocess.DEVNULL)
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}  # or submitit waits
+    subprocess.Popen(command, start_new_session=True, **quiet)
     print(f"Submitted batch job {JOB}")
 
 
@@ -96,8 +97,8 @@ def sacct(*arguments):
 
 
 if __name__ == "__main__":
-    name = Path(sys.argv[0]).stem
-    if name == Path(__file__).stem:
+    commands = {"sbatch": sbatch, "srun": srun, "scontrol": scontrol, "sacct": sacct}
+    if sys.argv[1] == "controller":
         controller(sys.argv[2])
     else:
-        {"sbatch": sbatch, "srun": srun, "scontrol": scontrol, "sacct": sacct}[name](*sys.argv[1:])
+        commands[Path(sys.argv[0]).name](*sys.argv[1:])

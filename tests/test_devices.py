@@ -157,7 +157,7 @@ def test_ctrl_c_stops_all_ranks_and_the_run_goes_on(toy, tmp_path):
 def test_two_ranks_go_on_as_if_they_had_not_been_stopped(toy, tmp_path, command, monkeypatch):
     # Stopped within the warm-up, when each rank has seen vectors of its own to start the codebook
     # from, by a signal that reaches the first rank only.
-    steps = ("trainer.max_steps=16", "trainer.val_check_interval=8", "resume=auto")
+    steps = ("trainer.max_steps=150", "trainer.val_check_interval=75", "resume=auto")
     options = [*VQVAE, *toy, *steps, "model.net.quantizer.warmup_steps=14"]
     whole = command("vqvae-train", *options, folder=tmp_path / "whole")
     assert whole.status == 0, whole.err
@@ -179,7 +179,7 @@ def test_two_ranks_go_on_as_if_they_had_not_been_stopped(toy, tmp_path, command,
         torch.load(folder / "checkpoints/last.ckpt", weights_only=True)
         for folder in (whole.folder, again.folder)
     )
-    assert one["global_step"] == other["global_step"] == 16
+    assert one["global_step"] == other["global_step"] == 150
     for name, value in one["state_dict"].items():
         assert torch.equal(value, other["state_dict"][name]), name
 

@@ -186,6 +186,7 @@ class SlurmLauncher(_JobLauncher):
         os.environ["SUBMITIT_PREEMPT_SIGNAL"] = self.options.signal
         try:
             from submitit.core.job_environment import JobEnvironment
+            from submitit.core.utils import FailedJobError
         except ModuleNotFoundError as error:
             raise InputError(
                 "hydra/launcher=slurm needs submitit: uv run --extra slurm COMMAND."
@@ -198,8 +199,12 @@ class SlurmLauncher(_JobLauncher):
         submitted: dict[int, Any] = {}
         for need, array in arrays.items():
             executor = self.executor(need)
-            with executor.batch():
-                handles = [executor.submit(job) for job in array]
+            try:
+                with executor.batch():
+                    handles = [executor.submit(job) for job in array]
+            except FailedJobError as error:
+                said = str(error).strip().splitlines()
+                raise InputError(f"Slurm refuses the job: {said[-1] if said else error}") from error
             for job, handle in zip(array, handles, strict=True):
                 submitted[job.number] = handle
                 sys.stderr.write(
