@@ -85,6 +85,7 @@ def test_a_rank_that_fails_ends_a_torchrun(toy, tmp_path):
     )
     assert outcome.returncode == 1
     assert "no such disk" in outcome.stderr
+    assert "SIGABRT" not in outcome.stderr
     assert not list(tmp_path.glob("sweep/*/result.json"))
 
 

@@ -93,6 +93,7 @@ class Outside:
     @contextmanager
     def sharing(self, cfg: Any, module: str) -> Iterator[None]:
         """Let the other ranks run `module` on `cfg` while this one runs the block."""
+        import torch.distributed as dist
         from omegaconf import OmegaConf
 
         if self.broken:
@@ -102,8 +103,10 @@ class Outside:
             yield
         except Interrupted:
             raise  # agreed on by all ranks
-        except BaseException:
+        except BaseException as error:
             self.broken = True
+            if "gloo" in str(error) or isinstance(error, dist.DistError):
+                raise RankError("another rank has failed; its own message says why.") from error
             raise
 
     def follow(self) -> None:
@@ -127,15 +130,24 @@ class Outside:
                 # The first rank may be asking for another start: ended before it, this one would
                 # have the launcher end that too.
                 status = stop.status
-            except (InputError, DivergenceError, RankError) as error:
-                raise RankError(f"rank {self.rank}: {error}") from error
+            except BaseException as error:
+                self.broken = True
+                if isinstance(error, InputError | DivergenceError | RankError):
+                    raise RankError(f"rank {self.rank}: {error}") from error
+                raise
 
     def dismiss(self) -> None:
         """Let the other ranks end."""
-        import torch.distributed as dist
-
         if not self.broken:
             self._send(None)
+
+    def leave(self) -> None:
+        """Close the connections, or the interpreter may abort when it ends."""
+        import torch
+        import torch.distributed as dist
+
+        # With a failed rank NCCL would wait for it here.
+        if not (self.broken and torch.cuda.is_available()):
             dist.destroy_process_group()
 
     def _send(self, message: Any) -> Any:
@@ -201,6 +213,7 @@ def led(work: Callable[[], T]) -> T | None:
         finally:
             _outside.dismiss()
     finally:
+        _outside.leave()
         _outside = None
 
 
