@@ -14,6 +14,7 @@ from conftest import TINY_VQVAE
 from omegaconf import OmegaConf
 
 from vqvae_lightning.checkpoints import load
+from vqvae_lightning.tasks import VQVAETask
 
 VQVAE = (
     *[option for option in TINY_VQVAE if not option.startswith("trainer=")],
@@ -151,6 +152,36 @@ def test_ctrl_c_stops_all_ranks_and_the_run_goes_on(toy, tmp_path):
     for rank in ranks:
         with pytest.raises(ProcessLookupError):
             os.kill(rank, 0)
+
+
+def test_two_ranks_go_on_as_if_they_had_not_been_stopped(toy, tmp_path, command, monkeypatch):
+    # Stopped within the warm-up, when each rank has seen vectors of its own to start the codebook
+    # from, by a signal that reaches the first rank only.
+    steps = ("trainer.max_steps=150", "trainer.val_check_interval=75", "resume=auto")
+    options = [*VQVAE, *toy, *steps, "model.net.quantizer.warmup_steps=14"]
+    whole = command("vqvae-train", *options, folder=tmp_path / "whole")
+    assert whole.status == 0, whole.err
+    original = VQVAETask.training_step
+
+    def signalled(self, batch, batch_idx):
+        if self.global_step == 4:
+            signal.raise_signal(signal.SIGTERM)
+        return original(self, batch, batch_idx)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(VQVAETask, "training_step", signalled)
+        stopped = command("vqvae-train", *options)
+    assert stopped.status == 75, stopped.err
+    assert "Stopped by SIGTERM after step 10" in stopped.err
+    again = command("vqvae-train", *options)
+    assert again.status == 0, again.err
+    one, other = (
+        torch.load(folder / "checkpoints/last.ckpt", weights_only=True)
+        for folder in (whole.folder, again.folder)
+    )
+    assert one["global_step"] == other["global_step"] == 150
+    for name, value in one["state_dict"].items():
+        assert torch.equal(value, other["state_dict"][name]), name
 
 
 def test_the_whole_pipeline_runs_on_two_ranks(toy, command):

@@ -35,6 +35,7 @@ LEVELS = {
     "preflight": 4,
     "report": 3,
     "sweeps": 4,
+    "launchers": 4,
     "loggers": 4,
     "callbacks": 5,
     "app": 5,

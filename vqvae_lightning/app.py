@@ -54,9 +54,11 @@ def app(config_name: str) -> Callable[[Callable[[Any], Any]], Callable[[], None]
         def command() -> None:
             import hydra
 
+            from vqvae_lightning.launchers import register_launchers
             from vqvae_lightning.sweeps import summed_up
 
             register_resolvers()
+            register_launchers()
             full = os.environ.get("HYDRA_FULL_ERROR")
             # Hydra prints its own account of an error unless this is set; `_explain` makes one line
             # of it.
@@ -65,6 +67,7 @@ def app(config_name: str) -> Callable[[Callable[[Any], Any]], Callable[[], None]
                 version_base="1.3", config_path=str(CONF_DIR), config_name=config_name
             )
             try:
+                sys.argv[1:] = _arguments(sys.argv[1:])
                 with summed_up(_one_line, full is not None):
                     led(main(_guarded(function)))
             except Interrupted as stop:
@@ -91,6 +94,18 @@ def app(config_name: str) -> Callable[[Callable[[Any], Any]], Callable[[], None]
         return command
 
     return decorate
+
+
+def _arguments(given: list[str]) -> list[str]:
+    """The command line in Hydra's words, which knows no --dry-run and launchers in sweeps only."""
+    arguments = list(given)
+    if "--dry-run" in arguments:
+        if "hydra/launcher=slurm" not in arguments:
+            raise InputError("--dry-run shows what hydra/launcher=slurm would submit: add that.")
+        arguments[arguments.index("--dry-run")] = "hydra.launcher.dry_run=true"
+    if {"hydra/launcher=slurm", "hydra/launcher=joblib"} & set(arguments):
+        arguments.append("hydra.mode=MULTIRUN")
+    return arguments
 
 
 def quiet() -> None:

@@ -13,7 +13,7 @@ class DivergenceError(RuntimeError):
 
 
 class RankError(RuntimeError):
-    """A further rank of a job on several devices failed."""
+    """A further rank of a job, or a job in another process, failed."""
 
 
 class Interrupted(BaseException):
@@ -29,6 +29,18 @@ class Interrupted(BaseException):
     def __init__(self, message: str, status: int = 130) -> None:
         super().__init__(message)
         self.status = status
+
+    def __reduce__(self) -> tuple[type, tuple[str, int]]:
+        """With the status, which pickling an exception would lose between processes."""
+        return type(self), (str(self), self.status)
+
+
+class Failed(BaseException):
+    """Carries the error of a single run past Hydra, which would add a line of its own."""
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__(str(error))
+        self.error = error
 
 
 class Failed(BaseException):

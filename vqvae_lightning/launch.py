@@ -10,6 +10,7 @@ first composes configs and runs the command (`led`); the others wait for what it
 """
 
 import datetime
+import json
 import os
 import socket
 import subprocess
@@ -17,7 +18,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib import import_module
 from pathlib import Path
 from typing import Any, TypeVar
@@ -40,6 +41,9 @@ T = TypeVar("T")
 class Outside:
     """The ranks that torchrun or Slurm started, of which this process is one.
 
+    They talk through a store of keys. Only while they share a job are they connected as a process
+    group, or the evaluation that the first rank does alone would wait for the others.
+
     Args:
         environment: Lightning's `ClusterEnvironment` for the launcher.
 
@@ -52,24 +56,20 @@ class Outside:
     """
 
     def __init__(self, environment: Any) -> None:
-        import torch
-        import torch.distributed as dist
+        from torch.distributed.rendezvous import rendezvous
 
         self.environment = environment
         self.rank: int = environment.global_rank()
         self.world: int = environment.world_size()
         self.broken = False
+        self._sent = 0
         address = f"{environment.main_address}:{environment.main_port}"  # also sets MASTER_*
-        backend = "gloo"
-        if torch.cuda.is_available():
-            # Lightning's tensors go over NCCL, Python objects over gloo.
-            backend = "cpu:gloo,cuda:nccl"
-            torch.cuda.set_device(environment.local_rank() % torch.cuda.device_count())
         try:
-            # Lightning keeps a group that is there.
-            dist.init_process_group(backend, rank=self.rank, world_size=self.world, timeout=WAIT)
-            self._line: Any = dist.new_group(backend="gloo", timeout=IDLE)
-        except (RuntimeError, ValueError) as error:
+            meeting = rendezvous("env://", self.rank, self.world, timeout=WAIT)
+            self._store = next(iter(meeting))[0]
+            self._store.set(f"here{self.rank}", "")
+            self._store.wait([f"here{rank}" for rank in range(self.world)], WAIT)
+        except RuntimeError as error:
             raise RankError(
                 f"rank {self.rank}: the {self.world} ranks did not find each other at {address}; "
                 f"was the command started once only, without srun or torchrun? ({error})"
@@ -93,36 +93,39 @@ class Outside:
     @contextmanager
     def sharing(self, cfg: Any, module: str) -> Iterator[None]:
         """Let the other ranks run `module` on `cfg` while this one runs the block."""
+        import torch.distributed as dist
         from omegaconf import OmegaConf
 
         if self.broken:
             raise RankError("an earlier job failed on several ranks: start the command again.")
-        self._send((module, OmegaConf.to_yaml(cfg, resolve=True)))
+        self._send([module, OmegaConf.to_yaml(cfg, resolve=True)])
         try:
-            yield
-        except Interrupted:
-            raise  # agreed on by all ranks
-        except BaseException:
-            self.broken = True
+            with self._connected():
+                yield
+        except RuntimeError as error:
+            if "gloo" in str(error) or isinstance(error, dist.DistError):
+                raise RankError("another rank has failed; its own message says why.") from error
             raise
 
     def follow(self) -> None:
         """Run what the first rank sends, until it needs this one no more.
 
         Raises:
-            RankError: If a job failed that the first rank's message describes better.
+            RankError: If a job failed, or the first rank has died.
             SystemExit: With the job's status, if it was stopped.
         """
         from omegaconf import OmegaConf
 
         status = 0
         while True:
-            message = self._send(None)
+            message = self._received()
             if message is None:
+                self._store.set(f"gone{self.rank}", "")
                 sys.exit(status)
             module, text = message
             try:
-                import_module(module).run(OmegaConf.create(text))
+                with self._connected():
+                    import_module(module).run(OmegaConf.create(text))
             except Interrupted as stop:
                 # The first rank may be asking for another start: ended before it, this one would
                 # have the launcher end that too.
@@ -131,24 +134,53 @@ class Outside:
                 raise RankError(f"rank {self.rank}: {error}") from error
 
     def dismiss(self) -> None:
-        """Let the other ranks end."""
-        import torch.distributed as dist
-
+        """Let the other ranks end, and wait for them: the store may end with this process."""
         if not self.broken:
             self._send(None)
-            dist.destroy_process_group()
+            with suppress(RuntimeError):  # one has died: nobody is left to wait for it
+                gone = [f"gone{rank}" for rank in range(1, self.world)]
+                self._store.wait(gone, datetime.timedelta(seconds=PATIENCE))
 
-    def _send(self, message: Any) -> Any:
-        """The first rank's `message`, on all ranks."""
+    @contextmanager
+    def _connected(self) -> Iterator[None]:
+        """A process group while the ranks share a job; Lightning keeps one that is there."""
+        import torch
         import torch.distributed as dist
+        from torch.distributed.distributed_c10d import PrefixStore
 
-        messages = [message]
+        backend = "gloo"
+        if torch.cuda.is_available():
+            # Lightning's tensors go over NCCL, Python objects over gloo.
+            backend = "cpu:gloo,cuda:nccl"
+            torch.cuda.set_device(self.environment.local_rank() % torch.cuda.device_count())
+        store = PrefixStore(f"job{self._sent}", self._store)
         try:
-            dist.broadcast_object_list(messages, src=0, group=self._line)
-        except RuntimeError as error:
+            dist.init_process_group(
+                backend, store=store, rank=self.rank, world_size=self.world, timeout=WAIT
+            )
+            yield
+        except Interrupted:
+            raise  # agreed on by all ranks
+        except BaseException:
             self.broken = True
-            raise RankError(f"rank {self.rank}: another rank has died ({error})") from error
-        return messages[0]
+            raise
+        finally:
+            # With a failed rank NCCL would wait for it here.
+            if dist.is_initialized() and not (self.broken and torch.cuda.is_available()):
+                dist.destroy_process_group()
+
+    def _send(self, message: Any) -> None:
+        self._sent += 1
+        self._store.set(f"message{self._sent}", json.dumps(message))
+
+    def _received(self) -> Any:
+        self._sent += 1
+        key = f"message{self._sent}"
+        try:
+            self._store.wait([key], IDLE)
+            return json.loads(self._store.get(key))
+        except RuntimeError as error:
+            raise RankError(f"rank {self.rank}: the first rank has died ({error})") from error
 
 
 _outside: Outside | None = None

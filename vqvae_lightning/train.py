@@ -33,10 +33,14 @@ def train(cfg: Any, images: Any = None) -> dict[str, Any]:
         InputError: If the config, the data or a checkpoint cannot work; before any training.
         RankError: If another rank failed.
     """
+    from omegaconf import OmegaConf
+
     from vqvae_lightning.launch import launched
     from vqvae_lightning.loggers import name_run
     from vqvae_lightning.results import read_result
 
+    # Once, and not at each access: a value that is drawn at random must be the same on all ranks.
+    OmegaConf.resolve(cfg)
     folder = Path(cfg.folder)
     finished = read_result(folder)
     if finished is not None:

@@ -220,35 +220,44 @@ def random_rows(total: int, count: int, generator: torch.Generator) -> Tensor:
     return torch.cat(order)[:count]
 
 
-def draw_over_ranks(parts: list[Tensor], count: int, generator: torch.Generator) -> Tensor:
+def draw_over_ranks(part: Tensor, count: int, generator: torch.Generator) -> Tensor:
     """At most `count` random rows out of the vectors of all ranks, equal on every rank.
 
-    Rows are numbered part by part, and within a part rank by rank, so that N ranks draw the rows
-    that one process with the concatenated batches draws. Two collectives of fixed size, whatever
-    the data; each rank's `generator` must be in the same state.
+    Rows are numbered rank by rank, so that N ranks draw the rows that one process with the
+    concatenated batch draws. Two collectives of fixed size, whatever the data; each rank's
+    `generator` must be in the same state.
 
     Args:
-        parts: Vectors (n, D) of this rank, a part per batch; n may differ between ranks.
+        part: Vectors (n, D) of this rank; n may differ between ranks.
         count: Rows to draw; all there are if they are fewer.
         generator: A CPU generator.
 
     Returns:
         (min(count, number of vectors), D).
     """
-    rank, world = rank_and_world()
-    device = parts[0].device
-    sizes = torch.zeros(len(parts), world, dtype=torch.int64, device=device)
-    sizes[:, rank] = torch.tensor([len(part) for part in parts], device=device)
-    sizes = all_reduce(sizes).cpu()
-    firsts = sizes.flatten().cumsum(0).view_as(sizes) - sizes
-    total = int(sizes.sum())
-    rows = random_rows(total, min(count, total), generator)
-    drawn = parts[0].new_zeros(len(rows), parts[0].shape[1])
-    for part, first in zip(parts, firsts[:, rank].tolist(), strict=True):
-        own = rows - first
-        here = (own >= 0) & (own < len(part))
-        drawn[here.to(device)] = part[own[here].to(device)]
+    first, total = place_among_ranks(part)
+    own = random_rows(total, min(count, total), generator) - first
+    here = (own >= 0) & (own < len(part))
+    drawn = part.new_zeros(len(own), part.shape[1])
+    drawn[here.to(part.device)] = part[own[here].to(part.device)]
     return all_reduce(drawn)
+
+
+def rows_of_all_ranks(part: Tensor) -> Tensor:
+    """The vectors (n, D) of all ranks one after the other; n may differ between ranks."""
+    first, total = place_among_ranks(part)
+    together = part.new_zeros(total, part.shape[1])
+    together[first : first + len(part)] = part
+    return all_reduce(together)
+
+
+def place_among_ranks(part: Tensor) -> tuple[int, int]:
+    """Where the rows of `part` begin among those of all ranks, and how many there are of all."""
+    rank, world = rank_and_world()
+    sizes = torch.zeros(world, dtype=torch.int64, device=part.device)
+    sizes[rank] = len(part)
+    ends = all_reduce(sizes).cumsum(0).tolist()
+    return ends[rank] - len(part), ends[-1]
 
 
 def cycled(rows: Tensor, count: int) -> Tensor:
@@ -418,7 +427,8 @@ class VectorQuantizer(nn.Module):
         if not self.initialised:
             over = self.steps >= self.warmup_steps or progress >= WARMUP_SHARE
             if over or self.steps > self.warmup_steps - POOL_STEPS:
-                self._pool.append(newest)
+                # Of all ranks: the first one's checkpoint must hold what all would start from.
+                self._pool.append(rows_of_all_ranks(newest))
             if over:
                 self._initialise()
             return {}
@@ -427,7 +437,7 @@ class VectorQuantizer(nn.Module):
             return {}
         if progress >= self.revive_until:
             return {"revived_codes": 0.0}
-        fresh = cycled(draw_over_ranks([newest], self.num_codes, self._generator()), self.num_codes)
+        fresh = cycled(draw_over_ranks(newest, self.num_codes, self._generator()), self.num_codes)
         share = self.counts.mean()
         dead = self.counts < self.revive_below * share
         self.place(fresh, dead, share)
@@ -479,7 +489,9 @@ class VectorQuantizer(nn.Module):
         if self.init != "uniform":
             per_code = POOL if self.init == "kmeans" else 1
             generator = self._generator()
-            rows = draw_over_ranks(pool, per_code * self.num_codes, generator)
+            rows = torch.cat(pool)
+            count = min(per_code * self.num_codes, len(rows))
+            rows = rows[random_rows(len(rows), count, generator).to(rows.device)]
             if self.init == "kmeans" and len(rows) > self.num_codes:
                 rows = kmeans(rows, self.num_codes, generator)
                 if rank_and_world()[0] > 0:

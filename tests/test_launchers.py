@@ -1,0 +1,310 @@
+"""Jobs whose ranks are started from outside, and sweeps in other processes."""
+
+import json
+import os
+import pickle
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import TINY_VQVAE, compose
+from omegaconf import OmegaConf
+
+from vqvae_lightning import launchers
+from vqvae_lightning.callbacks import SameConfig
+from vqvae_lightning.errors import Interrupted, RankError
+
+RANKS = (
+    *[option for option in TINY_VQVAE if not option.startswith("trainer=")],
+    "trainer=ddp_cpu",
+    "trainer.precision=32-true",
+    "dataset.batch_size=8",
+)
+SHORT = (*RANKS, "trainer.max_steps=10", "trainer.val_check_interval=5")
+
+
+def result(folder):
+    return json.loads((folder / "result.json").read_text())
+
+
+def run(command, folder, **environment):
+    return subprocess.run(
+        command,
+        cwd=folder,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def test_torchrun_runs_a_sweep_and_goes_on_after_a_bad_config(toy, tmp_path):
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command = [*torchrun, "--nproc-per-node=2", "-m", "vqvae_lightning.train", "-m"]
+    # The first job fails before its ranks take part, the third draws a number of its own; each
+    # rank that composed for itself would draw another one, and have a folder of its own.
+    options = [*SHORT, *toy, "seed=-1,5,${drawn:}", "hydra.sweep.dir=sweep"]
+    site = tmp_path / "sitecustomize.py"
+    site.write_text(
+        "import random\nfrom omegaconf import OmegaConf\n"
+        "OmegaConf.register_new_resolver('drawn', lambda: random.randrange(10**6))\n"
+    )
+    outcome = run([*command, *options], tmp_path, PYTHONPATH=str(tmp_path))
+    assert outcome.returncode == 1, outcome.stderr
+    assert "seed=-1 must be" in outcome.stderr
+    assert sorted(path.name for path in tmp_path.glob("sweep/*/result.json")) == ["result.json"] * 2
+    for number in (1, 2):
+        folder = tmp_path / "sweep" / str(number)
+        assert result(folder)["devices"] == 2
+        assert not (folder / "ranks").exists()
+    assert not (tmp_path / "runs").exists()
+    assert result(tmp_path / "sweep/2")["seed"] not in (-1, 5)
+
+
+def test_a_rank_that_fails_ends_a_torchrun(toy, tmp_path):
+    # Rank 1 alone cannot read the data.
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    site = tmp_path / "sitecustomize.py"
+    site.write_text(
+        "import os, sys\n"
+        "if os.environ.get('RANK') == '1':\n"
+        "    import numpy\n"
+        "    def broken(*arguments, **options):\n"
+        "        raise OSError('no such disk')\n"
+        "    numpy.load = broken\n"
+    )
+    command = [*torchrun, "--nproc-per-node=2", "-m", "vqvae_lightning.train", "-m", "seed=1,2"]
+    outcome = run(
+        [*command, *SHORT, *toy, "hydra.sweep.dir=sweep"], tmp_path, PYTHONPATH=str(tmp_path)
+    )
+    assert outcome.returncode == 1
+    assert "no such disk" in outcome.stderr
+    assert "SIGABRT" not in outcome.stderr
+    assert not list(tmp_path.glob("sweep/*/result.json"))
+
+
+@pytest.fixture
+def as_rank_zero(monkeypatch):
+    """The variables of a torchrun with one process."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    variables = {
+        "TORCHELASTIC_RUN_ID": "x",
+        "RANK": 0,
+        "LOCAL_RANK": 0,
+        "WORLD_SIZE": 1,
+        "LOCAL_WORLD_SIZE": 1,
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+    }
+    for name, value in variables.items():
+        monkeypatch.setenv(name, str(value))
+
+
+def test_ranks_that_the_trainer_does_not_count_are_refused(toy, command, as_rank_zero):
+    outcome = command("vqvae-train", *SHORT, *toy)
+    assert outcome.status == 1
+    assert "trainer.devices=2 and trainer.num_nodes=1 ask for 2 ranks" in outcome.err
+    assert "1 were started" in outcome.err
+    assert not torch.distributed.is_initialized()
+
+
+def test_several_nodes_need_a_launcher(toy, command):
+    outcome = command("vqvae-train", *SHORT, *toy, "trainer.num_nodes=2")
+    assert outcome.status == 1
+    for part in ("trainer.num_nodes=2", "torchrun --nnodes 2", "hydra/launcher=slurm"):
+        assert part in outcome.err
+    missing = command("vqvae-train", *toy, "trainer=multinode", "trainer.devices=8")
+    assert missing.status == 1
+    assert "trainer.num_nodes=None must be" in missing.err
+
+
+def test_slurm_without_tasks_per_node_is_refused(toy, command, monkeypatch):
+    for name, value in {"SLURM_NTASKS": "2", "SLURM_PROCID": "0", "SLURM_JOB_NAME": "x"}.items():
+        monkeypatch.setenv(name, value)
+    outcome = command("vqvae-train", *SHORT, *toy)
+    assert outcome.status == 1
+    assert "--ntasks-per-node" in outcome.err
+
+
+def test_a_rank_with_another_config_is_named(monkeypatch):
+    mine = OmegaConf.create({"model": {"lr": 0.1, "beta": 1}, "seed": 0})
+    other = {"model.lr": "0.2", "model.beta": "1", "seed": "0"}
+    monkeypatch.setattr("vqvae_lightning.callbacks.gathered", lambda value: [value, value, other])
+    with pytest.raises(RankError, match=r"rank 2 has another config than rank 0: model.lr$"):
+        SameConfig(mine).setup(None, None, "fit")
+
+
+def test_a_requeued_slurm_job_goes_on(toy, command, monkeypatch):
+    options = (*toy, *TINY_VQVAE)
+    assert command("vqvae-train", *options).status == 0
+    refused = command("vqvae-train", *options)
+    assert refused.status == 1
+    assert "holds a run already" in refused.err
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    assert command("vqvae-train", *options).status == 0
+
+
+SLURM = ("hydra/launcher=slurm", "hydra.sweep.dir=sweep")
+
+
+def test_the_local_executor_runs_the_pipeline_in_two_tasks(toy, tmp_path):
+    options = ["trainer.devices=2", "evaluation.num_samples=12", "sampling.num_samples=6"]
+    command = [sys.executable, "-m", "vqvae_lightning.pipeline", "experiment=smoke", *toy, *options]
+    outcome = run([*command, *SLURM, "hydra.launcher.executor=local"], tmp_path)
+    assert outcome.returncode == 0, outcome.stderr
+    folder = tmp_path / "sweep/0"
+    assert (folder / "report.html").is_file()
+    for stage in ("vqvae", "prior"):
+        assert result(folder / stage)["devices"] == 2
+        assert not (folder / stage / "ranks").exists()
+
+
+@pytest.fixture
+def fake_slurm(tmp_path):
+    """Environment variables with which Slurm's commands are those of `fake_slurm.py`."""
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    (tmp_path / "slurm").mkdir()
+    source = Path(__file__).with_name("fake_slurm.py").read_text()
+    for name in ("sbatch", "srun", "scontrol", "sacct"):
+        program = programs / name
+        program.write_text(f"#!{sys.executable}\n{source}")
+        program.chmod(0o755)
+    return {"PATH": f"{programs}:{os.environ['PATH']}", "FAKE_SLURM": str(tmp_path / "slurm")}
+
+
+def test_slurm_starts_two_nodes_and_requeues_at_its_signal(toy, tmp_path, fake_slurm):
+    steps = ("trainer.max_steps=200", "trainer.val_check_interval=100")
+    options = [*RANKS, *toy, *steps, "callbacks.last.every_n_steps=10"]
+    nodes = ("trainer.devices=1", "trainer.num_nodes=2", "hydra.launcher.partition=gpus")
+    command = [sys.executable, "-m", "vqvae_lightning.train", *options, *nodes, *SLURM]
+    dry = run([*command, "--dry-run"], tmp_path)  # without a Slurm
+    assert dry.returncode == 0, dry.stderr
+    with subprocess.Popen(
+        command,
+        cwd=tmp_path,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **fake_slurm},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as launcher:
+        last, end = tmp_path / "sweep/0/checkpoints/last.ckpt", time.monotonic() + 120
+        while not last.is_file() and time.monotonic() < end:
+            time.sleep(0.05)
+        for task in (tmp_path / "slurm/tasks").read_text().split():
+            os.kill(int(task), signal.SIGUSR2)
+        err = launcher.communicate(timeout=240)[1]
+    assert launcher.returncode == 0, err
+    script = (tmp_path / "slurm/script").read_text()
+    for option in ("nodes=2", "ntasks-per-node=1", "partition=gpus", "signal=USR2@120"):
+        assert f"#SBATCH --{option}\n" in script
+    assert "gpus" not in script.replace("partition=gpus", "")
+    assert dry.stdout.strip() == script.strip()
+    assert len(list((tmp_path / "slurm").glob("requeued*"))) == 1
+    folder = tmp_path / "sweep/0"
+    assert result(folder)["steps"] == 200
+    assert result(folder)["devices"] == 2
+    logs = "".join(path.read_text() for path in tmp_path.glob("sweep/.submitit/*/*.err"))
+    assert re.search(r"Stopped by SIGUSR2 after step \d+; saved", logs)
+
+
+def test_a_job_that_fails_under_slurm_is_told_in_one_line(toy, tmp_path, fake_slurm):
+    command = [sys.executable, "-m", "vqvae_lightning.train", *SHORT, *toy, *SLURM]
+    outcome = run([*command, "monitor=val/none"], tmp_path, **fake_slurm)
+    assert outcome.returncode == 1
+    (line,) = [line for line in outcome.stderr.splitlines() if line.startswith("error: ")]
+    assert "job 0 failed: monitor=val/none must be one of" in line
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["trainer.devices=auto"], "needs the number of devices"),
+        (["hydra.launcher.tasks_per_node=3"], "hydra.launcher.tasks_per_node=3 must be 2"),
+        (["hydra.launcher.nodes=2"], "hydra.launcher.nodes=2 must be 1"),
+        (["hydra.launcher.gpus_per_node=2"], "hydra.launcher.gpus_per_node=2 must be 0"),
+        (["hydra.launcher.signal=USR7"], "must be the name of a signal"),
+        (["hydra.launcher.signal=USR1"], "must be among callbacks.last.signals"),
+        (["hydra.launcher.timeout_min=0"], "hydra.launcher.timeout_min=0 must be"),
+        (["hydra.launcher.executor=pbs"], "hydra.launcher.executor=pbs must be slurm or local"),
+        (["hydra.launcher.executor=local", "trainer.num_nodes=2"], "this machine only"),
+    ],
+)
+def test_what_slurm_cannot_start_is_refused_before_it_is_asked(options, message, toy, command):
+    outcome = command("vqvae-train", *SHORT, *toy, *SLURM, "--dry-run", *options)
+    assert outcome.status == 1
+    assert message in outcome.err
+    assert outcome.out == ""
+
+
+def test_stages_of_other_sizes_and_a_dry_run_of_nothing_are_refused(toy, command):
+    options = ("trainer=ddp_cpu", "prior.trainer.devices=1", *toy, *SLURM)
+    outcome = command("vqvae-pipeline", *options)
+    assert outcome.status == 1
+    assert "prior.trainer asks for 1 nodes of 1 devices, trainer for 1 of 2" in outcome.err
+    outcome = command("vqvae-train", *SHORT, *toy, "--dry-run")
+    assert outcome.status == 1
+    assert "add that" in outcome.err
+
+
+def test_each_job_of_a_sweep_is_allocated_by_its_own_trainer(toy, command):
+    gpus = ("trainer.accelerator=gpu", "trainer.devices=1,8", "seed=0,1")
+    outcome = command("vqvae-train", *SHORT, *toy, *gpus, *SLURM, "--dry-run")
+    assert outcome.status == 0, outcome.err
+    found = re.findall(r"--array=(\S+)|--gpus-per-node=(\S+)|--ntasks-per-node=(\S+)", outcome.out)
+    assert ["".join(groups) for groups in found] == ["0-1%2", "1", "1", "0-1%2", "8", "8"]
+
+
+def test_joblib_runs_jobs_side_by_side(toy, command, tmp_path):
+    options = (*TINY_VQVAE, *toy, "trainer.max_steps=60", "trainer.val_check_interval=30")
+    places = ("hydra/launcher=joblib", "hydra.launcher.n_jobs=2", "hydra.sweep.dir=sweep")
+    outcome = command("vqvae-train", *options, *places, "seed=1,2")
+    assert outcome.status == 0, outcome.err
+    folders = [tmp_path / "sweep" / name for name in ("0", "1")]
+    assert [result(folder)["seed"] for folder in folders] == [1, 2]
+    begun = max((folder / "config.yaml").stat().st_mtime for folder in folders)
+    ended = min((folder / "result.json").stat().st_mtime for folder in folders)
+    assert begun < ended
+
+
+def test_a_job_of_joblib_has_gpus_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.setattr(launchers, "_taken", [])
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    seen = []
+    for _ in range(2):
+        launchers.take_gpus(str(tmp_path), [["3"], ["GPU-a", "5"]])
+        seen.append(os.environ["CUDA_VISIBLE_DEVICES"])
+    assert seen == ["3", "GPU-a,5"]
+    with pytest.raises(RankError, match="taken"):
+        launchers.take_gpus(str(tmp_path), [["3"], ["GPU-a", "5"]])
+    launchers._taken.pop(0).close()  # a worker ends, another takes its place
+    launchers.take_gpus(str(tmp_path), [["3"], ["GPU-a", "5"]])
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "3"
+
+
+def test_more_jobs_than_gpus_are_refused(toy, command, monkeypatch):
+    monkeypatch.setattr(launchers, "visible_gpus", lambda: ["0", "1"])
+    places = ("hydra/launcher=joblib", "hydra.launcher.n_jobs=3", "hydra.sweep.dir=sweep")
+    outcome = command("vqvae-train", *TINY_VQVAE, *toy, *places)
+    assert outcome.status == 1
+    assert "hydra.launcher.n_jobs=3 must be at most 2" in outcome.err
+
+
+def test_a_pipelines_resources_are_its_trainers(tmp_path):
+    cfg = compose("pipeline", "trainer=ddp_cpu", "trainer.num_nodes=3", folder=tmp_path)
+    assert launchers.resources(cfg) == (3, 2, 0)
+    cfg = compose("sample", "prior_checkpoint=x", "accelerator=gpu", "devices=4", folder=tmp_path)
+    assert launchers.resources(cfg) == (1, 1, 4)
+
+
+def test_an_interruption_keeps_its_status_between_processes():
+    stop = pickle.loads(pickle.dumps(Interrupted("Stopped.", 75)))
+    assert (str(stop), stop.status) == ("Stopped.", 75)
