@@ -36,14 +36,6 @@ class Interrupted(BaseException):
 
 
 class Failed(BaseException):
-    """Carries the error of a single run past Hydra, which would add a line of its own."""
-
-    def __init__(self, error: Exception) -> None:
-        super().__init__(str(error))
-        self.error = error
-
-
-class Failed(BaseException):
     """Carries an error past Hydra, which would add a line of its own or make a warning of it."""
 
     def __init__(self, error: Exception) -> None:
