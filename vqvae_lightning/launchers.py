@@ -9,7 +9,7 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -100,7 +100,7 @@ class Job:
         """What submitit starts when it has requeued the job: the same, which goes on."""
         from submitit.helpers import DelayedSubmission
 
-        return DelayedSubmission(self)
+        return DelayedSubmission(replace(self, overrides=[*self.overrides, "resume=auto"]))
 
 
 class Resources(NamedTuple):
