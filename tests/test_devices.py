@@ -103,6 +103,20 @@ def test_each_rank_has_the_config_of_its_job(stage, pairs):
     assert steps[0] == steps[1], "only the first rank writes"
 
 
+def test_an_evaluation_on_two_ranks_gives_the_figures_of_one(pairs, command, tmp_path):
+    prior = pairs["prior"][0] / "checkpoints" / "best.ckpt"
+    options = (f"prior_checkpoint={prior}", "num_samples=6", "classifier_steps=2")
+    for devices in (1, 2):
+        given = (f"trainer.devices={devices}", f"codes_dir={tmp_path}/codes{devices}")
+        outcome = command("vqvae-evaluate", *options, *given, folder=tmp_path / str(devices))
+        assert outcome.status == 0, outcome.err
+    one, two = metrics(tmp_path / "1"), metrics(tmp_path / "2")
+    assert one.keys() == two.keys()
+    assert len(one) > 20
+    for name, entry in one.items():
+        assert two[name]["value"] == pytest.approx(entry["value"], rel=1e-4, abs=1e-9), name
+
+
 def start(folder, *options):
     command = [sys.executable, "-m", "vqvae_lightning.train", *options]
     return subprocess.Popen(

@@ -2,7 +2,7 @@
 
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from vqvae_lightning.app import app, codes_of, load_images, print_result, started
 
@@ -24,8 +24,67 @@ def check_evaluation(cfg: Any, prefix: str = "") -> None:
     check_range(f"{prefix}temperature", cfg.temperature, 0)
 
 
+class Subject(NamedTuple):
+    """What is evaluated, and on what."""
+
+    codes: Any
+    """The `CodesDataModule` of the data under the VQ-VAE; not set up yet."""
+    prior: Any
+    vqvae_path: Path
+
+
+def subject(cfg: Any, images: Any = None) -> Subject:
+    """The checkpoints and the data that `cfg` names.
+
+    Raises:
+        InputError: If they cannot be used, or do not belong together.
+    """
+    from vqvae_lightning.checkpoints import load, load_pair
+    from vqvae_lightning.errors import InputError
+
+    prior = None
+    if cfg.prior_checkpoint is None:
+        if cfg.vqvae_checkpoint is None:
+            raise InputError("give vqvae_checkpoint=PATH, prior_checkpoint=PATH, or both.")
+        vqvae = load(cfg.vqvae_checkpoint, "vqvae")
+        vqvae_path = Path(cfg.vqvae_checkpoint)
+    else:
+        loaded, vqvae = load_pair(cfg.prior_checkpoint, cfg.vqvae_checkpoint)
+        prior = loaded.net
+        vqvae_path = Path(cfg.vqvae_checkpoint or loaded.config["vqvae_checkpoint"])
+    images = images or load_images(cfg.dataset or vqvae.config["dataset"])
+    if prior is not None and prior.num_classes and prior.num_classes < images.num_classes:
+        raise InputError(
+            f"the data have {images.num_classes} classes and the prior {prior.num_classes}: choose "
+            "the dataset that it was trained on."
+        )
+    return Subject(codes_of(images, vqvae.net, vqvae_path, cfg, 1), prior, vqvae_path)
+
+
+def measured(cfg: Any, found: Subject) -> dict[str, float]:
+    """Errors and likelihoods on the split; the ranks divide it, and all get the figures of all."""
+    from vqvae_lightning import evaluation
+    from vqvae_lightning.devices import devices_for
+    from vqvae_lightning.launch import joined, local_rank, ranks_wanted
+
+    joined()
+    count = ranks_wanted(cfg.trainer)
+    device = devices_for(cfg.trainer.accelerator, count)[local_rank()]
+    found.codes.encode(device)
+    found.codes.setup()
+    if found.prior is not None:
+        found.prior.to(device)
+    return {
+        **evaluation.reconstruction_metrics(found.codes, cfg.split, device),
+        **evaluation.likelihood_metrics(found.codes, found.prior, cfg.split, device),
+    }
+
+
 def evaluate(cfg: Any, images: Any = None) -> dict[str, Any]:
     """Evaluate a VQ-VAE, and its prior if there is one.
+
+    On several devices they divide the split, and the samples that are drawn; the classifier, which
+    is small and has batch norm, is trained on one of them.
 
     Args:
         cfg: The composed config `conf/evaluate.yaml`.
@@ -44,9 +103,9 @@ def evaluate(cfg: Any, images: Any = None) -> dict[str, Any]:
     import torch
 
     from vqvae_lightning import evaluation
-    from vqvae_lightning.checkpoints import load, load_pair
     from vqvae_lightning.configs import build, plain
-    from vqvae_lightning.errors import InputError
+    from vqvae_lightning.devices import devices_for
+    from vqvae_lightning.launch import launched, ranks_wanted, started_outside
     from vqvae_lightning.loggers import log_result, name_run
     from vqvae_lightning.networks.autoencoder import from_uint8
     from vqvae_lightning.pictures import pairs, save_png
@@ -59,34 +118,19 @@ def evaluate(cfg: Any, images: Any = None) -> dict[str, Any]:
     start = time.perf_counter()
     check_evaluation(cfg)
     pl.seed_everything(cfg.seed, workers=True, verbose=False)
-    prior = None
-    if cfg.prior_checkpoint is None:
-        if cfg.vqvae_checkpoint is None:
-            raise InputError("give vqvae_checkpoint=PATH, prior_checkpoint=PATH, or both.")
-        vqvae = load(cfg.vqvae_checkpoint, "vqvae")
-        vqvae_path = Path(cfg.vqvae_checkpoint)
-    else:
-        loaded, vqvae = load_pair(cfg.prior_checkpoint, cfg.vqvae_checkpoint)
-        prior = loaded.net
-        vqvae_path = Path(cfg.vqvae_checkpoint or loaded.config["vqvae_checkpoint"])
-    images = images or load_images(cfg.dataset or vqvae.config["dataset"])
-    if prior is not None and prior.num_classes and prior.num_classes < images.num_classes:
-        raise InputError(
-            f"the data have {images.num_classes} classes and the prior {prior.num_classes}: choose "
-            "the dataset that it was trained on."
-        )
-    options = plain(cfg.trainer)
-    device = pl.Trainer(**options, logger=False, enable_checkpointing=False).strategy.root_device
-    codes = codes_of(images, vqvae.net, vqvae_path, cfg, 1)
-    codes.encode(device)
-    codes.setup()
+    found = subject(cfg, images)
+    codes, prior, vqvae_path = found
+    images = codes.images
     name_run(cfg, "evaluation")
     write_config(cfg, folder)
-    if prior is not None:
-        prior.to(device)
+    with launched(cfg, folder, "vqvae_lightning.further_rank"):
+        metrics = measured(cfg, found)
 
-    metrics = evaluation.reconstruction_metrics(codes, cfg.split, device)
-    metrics |= evaluation.likelihood_metrics(codes, prior, cfg.split, device)
+    # What follows is the first rank's: outside of a launcher's job it has all devices to itself.
+    count = 1 if started_outside() else ranks_wanted(cfg.trainer)
+    devices = devices_for(cfg.trainer.accelerator, count)
+    device = devices[0]
+    options = {**plain(cfg.trainer), "devices": 1, "num_nodes": 1}
     shown = images.datasets[cfg.split].preview(cfg.pictured).data
     shown_codes = torch.tensor(codes.datasets[cfg.split].data[: cfg.pictured]).long()
     decoded = evaluation.decode_images(codes.vqvae, shown_codes.to(device))
@@ -106,7 +150,7 @@ def evaluate(cfg: Any, images: Any = None) -> dict[str, Any]:
             cfg.num_samples,
             labels,
             cfg.seed,
-            [device],
+            devices,
             temperature=cfg.temperature,
         ).images
         nearest = evaluation.nearest_training_images(images, drawn[:10])

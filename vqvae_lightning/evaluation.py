@@ -4,6 +4,7 @@ import copy
 import math
 import multiprocessing
 import signal
+import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from typing import Any, NamedTuple, cast
@@ -18,7 +19,8 @@ from torchmetrics.image.fid import FrechetInceptionDistance
 from vqvae_lightning.callbacks import SeedSteps, StepProgress
 from vqvae_lightning.data.codes import CodesDataModule
 from vqvae_lightning.data.images import PixelDataModule, SplitName
-from vqvae_lightning.metrics import CodebookUsage, unigram_log_probabilities
+from vqvae_lightning.distributed import all_reduce, gathered, rank_and_world
+from vqvae_lightning.metrics import CodebookUsage, entropy_nats, unigram_log_probabilities
 from vqvae_lightning.networks.autoencoder import from_uint8, to_uint8
 from vqvae_lightning.networks.likelihoods import discretised_logistic, fit_log_scale
 from vqvae_lightning.networks.pixelcnn import PixelCNN
@@ -46,9 +48,7 @@ def reconstruction_metrics(
         device
     )
     usage = CodebookUsage(codes.num_codes).to(device)
-    batch_usage = CodebookUsage(codes.num_codes).to(device)
-    batch_perplexities: list[float] = []
-    psnr_sum, count = 0.0, 0
+    psnr_sum = torch.zeros((), dtype=torch.float64)
     for levels, _, grid in _pairs(codes, split, device, "reconstructing"):
         decoded = codes.vqvae.decode(grid).float()
         rounded, truth = to_uint8(decoded).float() / 255, levels.float() / 255
@@ -56,18 +56,20 @@ def reconstruction_metrics(
         unrounded.update(((decoded + 1) / 2).contiguous(), truth)
         ssim.update(rounded, truth)
         psnr_sum += psnr(rounded, truth).item() * len(levels)
-        count += len(levels)
         usage.update(grid)
-        for part in grid.split(32):
-            if len(part) == 32:
-                batch_perplexities.append(float(batch_usage(part)["perplexity"]))
     error, used = float(squared.compute()), usage.compute()
+    batches = torch.from_numpy(codes.datasets[split].data.astype("int64")).split(32)
+    batch_perplexities = [
+        entropy_nats(part.flatten().bincount(minlength=codes.num_codes)).exp().item()
+        for part in batches
+        if len(part) == 32
+    ]
     return {
         "mse": error,
         "mse_unrounded": float(unrounded.compute()),
         "nmse": error / codes.images.pixel_variance,
         "psnr_db": -10 * math.log10(error),
-        "psnr_per_image_db": psnr_sum / count,
+        "psnr_per_image_db": float(all_reduce(psnr_sum)) / len(codes.datasets[split]),
         "ssim": cast(Tensor, ssim.compute()).item(),
         "perplexity": float(used["perplexity"]),
         **(
@@ -97,19 +99,23 @@ def likelihood_metrics(
     unigram = unigram_log_probabilities(codes.histogram()).to(device)
     by_position = _position_log_probabilities(codes).to(device)
     log_scale = _scale(codes, device)
-    sums = dict.fromkeys(("pixels", "unigram", "position", "prior"), 0.0)
+    sums = {
+        name: torch.zeros((), dtype=torch.float64)
+        for name in ("pixels", "unigram", "position", "prior")
+    }
     total = len(codes.datasets[split])
     for levels, labels, grid in _pairs(codes, split, device, "scoring"):
         mean = (codes.vqvae.decode(grid).float() + 1) * 127.5
-        sums["pixels"] -= float(discretised_logistic(levels, mean, log_scale).double().sum())
-        sums["unigram"] -= float(unigram[grid].double().sum())
+        sums["pixels"] -= discretised_logistic(levels, mean, log_scale).double().sum().cpu()
+        sums["unigram"] -= unigram[grid].double().sum().cpu()
         chosen = by_position.expand(len(grid), -1, -1, -1).gather(1, grid[:, None])
-        sums["position"] -= float(chosen.double().sum())
+        sums["position"] -= chosen.double().sum().cpu()
         if prior is not None:
             own = labels if prior.num_classes else None
-            sums["prior"] -= float(score(prior, grid, own).double().sum())
-    per_code = {name: value / (total * positions) for name, value in sums.items()}
-    pixels = sums["pixels"] / (LN2 * total * dims)
+            sums["prior"] -= score(prior, grid, own).double().sum().cpu()
+    summed = {name: float(all_reduce(value)) for name, value in sums.items()}
+    per_code = {name: value / (total * positions) for name, value in summed.items()}
+    pixels = summed["pixels"] / (LN2 * total * dims)
     rate = positions / (LN2 * dims)
     metrics = {
         "unigram_nats_per_code": per_code["unigram"],
@@ -362,38 +368,47 @@ def nearest_training_images(images: PixelDataModule, samples: Tensor) -> Tensor:
 
 
 def _pairs(
-    codes: CodesDataModule, split: SplitName, device: torch.device, step: str
+    codes: CodesDataModule,
+    split: SplitName,
+    device: torch.device,
+    step: str,
+    limit: int = sys.maxsize,
 ) -> Iterator[tuple[Tensor, Tensor | None, Tensor]]:
     """Images (B, C, H, W) uint8, labels (B,) and codes (B, h, w) in batches, under a progress bar.
 
-    Images that workers read come in another order than the rows of the codes.
+    Images that workers read come in another order than the rows of the codes. Several ranks divide
+    the split; only its first `limit` rows come.
     """
     codes.vqvae.to(device)
     stored, loader = codes.datasets[split], codes.images.batches(split)
     with progress_bar(step, len(stored)) as advance:
         for rows, images in zip(loader.rows(), loader, strict=True):
-            grid = stored.__getitems__(rows).data
-            labels = None if images.labels is None else images.labels.to(device)
-            yield images.data.to(device), labels, grid.to(device).long()
-            advance(len(images.data))
+            here = rows < limit
+            if here.any():
+                grid = stored.__getitems__(rows[here]).data
+                labels = None if images.labels is None else images.labels[here].to(device)
+                yield images.data[here].to(device), labels, grid.to(device).long()
+            advance(len(images.data) * rank_and_world()[1])
 
 
 def _scale(codes: CodesDataModule, device: torch.device) -> Tensor:
-    means, levels, count = [], [], 0
-    for images, _, grid in _pairs(codes, "val", device, "fitting the scale"):
-        means.append((codes.vqvae.decode(grid).float() + 1) * 127.5)
-        levels.append(images)
-        count += images.numel()
-        if count >= SCALE_VALUES:
-            break
-    return fit_log_scale(torch.cat(levels), torch.cat(means))
+    limit = -(-SCALE_VALUES // math.prod(codes.images.image_shape))
+    means, levels = [], []
+    for images, _, grid in _pairs(codes, "val", device, "fitting the scale", limit):
+        means.append(((codes.vqvae.decode(grid).float() + 1) * 127.5).cpu())
+        levels.append(images.cpu())
+    # Each rank fits to the images of all, and finds the same.
+    parts = [part for rank in gathered((levels, means)) for part in zip(*rank, strict=True)]
+    every = [torch.cat(column).to(device) for column in zip(*parts, strict=True)]
+    return fit_log_scale(*every)
 
 
 def _position_log_probabilities(codes: CodesDataModule) -> Tensor:
     """(1, K, h, w) log p of each code at each position: the training histogram, one added."""
-    counts = torch.ones(math.prod(codes.grid), codes.num_codes)
+    counts = torch.zeros(math.prod(codes.grid), codes.num_codes)
     for batch in codes.batches("train"):
         flat = batch.data.long().flatten(1).t()
         counts.scatter_add_(1, flat, torch.ones_like(flat, dtype=torch.float32))
+    counts = all_reduce(counts) + 1
     shares = torch.log(counts / counts.sum(1, keepdim=True))
     return shares.t().reshape(1, codes.num_codes, *codes.grid)

@@ -5,15 +5,19 @@ from typing import Any
 
 
 def run(cfg: Any) -> None:
-    """Train the stage of the resolved `cfg`, as one of its ranks."""
+    """Do a rank's part of the resolved `cfg`: of a training stage, or of an evaluation."""
     from omegaconf import OmegaConf
 
     from vqvae_lightning.app import quiet
+    from vqvae_lightning.evaluate import measured, subject
     from vqvae_lightning.train import fit
 
     quiet()
     OmegaConf.set_struct(cfg, True)
-    fit(cfg)
+    if "classifier" in cfg:
+        measured(cfg, subject(cfg))
+    else:
+        fit(cfg)
 
 
 def main() -> None:

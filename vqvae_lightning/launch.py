@@ -248,6 +248,26 @@ def environment() -> Any:
     return LightningEnvironment() if _outside is None else _outside.environment
 
 
+def local_rank() -> int:
+    """This process's rank on its machine."""
+    return _outside.environment.local_rank() if _outside else int(os.environ.get("LOCAL_RANK", 0))
+
+
+def joined() -> None:
+    """Join the ranks of a job that has no Trainer to do so."""
+    import torch
+    import torch.distributed as dist
+
+    if dist.is_initialized() or "LOCAL_RANK" not in os.environ or _outside is not None:
+        return
+    backend = "gloo"
+    if torch.cuda.is_available():
+        backend = "cpu:gloo,cuda:nccl"
+        torch.cuda.set_device(local_rank())
+    world = int(os.environ["WORLD_SIZE"])
+    dist.init_process_group(backend, rank=local_rank(), world_size=world, timeout=WAIT)
+
+
 def ranks_wanted(trainer: Any) -> int:
     """Processes on a machine that a trainer's config asks for.
 

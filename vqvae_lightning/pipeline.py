@@ -79,7 +79,8 @@ def stage_configs(cfg: Any) -> dict[str, Any]:
                 "accelerator": whole["trainer"]["accelerator"],
                 "trainer": {
                     "accelerator": whole["trainer"]["accelerator"],
-                    "devices": 1,
+                    "devices": whole["trainer"]["devices"],
+                    "num_nodes": whole["trainer"]["num_nodes"],
                     "precision": whole["trainer"]["precision"],
                 },
                 **whole["evaluation" if name == "evaluation" else "sampling"],
