@@ -40,10 +40,18 @@ LEVELS = {
     "evaluate": 6,
     "sample": 6,
     "reconstruct": 6,
+    "shards": 6,
     "further_rank": 8,
     "pipeline": 8,
 }
-COMMANDS = ("vqvae-train", "vqvae-pipeline", "vqvae-sample", "vqvae-evaluate", "vqvae-reconstruct")
+COMMANDS = (
+    "vqvae-train",
+    "vqvae-pipeline",
+    "vqvae-sample",
+    "vqvae-evaluate",
+    "vqvae-reconstruct",
+    "vqvae-shards",
+)
 
 
 def imported(path):
