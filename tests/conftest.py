@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from vqvae_lightning import evaluate, pipeline, reconstruct, sample, train
+from vqvae_lightning import evaluate, pipeline, reconstruct, sample, shards, train
 from vqvae_lightning.configs import CONF_DIR, register_resolvers
 
 COMMANDS = {
@@ -18,6 +18,7 @@ COMMANDS = {
     "vqvae-sample": sample.main,
     "vqvae-evaluate": evaluate.main,
     "vqvae-reconstruct": reconstruct.main,
+    "vqvae-shards": shards.main,
 }
 TINY_VQVAE = (
     "trainer=debug",

@@ -15,6 +15,7 @@ def options(group):
 GIVEN = {
     "npz": ["dataset.source.path=x.npz"],
     "image_folder": ["dataset.source.root=x"],
+    "shards": ["dataset.root=x"],
 }
 
 
@@ -60,7 +61,7 @@ def test_every_callback_builds_and_can_be_switched_off(config, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "config", ["vqvae", "prior", "pipeline", "evaluate", "sample", "reconstruct"]
+    "config", ["vqvae", "prior", "pipeline", "evaluate", "sample", "reconstruct", "shards"]
 )
 def test_every_primary_config_composes(config, tmp_path):
     cfg = compose(config, folder=tmp_path)

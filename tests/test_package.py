@@ -44,10 +44,18 @@ LEVELS = {
     "evaluate": 7,
     "sample": 7,
     "reconstruct": 6,
+    "shards": 6,
     "further_rank": 8,
     "pipeline": 8,
 }
-COMMANDS = ("vqvae-train", "vqvae-pipeline", "vqvae-sample", "vqvae-evaluate", "vqvae-reconstruct")
+COMMANDS = (
+    "vqvae-train",
+    "vqvae-pipeline",
+    "vqvae-sample",
+    "vqvae-evaluate",
+    "vqvae-reconstruct",
+    "vqvae-shards",
+)
 MODULES = {name: name.replace("vqvae-", "vqvae_lightning.") for name in COMMANDS}
 MODULES["vqvae-report"] = "vqvae_lightning.report.__main__"  # takes a folder, no overrides
 

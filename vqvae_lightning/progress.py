@@ -28,8 +28,11 @@ class RateColumn(ProgressColumn):
 
 
 @contextmanager
-def progress_bar(description: str, images: int) -> Iterator[Callable[[int], None]]:
-    """A bar over `images` images; call what it yields with the number of images just finished."""
+def progress_bar(description: str, images: int | None) -> Iterator[Callable[[int], None]]:
+    """A bar over `images` images, or of unknown length.
+
+    Call what it yields with the number of images just finished.
+    """
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),

@@ -2,6 +2,7 @@
 
 from vqvae_lightning.data.codes import CodesDataModule
 from vqvae_lightning.data.images import Batch, ImageDataModule
+from vqvae_lightning.data.shards import ShardDataModule
 from vqvae_lightning.data.sources import (
     BundledSource,
     ImageFolderSource,
@@ -17,6 +18,7 @@ __all__ = [
     "ImageDataModule",
     "ImageFolderSource",
     "NpzSource",
+    "ShardDataModule",
     "Source",
     "TorchvisionSource",
 ]

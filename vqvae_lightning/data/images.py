@@ -120,6 +120,21 @@ class EpochBatches:
         return torch.arange(self.total).tensor_split(self.world)[self.rank]
 
 
+def set_aside(total: int, share: float, seed: int) -> tuple[Tensor, Tensor]:
+    """The rows that stay, and `share` of them that `seed` sets aside; both in order.
+
+    Raises:
+        InputError: If that leaves one of them empty.
+    """
+    taken = round(total * share)
+    if not 0 < taken < total:
+        raise InputError(
+            f"{total} images are too few to set dataset.val_share={share} of them aside."
+        )
+    order = torch.randperm(total, generator=torch.Generator().manual_seed(seed))
+    return order[taken:].sort().values, order[:taken].sort().values
+
+
 class ResumableLoader(DataLoader[Batch]):
     """A loader that goes on after the last batch it gave.
 
@@ -317,14 +332,7 @@ class ImageDataModule(PixelDataModule):
 
     def _carve(self, split: Split, seed: int) -> tuple[Split, Split]:
         total = len(split.images)
-        taken = round(total * self.val_share)
-        if not 0 < taken < total:
-            raise InputError(
-                f"{total} images are too few to set dataset.val_share={self.val_share} of them "
-                "aside."
-            )
-        order = torch.randperm(total, generator=torch.Generator().manual_seed(seed))
-        rest, aside = order[taken:].sort().values, order[:taken].sort().values
+        rest, aside = set_aside(total, self.val_share, seed)
         labels = split.labels
         return (
             Split(split.images[rest], None if labels is None else labels[rest]),

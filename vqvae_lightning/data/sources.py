@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Callable, Sequence
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, BinaryIO, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -281,6 +281,16 @@ class ImageFolderSource:
 
     def load(self) -> Splits:
         """Decode all images."""
+        found, classes = self.files()
+        splits = {name: self._read(name, *listed) for name, listed in found.items()}
+        return Splits(splits["train"], splits.get("val"), splits.get("test"), classes)
+
+    def files(self) -> tuple[dict[str, tuple[list[Path], list[int] | None]], list[str]]:
+        """Paths and labels (None without classes) of each split there is, and the classes' names.
+
+        Raises:
+            InputError: If there are no images, or some lie beside the classes' folders.
+        """
         if not self.root.is_dir():
             raise InputError(f"dataset.source.root={self.root} is not a folder of images.")
         folders = {
@@ -296,14 +306,11 @@ class ImageFolderSource:
         classes = sorted(
             {path.name for folder in folders.values() if folder for path in _class_folders(folder)}
         )
-        splits = {
-            name: self._read(folder, classes) if folder else None
-            for name, folder in folders.items()
-        }
-        assert splits["train"] is not None
-        return Splits(splits["train"], splits["val"], splits["test"], classes)
+        return {
+            name: self._list(folder, classes) for name, folder in folders.items() if folder
+        }, classes
 
-    def _read(self, folder: Path, classes: list[str]) -> Split:
+    def _list(self, folder: Path, classes: list[str]) -> tuple[list[Path], list[int] | None]:
         paths = _images(folder)
         if not paths:
             raise InputError(
@@ -314,10 +321,13 @@ class ImageFolderSource:
         if classes and not set(inside) <= set(classes):
             stray = next(p for p, part in zip(paths, inside, strict=True) if part not in classes)
             raise InputError(f"{stray} lies beside class folders: move it into one of them.")
+        return paths, [classes.index(part) for part in inside] if classes else None
+
+    def _read(self, name: str, paths: list[Path], labels: list[int] | None) -> Split:
         arrays: list[Tensor] = []
-        with progress_bar(f"reading {folder.name}", len(paths)) as advance:
+        with progress_bar(f"reading {name}", len(paths)) as advance:
             for path in paths:
-                image = resize(self._decode(path), self.size)
+                image = resize(decode(path, self.grey, str(path)), self.size)
                 if arrays and image.shape != arrays[0].shape:
                     raise InputError(
                         f"{path} is {tuple(image.shape[2:])} and the first image "
@@ -326,19 +336,24 @@ class ImageFolderSource:
                     )
                 arrays.append(image)
                 advance(1)
-        labels = torch.tensor([classes.index(part) for part in inside]) if classes else None
-        return Split(torch.cat(arrays), labels)
+        return Split(torch.cat(arrays), None if labels is None else torch.tensor(labels))
 
-    def _decode(self, path: Path) -> Tensor:
-        try:
-            with Image.open(path) as image:
-                whole: Image.Image = image
-                if image.mode.startswith("I;16"):  # which convert() would clip at 255
-                    whole = Image.fromarray((np.array(image) >> 8).astype(np.uint8))
-                array = np.array(whole.convert("L" if self.grey else "RGB"))
-        except (OSError, UnidentifiedImageError) as error:
-            raise InputError(f"{path} is not a readable image: {error}") from error
-        return torch.from_numpy(array.reshape(*array.shape[:2], -1)).movedim(-1, 0)[None]
+
+def decode(file: Path | BinaryIO, grey: bool, name: str) -> Tensor:
+    """An image file as (1, C, H, W) uint8: grey, or RGB.
+
+    Raises:
+        InputError: If it is none, with `name`.
+    """
+    try:
+        with Image.open(file) as image:
+            whole: Image.Image = image
+            if image.mode.startswith("I;16"):  # which convert() would clip at 255
+                whole = Image.fromarray((np.array(image) >> 8).astype(np.uint8))
+            array = np.array(whole.convert("L" if grey else "RGB"))
+    except (OSError, SyntaxError, UnidentifiedImageError) as error:  # a broken PNG is bad syntax
+        raise InputError(f"{name} is not a readable image: {error}") from error
+    return torch.from_numpy(array.reshape(*array.shape[:2], -1)).movedim(-1, 0)[None]
 
 
 def _class_folders(folder: Path) -> list[Path]:
@@ -351,7 +366,9 @@ def _images(folder: Path) -> list[Path]:
     return [p for p in paths if not any(n.startswith(".") for n in p.relative_to(folder).parts)]
 
 
-def check_size(size: int | Sequence[int] | None) -> tuple[int, int] | None:
+def check_size(
+    size: int | Sequence[int] | None, key: str = "dataset.source.size"
+) -> tuple[int, int] | None:
     """`size` as (height, width).
 
     Raises:
@@ -361,7 +378,7 @@ def check_size(size: int | Sequence[int] | None) -> tuple[int, int] | None:
         return None
     pair = (size, size) if isinstance(size, int) else tuple(size)
     if len(pair) != 2 or not all(isinstance(side, int) and side > 0 for side in pair):
-        raise InputError(f"dataset.source.size={size} must be a side or [height, width] in pixels.")
+        raise InputError(f"{key}={size} must be a side or [height, width] in pixels.")
     return pair[0], pair[1]
 
 
