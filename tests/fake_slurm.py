@@ -61,6 +61,7 @@ def srun(*arguments):
         per_node = int(os.environ["SLURM_NTASKS_PER_NODE"])
         place = {
             "SLURM_PROCID": str(rank),
+            "SLURM_STEP_NUM_TASKS": os.environ["SLURM_NTASKS"],
             "SLURM_LOCALID": str(rank % per_node),
             "SLURM_NODEID": str(rank // per_node),
         }

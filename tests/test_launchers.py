@@ -127,8 +127,8 @@ def test_several_nodes_need_a_launcher(toy, command):
 
 
 def test_slurm_without_tasks_per_node_is_refused(toy, command, monkeypatch):
-    for name, value in {"SLURM_NTASKS": "2", "SLURM_PROCID": "0", "SLURM_JOB_NAME": "x"}.items():
-        monkeypatch.setenv(name, value)
+    for name, value in (("NTASKS", "2"), ("STEP_NUM_TASKS", "2"), ("PROCID", "0")):
+        monkeypatch.setenv(f"SLURM_{name}", value)
     outcome = command("vqvae-train", *SHORT, *toy)
     assert outcome.status == 1
     assert "--ntasks-per-node" in outcome.err
@@ -308,3 +308,32 @@ def test_a_pipelines_resources_are_its_trainers(tmp_path):
 def test_an_interruption_keeps_its_status_between_processes():
     stop = pickle.loads(pickle.dumps(Interrupted("Stopped.", 75)))
     assert (str(stop), stop.status) == ("Stopped.", 75)
+
+
+def test_ctrl_c_lets_jobs_side_by_side_save(toy, tmp_path):
+    endless = ("trainer.max_steps=1000000", "trainer.val_check_interval=200")
+    tiny = [option for option in TINY_VQVAE if not option.startswith("trainer=")]
+    process = subprocess.Popen(
+        [
+            *(sys.executable, "-m", "vqvae_lightning.train", "hydra/launcher=joblib"),
+            *("hydra.launcher.n_jobs=2", "hydra.sweep.dir=sweep", "seed=0,1,2", "trainer=cpu"),
+            *(*toy, *tiny, *endless),
+        ],
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    end = time.monotonic() + 120
+    jobs = [tmp_path / "sweep" / name for name in ("0", "1")]
+    while not all((job / "metrics.csv").is_file() for job in jobs):
+        assert time.monotonic() < end
+        assert process.poll() is None
+        time.sleep(0.2)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    assert "resume=auto" in err
+    assert all((job / "checkpoints" / "last.ckpt").is_file() for job in jobs)
+    assert not (tmp_path / "sweep" / "2" / "config.yaml").is_file()

@@ -132,7 +132,7 @@ def test_pipelines_and_unfinished_runs_are_compared_too(toy, command, tmp_path, 
         config = (copy / "config.yaml").read_text().replace("seed: 3", f"seed: {seed}")
         (copy / "config.yaml").write_text(config.replace("seed=3", f"seed={seed}"))
         result = read_result(copy)
-        result["metrics"]["test/nmse"]["value"] = score
+        result["objective"] = score
         (copy / "result.json").write_text(json.dumps(result))
         if score is None:
             (copy / "result.json").unlink()
@@ -149,8 +149,9 @@ def test_pipelines_and_unfinished_runs_are_compared_too(toy, command, tmp_path, 
         ("2", "finished", "3"),
         ("deeper/0", "unfinished", "5"),
     ]
-    nmse = read_result(first)["metrics"]["test/nmse"]["value"]
-    assert [row["objective"] for row in rows] == ["0.5", repr(nmse), ""]
+    best = read_result(first / "vqvae")["objective"]
+    assert [row["objective"] for row in rows] == ["0.5", repr(best), ""]
+    assert rows[0]["monitor"] == "val/nmse"
     assert float(rows[1]["seconds"]) == pytest.approx(sum(read_result(first)["seconds"].values()))
     page = (tmp_path / "sweep/report.html").read_text()
     assert "val/nats_per_code" in page

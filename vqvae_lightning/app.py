@@ -3,7 +3,9 @@
 import logging
 import os
 import shlex
+import signal
 import sys
+import threading
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
@@ -104,6 +106,12 @@ def _arguments(given: list[str]) -> list[str]:
             raise InputError("--dry-run shows what hydra/launcher=slurm would submit: add that.")
         arguments[arguments.index("--dry-run")] = "hydra.launcher.dry_run=true"
     if {"hydra/launcher=slurm", "hydra/launcher=joblib"} & set(arguments):
+        for text in arguments:
+            if text.startswith("resume=") and text != "resume=auto":
+                raise InputError(
+                    f"{text}: a launcher starts a sweep; go on with one by the same command, "
+                    "resume=auto and hydra.sweep.dir=FOLDER."
+                )
         arguments.append("hydra.mode=MULTIRUN")
     return arguments
 
@@ -218,15 +226,42 @@ def codes_of(images: Any, vqvae: Any, path: Path, cfg: Any, batch_size: int) -> 
 
 @contextmanager
 def stoppable(name: str, cfg: Any) -> Iterator[None]:
-    """Let an interruption end with the command that goes on from it."""
+    """Let an interruption end with the command that goes on from it.
+
+    A scheduler's signal counts also where `LastCheckpoint` does not watch for it: while data are
+    read, a checkpoint is tested, or samples are judged.
+    """
+    with _told_to_stop():
+        try:
+            yield
+        except (Interrupted, KeyboardInterrupt, SystemExit) as stop:  # Lightning exits on Ctrl-C
+            begun = (Path(cfg.folder) / "config.yaml").is_file()
+            hint = f" Go on with: {name} resume={cfg.folder}" if begun else ""
+            if isinstance(stop, Interrupted):
+                raise Interrupted(f"{stop}{hint}", stop.status) from stop
+            # What Lightning makes of a SIGTERM during a test.
+            if type(stop).__name__ == "SIGTERMException":
+                raise Interrupted(f"Stopped by SIGTERM.{hint}", 75) from stop
+            raise Interrupted(f"Interrupted.{hint}") from stop
+
+
+@contextmanager
+def _told_to_stop() -> Iterator[None]:
+    """Make an `Interrupted` of the signals with which schedulers announce the end."""
+
+    def stop(number: int, frame: Any) -> None:
+        raise Interrupted(f"Stopped by {signal.Signals(number).name}.", 75)
+
+    # submitit has handlers of its own, which requeue; and only the main thread may have any.
+    if "SUBMITIT_EXECUTOR" in os.environ or threading.current_thread() != threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGUSR2)}
     try:
         yield
-    except (Interrupted, KeyboardInterrupt, SystemExit) as stop:  # Lightning exits on Ctrl-C
-        begun = (Path(cfg.folder) / "config.yaml").is_file()
-        hint = f" Go on with: {name} resume={cfg.folder}" if begun else ""
-        if isinstance(stop, Interrupted):
-            raise Interrupted(f"{stop}{hint}", stop.status) from stop
-        raise Interrupted(f"Interrupted.{hint}") from stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def print_result(title: str, result: dict[str, Any], paths: list[Path]) -> None:

@@ -352,7 +352,8 @@ class LastCheckpoint(Checkpoint):
         # A scheduler may repeat its signal, or send another one, while the step is finished.
         if self._asked and number == signal.SIGINT:
             raise KeyboardInterrupt
-        self._asked = self._asked or number
+        if not self._asked or self._requeues(number):
+            self._asked = number
 
     def _stop(self, when: str) -> None:
         """End the run on all ranks, also those that the signal did not reach.
@@ -360,14 +361,14 @@ class LastCheckpoint(Checkpoint):
         Raises:
             Interrupted: Unless submitit says that a run must go on after this signal.
         """
-        number = max(gathered(self._asked))
+        number = max(gathered(self._asked), key=lambda asked: (self._requeues(asked), asked))
         self._asked, self._agreed = 0, False
         handler = self._previous.get(signal.Signals(number))
         status = 130 if number == signal.SIGINT else 75
         if "SUBMITIT_EXECUTOR" in os.environ:
             if number == signal.SIGTERM:
                 return  # a warning only: its own signal is still to come
-            if getattr(handler, "__module__", "").startswith("submitit."):
+            if self._requeues(number):
                 try:
                     handler(number, None)  # type: ignore[misc]
                 except SystemExit as stop:  # the first rank has requeued the job
@@ -375,6 +376,12 @@ class LastCheckpoint(Checkpoint):
         name = signal.Signals(number).name
         said = "Interrupted" if number == signal.SIGINT else f"Stopped by {name}"
         raise Interrupted(f"{said} {when}; saved {self.path}.", status)
+
+    def _requeues(self, number: int) -> bool:
+        """Whether submitit, if it runs this job, requeues it at this signal."""
+        handler = self._previous.get(signal.Signals(number)) if number else None
+        under_submitit = "SUBMITIT_EXECUTOR" in os.environ
+        return under_submitit and getattr(handler, "__module__", "").startswith("submitit.")
 
     def _save(self, trainer: pl.Trainer) -> None:
         path = Path(self.path)

@@ -4,7 +4,7 @@ import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from vqvae_lightning.app import app, codes_of, load_images, print_result, started
+from vqvae_lightning.app import app, codes_of, load_images, print_result, started, stoppable
 
 
 def check_evaluation(cfg: Any, prefix: str = "") -> None:
@@ -69,7 +69,7 @@ def measured(cfg: Any, found: Subject) -> dict[str, float]:
 
     joined()
     count = ranks_wanted(cfg.trainer)
-    device = devices_for(cfg.trainer.accelerator, count)[local_rank()]
+    device = devices_for(cfg.trainer.accelerator, count, "trainer.")[local_rank()]
     found.codes.encode(device)
     found.codes.setup()
     if found.prior is not None:
@@ -122,9 +122,9 @@ def evaluate(cfg: Any, images: Any = None) -> dict[str, Any]:
     codes, prior, vqvae_path = found
     images = codes.images
     name_run(cfg, "evaluation")
-    write_config(cfg, folder)
     with launched(cfg, folder, "vqvae_lightning.further_rank"):
         metrics = measured(cfg, found)
+    write_config(cfg, folder)
 
     # What follows is the first rank's: outside of a launcher's job it has all devices to itself.
     count = 1 if started_outside() else ranks_wanted(cfg.trainer)
@@ -188,9 +188,9 @@ def main(cfg: Any) -> None:
     """Evaluate checkpoints."""
     cfg = started("vqvae-evaluate", cfg)
     folder = Path(cfg.folder)
-    print_result(
-        "evaluation", evaluate(cfg), [folder / "result.json", folder / "reconstructions.png"]
-    )
+    with stoppable("vqvae-evaluate", cfg):
+        result = evaluate(cfg)
+    print_result("evaluation", result, [folder / "result.json", folder / "reconstructions.png"])
 
 
 if __name__ == "__main__":

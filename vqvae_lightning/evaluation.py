@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, cast
 
 import pytorch_lightning as pl
 import torch
+from lightning_fabric.plugins.environments.lightning import LightningEnvironment
 from torch import Tensor, nn
 from torchmetrics import MeanSquaredError
 from torchmetrics.image import PeakSignalNoiseRatio, StructuralSimilarityIndexMeasure
@@ -58,11 +59,16 @@ def reconstruction_metrics(
         psnr_sum += psnr(rounded, truth).item() * len(levels)
         usage.update(grid)
     error, used = float(squared.compute()), usage.compute()
-    batches = torch.from_numpy(codes.datasets[split].data.astype("int64")).split(32)
+    stored = codes.datasets[split].data
     batch_perplexities = [
-        entropy_nats(part.flatten().bincount(minlength=codes.num_codes)).exp().item()
-        for part in batches
-        if len(part) == 32
+        entropy_nats(
+            torch.from_numpy(stored[start : start + 32].astype("int64"))
+            .flatten()
+            .bincount(minlength=codes.num_codes)
+        )
+        .exp()
+        .item()
+        for start in range(0, len(stored) - 31, 32)
     ]
     return {
         "mse": error,
@@ -155,6 +161,7 @@ def train_classifier(
         enable_model_summary=False,
         use_distributed_sampler=False,
         limit_val_batches=0,
+        plugins=[LightningEnvironment()],  # alone, whatever scheduler there is
         **trainer_options,
     )
     trainer.fit(task, datamodule=data)

@@ -22,9 +22,23 @@ def run(cfg: Any) -> None:
 
 def main() -> None:
     """Do so with the config in the file that the command line names."""
+    import torch
+    import torch.distributed as dist
     from omegaconf import OmegaConf
 
-    run(OmegaConf.load(sys.argv[1]))
+    from vqvae_lightning.errors import Interrupted
+
+    failed = True
+    try:
+        run(OmegaConf.load(sys.argv[1]))
+        failed = False
+    except Interrupted:  # all ranks have agreed to stop; the first one says so
+        failed = False
+    finally:
+        # Its threads may not outlive the interpreter, which would abort; but after a failure NCCL
+        # would wait here for the others.
+        if dist.is_initialized() and not (failed and torch.cuda.is_available()):
+            dist.destroy_process_group()
 
 
 if __name__ == "__main__":

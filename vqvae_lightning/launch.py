@@ -30,10 +30,13 @@ from vqvae_lightning.errors import (
     RankError,
     check_positive,
 )
+from vqvae_lightning.results import write_failure, write_text
 
 PATIENCE = 30.0  # seconds that the others have, after a rank has died, to notice by themselves
 WAIT = datetime.timedelta(minutes=30)  # for other ranks, at the start too; torch's own default
 IDLE = datetime.timedelta(days=30)  # while the first rank downloads, evaluates, trains a classifier
+
+STARTED_HERE = "VQVAE_LIGHTNING_RANKS"  # set where LOCAL_RANK and WORLD_SIZE are ours
 
 T = TypeVar("T")
 
@@ -201,7 +204,8 @@ def started_outside() -> Any:
     # torchrun first: it may run within a Slurm job.
     if TorchElasticEnvironment.detect():
         return TorchElasticEnvironment()
-    if not SLURMEnvironment.detect() or os.environ["SLURM_NTASKS"] == "1":
+    # Only srun starts ranks; a job script counts those that it could start, too.
+    if not SLURMEnvironment.detect() or int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) == 1:
         return None
     try:
         # Requeued by submitit, or by the job script at exit status 75: see LastCheckpoint.
@@ -250,7 +254,9 @@ def environment() -> Any:
 
 def local_rank() -> int:
     """This process's rank on its machine."""
-    return _outside.environment.local_rank() if _outside else int(os.environ.get("LOCAL_RANK", 0))
+    if _outside is not None:
+        return int(_outside.environment.local_rank())
+    return int(os.environ["LOCAL_RANK"]) if STARTED_HERE in os.environ else 0
 
 
 def joined() -> None:
@@ -258,7 +264,7 @@ def joined() -> None:
     import torch
     import torch.distributed as dist
 
-    if dist.is_initialized() or "LOCAL_RANK" not in os.environ or _outside is not None:
+    if dist.is_initialized() or STARTED_HERE not in os.environ:
         return
     backend = "gloo"
     if torch.cuda.is_available():
@@ -272,10 +278,14 @@ def ranks_wanted(trainer: Any) -> int:
     """Processes on a machine that a trainer's config asks for.
 
     Raises:
-        InputError: If `devices` is no number of devices.
+        InputError: If `devices` is no number of devices, or `accelerator` none that is known here.
     """
     import torch
 
+    if trainer.accelerator not in ("cpu", "gpu", "cuda"):
+        raise InputError(
+            f"trainer.accelerator={trainer.accelerator} must be one of cpu, gpu, cuda."
+        )
     devices = trainer.devices
     if isinstance(devices, int) and not isinstance(devices, bool) and devices >= 1:
         return devices
@@ -327,13 +337,12 @@ def _started_here(cfg: Any, folder: Path, module: str, count: int) -> Iterator[N
     import torch
     from omegaconf import OmegaConf
 
-    from vqvae_lightning.results import write_text
-
     place = folder / "ranks"
     write_text(place / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
     threads = torch.get_num_threads()
     share = max(1, threads // count)
     common = {
+        STARTED_HERE: "1",
         "NODE_RANK": "0",
         "WORLD_SIZE": str(count),
         "MASTER_ADDR": "127.0.0.1",
@@ -422,6 +431,7 @@ class _Watch:
                 # The main thread hangs in a collective, where no exception reaches it.
                 sys.stderr.write(f"error: {failed}\n")
                 sys.stderr.flush()
+                write_failure(self.place.parent, failed, [], "")
                 for process in self.processes:
                     process.kill()
                 os._exit(1)

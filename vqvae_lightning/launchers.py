@@ -8,7 +8,8 @@ alone composes, and resources come from the job's own trainer.
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -118,6 +119,8 @@ def resources(cfg: DictConfig) -> Resources:
         InputError: If a number is missing, or the stages of a pipeline need different ones.
     """
     if "trainer" not in cfg:
+        if "accelerator" in cfg:
+            _require_choice(cfg, "accelerator", "accelerator=gpu or accelerator=cpu")
         gpus = cfg.devices if "devices" in cfg and cfg.accelerator != "cpu" else 0
         return Resources(1, 1, gpus)
     trainers = {"trainer": cfg.trainer}
@@ -131,8 +134,8 @@ def resources(cfg: DictConfig) -> Resources:
                 f"{place}.devices={devices}: hydra/launcher=slurm needs the number of devices of "
                 "each node, as this machine may have others."
             )
-        nodes = trainer.num_nodes if "num_nodes" in trainer else 1  # evaluation knows one only
-        check_positive(f"{place}.num_nodes", nodes)
+        _require_choice(trainer, f"{place}.accelerator", "trainer=gpu or trainer=cpu")
+        nodes = check_positive(f"{place}.num_nodes", trainer.num_nodes)
         needs[place] = Resources(nodes, devices, 0 if trainer.accelerator == "cpu" else devices)
     first = needs["trainer"]
     for place, need in needs.items():
@@ -142,6 +145,16 @@ def resources(cfg: DictConfig) -> Resources:
                 f"for {first.nodes} of {first.tasks_per_node}: one Slurm job runs both stages."
             )
     return first
+
+
+def _require_choice(config: DictConfig, key: str, choices: str) -> None:
+    """Refuse the CPU if this machine chose it, which is not the one that runs the job."""
+    raw = OmegaConf.to_container(config, resolve=False)
+    assert isinstance(raw, dict)
+    if raw["accelerator"] == "${cuda_or_cpu:}" and config.accelerator == "cpu":
+        raise InputError(
+            f"{key}: this machine has no GPU, those that Slurm chooses may: add {choices}."
+        )
 
 
 class _JobLauncher(Launcher):
@@ -370,11 +383,14 @@ class JoblibLauncher(_JobLauncher):
 
         Raises:
             InputError: If there are fewer GPUs than jobs at a time.
+            Interrupted: If the sweep was told to stop.
+            RankError: If a worker was killed.
         """
         import tempfile
 
         try:
             import joblib
+            from joblib.externals.loky.process_executor import TerminatedWorkerError
         except ModuleNotFoundError as error:
             raise InputError(
                 "hydra/launcher=joblib needs joblib: uv run --extra joblib COMMAND."
@@ -393,11 +409,77 @@ class JoblibLauncher(_JobLauncher):
         count = min(count, len(job_overrides))
         jobs = self.jobs(job_overrides, initial_job_idx)
         share = [gpus[number::count] for number in range(count)] if gpus else []
-        with tempfile.TemporaryDirectory() as locks:
+        with tempfile.TemporaryDirectory() as place, _passing_on(Path(place)) as asked:
             pool = joblib.Parallel(
-                n_jobs=count, backend="loky", initializer=take_gpus, initargs=(locks, share)
+                n_jobs=count,
+                backend="loky",
+                batch_size=1,
+                pre_dispatch=count,  # so that none waits in a worker when the sweep is to stop
+                initializer=_start_worker,
+                initargs=(place, share),
             )
-            return list(pool(joblib.delayed(job.run)() for job in jobs))
+            todo = (job for job in jobs if not asked)
+            try:
+                done = list(pool(joblib.delayed(_ended)(job) for job in todo))
+            except TerminatedWorkerError as error:
+                if not asked:
+                    raise RankError(
+                        "a process that ran a job was killed, for want of memory perhaps, and the "
+                        "others with it: start the same command again with resume=auto."
+                    ) from error
+                done = []
+        stops = [end for end in done if isinstance(end, Interrupted)]
+        if asked or stops:
+            status = next((stop.status for stop in stops), 130)
+            raise Interrupted(
+                "Interrupted; the jobs have saved what they had. Go on with the same command, "
+                "resume=auto and hydra.sweep.dir=FOLDER.",
+                status,
+            )
+        return done
+
+
+def _ended(job: Job) -> JobReturn | Interrupted:
+    """Run a job in a worker; being told to stop is no error, or joblib would kill the others."""
+    try:
+        return job.run()
+    except Interrupted as stop:
+        return stop
+
+
+@contextmanager
+def _passing_on(place: Path) -> Iterator[list[int]]:
+    """Pass signals to stop on to the workers, which save, instead of dying of them.
+
+    Args:
+        place: The folder with a file for each worker, named by its process.
+
+    Yields:
+        The signals that have come. At a second Ctrl-C all ends at once.
+    """
+    asked: list[int] = []
+
+    def pass_on(number: int, frame: Any) -> None:
+        if number == signal.SIGINT and signal.SIGINT in asked:
+            raise KeyboardInterrupt
+        asked.append(number)
+        for worker in place.glob("*.worker"):
+            with suppress(ProcessLookupError):
+                # Not SIGINT, which the terminal has sent to them already.
+                os.kill(int(worker.stem), signal.SIGTERM)
+
+    wanted = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
+    before = {number: signal.signal(number, pass_on) for number in wanted}
+    try:
+        yield asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _start_worker(place: str, shares: list[list[str]]) -> None:
+    Path(place, f"{os.getpid()}.worker").touch()
+    take_gpus(place, shares)
 
 
 def visible_gpus() -> list[str]:

@@ -104,8 +104,10 @@ def check_stages(configs: dict[str, Any], images: Any) -> dict[str, Any]:
     from vqvae_lightning.configs import build
     from vqvae_lightning.data import CodesDataModule
     from vqvae_lightning.data.codes import require_codes
+    from vqvae_lightning.devices import devices_for
     from vqvae_lightning.errors import InputError
     from vqvae_lightning.evaluate import check_evaluation
+    from vqvae_lightning.launch import ranks_wanted
     from vqvae_lightning.preflight import survey
     from vqvae_lightning.sample import check_sampling
     from vqvae_lightning.tasks.optimization import check_optimizer
@@ -124,6 +126,8 @@ def check_stages(configs: dict[str, Any], images: Any) -> dict[str, Any]:
     except InputError as error:
         raise InputError(f"prior.{error}") from error
     check_evaluation(judge, "evaluation.")
+    devices_for(judge.trainer.accelerator, ranks_wanted(judge.trainer), "trainer.")
+    devices_for(drawing.accelerator, drawing.devices, "sampling.")
     rate = prior.model.net.null_label_rate
     check_sampling(drawing, images.num_classes, codes.grid[0], rate, "sampling.")
     return {"vqvae": first.survey, "prior": second}
@@ -184,6 +188,9 @@ def run_pipeline(cfg: Any) -> dict[str, Any]:
         "images": results["evaluation"]["images"],
         "samples": results["evaluation"]["samples"],
         "command": cfg.command,
+        # Chosen on validation images: a sweep must not see the test split.
+        "monitor": results["vqvae"]["monitor"],
+        "objective": results["vqvae"]["objective"],
         "data_fingerprint": results["evaluation"]["data_fingerprint"],
     }
     # Written before the report, which shows it, and again with the report's own time.
@@ -224,7 +231,7 @@ def main(cfg: Any) -> float | None:
     title = f"results on {result['images']} {result['split']} images, {took:.0f} s"
     names = ("report.html", "reconstructions.png", "samples.png", "result.json")
     print_result(title, {"metrics": short}, [folder / name for name in names])
-    return float(result["metrics"][f"{result['split']}/nmse"]["value"])
+    return result["objective"]  # type: ignore[no-any-return]
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from vqvae_lightning.data import CodesDataModule
-from vqvae_lightning.data.images import StageDataModule
+from vqvae_lightning.data.images import StageDataModule, check_divides
 from vqvae_lightning.devices import available_memory
 from vqvae_lightning.errors import InputError
 from vqvae_lightning.launch import ranks_wanted
@@ -60,13 +60,7 @@ def survey(cfg: Any, net: nn.Module, data: StageDataModule, optimizer_states: fl
     ranks, nodes = ranks_wanted(cfg.trainer), int(cfg.trainer.num_nodes)
     world = ranks * nodes
     batch = data.batch_size
-    if batch % world:
-        down = batch // world * world
-        near = f"{down} and {down + world}" if down else str(world)
-        raise InputError(
-            f"{data.batch_size_key}={batch} does not divide over {world} devices; it counts all "
-            f"devices together. Nearest that do: {near}."
-        )
+    check_divides(data.batch_size_key, batch, world)
     device = _device(cfg.trainer, ranks)
     if cfg.compile and device == "cpu" and not _cpp_compiler():
         raise InputError("compile=true needs a C++ compiler on a CPU: install g++, or set CXX.")
@@ -81,6 +75,7 @@ def survey(cfg: Any, net: nn.Module, data: StageDataModule, optimizer_states: fl
     averages = cfg.callbacks.average is not None if "average" in cfg.callbacks else False
     fixed = weights * (2 if averages else 1) + optimizer + states * (2 if world > 1 else 1)
     local = batch // world
+    step = batch * cfg.trainer.accumulate_grad_batches
     running = local * _activations(net, data, cfg.trainer.precision)
     room, where = _room(device, ranks)
     if fixed > room:
@@ -95,7 +90,9 @@ def survey(cfg: Any, net: nn.Module, data: StageDataModule, optimizer_states: fl
         )
     checkpoint = weights * (2 if averages else 1) + optimizer
     free = shutil.disk_usage(_existing(Path(cfg.folder))).free
-    if CHECKPOINTS * checkpoint > free:
+    # Those that are there already, of a run that goes on, will be replaced.
+    written = sum(path.stat().st_size for path in Path(cfg.folder, "checkpoints").glob("*.ckpt"))
+    if CHECKPOINTS * checkpoint > free + written:
         raise InputError(
             f"{CHECKPOINTS} checkpoints of {_size(checkpoint)} do not fit into the {_size(free)} "
             f"that are free at {cfg.folder}: set hydra.run.dir to another disk."
@@ -118,7 +115,7 @@ def survey(cfg: Any, net: nn.Module, data: StageDataModule, optimizer_states: fl
         "data": f"{sizes['train']:,} train, {sizes['val']:,} val, {sizes['test']:,} test images of "
         f"{'x'.join(map(str, shape))}, {len(images.class_names) or 'no'} classes, fingerprint "  # type: ignore[attr-defined]
         f"{images.fingerprint}",  # type: ignore[attr-defined]
-        "length": f"{steps:,} steps, {steps * batch / sizes['train']:.1f} epochs"
+        "length": f"{steps:,} steps, {steps * step / sizes['train']:.1f} epochs"
         if steps > 0
         else f"{cfg.trainer.max_epochs} epochs",
         "checkpoints": f"{_size(checkpoint)}, {_size(free)} free",

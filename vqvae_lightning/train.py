@@ -125,7 +125,7 @@ def fit(cfg: Any, images: Any = None) -> dict[str, Any]:
     from vqvae_lightning.checkpoints import load, weights_hash
     from vqvae_lightning.configs import build, plain
     from vqvae_lightning.errors import Interrupted
-    from vqvae_lightning.launch import environment
+    from vqvae_lightning.launch import environment, local_rank
     from vqvae_lightning.loggers import WandbRun
     from vqvae_lightning.progress import console
     from vqvae_lightning.results import write_config, write_result
@@ -144,6 +144,7 @@ def fit(cfg: Any, images: Any = None) -> dict[str, Any]:
         enable_progress_bar=cfg.callbacks.progress is not None,
     )
     if torch.cuda.is_available():
+        torch.cuda.set_device(local_rank())  # or what follows would take memory of the first GPU
         torch.cuda.reset_peak_memory_stats()
     kind = "prior" if "vqvae_checkpoint" in cfg else "vqvae"
     task, data, made_from, survey = prepared(cfg, images)

@@ -25,6 +25,21 @@ class Batch(NamedTuple):
     """(B,) int64, or None where the set has none."""
 
 
+def check_divides(key: str, batch_size: int, world: int) -> None:
+    """Refuse a batch that the devices cannot share evenly.
+
+    Raises:
+        InputError: Naming `key` and the nearest sizes that they can.
+    """
+    if batch_size % world:
+        down = batch_size // world * world
+        near = f"{down} and {down + world}" if down else str(world)
+        raise InputError(
+            f"{key}={batch_size} does not divide over {world} devices; it counts all devices "
+            f"together. Nearest that do: {near}."
+        )
+
+
 def batch_seed(seed: int, number: int, rank: int) -> int:
     """A seed of its own for each run, training batch and rank."""
     # 1024 apart, so that no two ranks of two batches share one.
@@ -95,7 +110,12 @@ class EpochBatches:
     def __len__(self) -> int:
         if self.seed is not None:
             return self.total // self.batch_size
-        return -(-len(self._own()) // (self.batch_size // self.world))
+        return -(-len(self._own()) // self.local)
+
+    @property
+    def local(self) -> int:
+        """Rows of a full batch of this rank."""
+        return max(1, self.batch_size // self.world)
 
     def rows(self) -> list[Tensor]:
         """Row numbers of each batch of an evaluation, in the loader's order."""
@@ -103,7 +123,7 @@ class EpochBatches:
 
     def __iter__(self) -> Iterator[Any]:
         start, self.resume_at = self.resume_at % max(1, len(self)), 0
-        local = self.batch_size // self.world
+        local = self.local
         if self.seed is None:
             # A split may have fewer rows than there are ranks.
             yield from (part for part in self._own().split(local) if len(part))
@@ -183,7 +203,7 @@ class StageDataModule(pl.LightningDataModule):
 
     def train_dataloader(self) -> ResumableLoader:
         """Shuffled anew in each epoch; a last batch that is not full is left for a later epoch."""
-        return self._loader("train", self.batch_size_key, self.batch_size, self.seed)
+        return self._loader("train", self.batch_size, self.seed)
 
     def val_dataloader(self) -> ResumableLoader:
         """In order; each image once, over all ranks."""
@@ -195,17 +215,12 @@ class StageDataModule(pl.LightningDataModule):
 
     def batches(self, split: SplitName) -> ResumableLoader:
         """Any split in order, each image once."""
-        return self._loader(split, "dataset.eval_batch_size", self.eval_batch_size, None)
+        return self._loader(split, self.eval_batch_size, None)
 
-    def _loader(self, split: str, key: str, batch_size: int, seed: int | None) -> ResumableLoader:
-        # Checked here, where the number of ranks is known.
-        world = rank_and_world()[1]
-        if batch_size % world:
-            down = batch_size // world * world
-            raise InputError(
-                f"{key}={batch_size} does not divide over {world} devices; it counts all "
-                f"devices together. Nearest that do: {down} and {down + world}."
-            )
+    def _loader(self, split: str, batch_size: int, seed: int | None) -> ResumableLoader:
+        # Checked here, where the number of ranks is known. Batches of an evaluation change nothing.
+        if seed is not None:
+            check_divides(self.batch_size_key, batch_size, rank_and_world()[1])
         return self.datasets[split].loader(batch_size, seed)
 
 

@@ -222,11 +222,6 @@ class ShardBatches(EpochBatches):
             orders[number % self.streams][number // self.streams] for number in range(len(self))
         ]
 
-    @property
-    def local(self) -> int:
-        """Rows of a full batch of this rank."""
-        return self.batch_size // self.world
-
     def stream(self, epoch: int, number: int) -> tuple[Tensor, Tensor]:
         """The rows that a worker reads, in order; and the same in the order that it gives them."""
         own = self._own()
@@ -542,9 +537,12 @@ class ShardDataModule(PixelDataModule):
         known: dict[str, Shard] = {}
         for url in urls:
             entry = stored.get(url.rpartition("/")[2])
-            if entry is not None and entry["stamp"] == stamps[url]:
-                shape = tuple(entry["shape"])
-                fields = {**entry, "url": url, "shape": shape}
+            # One of other fields, as another version may have written, is made anew.
+            whole = {*Shard._fields, "stamp"} - {"url"}
+            if entry is None or entry.keys() != whole:
+                continue
+            if entry["stamp"] == stamps[url]:
+                fields = {**entry, "url": url, "shape": tuple(entry["shape"])}
                 del fields["stamp"]
                 known[url] = Shard(**fields)
         missing = [url for url in urls if url not in known]
@@ -716,8 +714,8 @@ def _stored(path: Path | None) -> dict[str, Any]:
     """Entries of an index; a damaged one is made anew."""
     try:
         entries = json.loads(path.read_text()) if path is not None else {}
-        return entries if isinstance(entries, dict) else {}
-    except (OSError, ValueError):
+        return {url: entry for url, entry in entries.items() if isinstance(entry, dict)}
+    except (OSError, ValueError, AttributeError):
         return {}
 
 

@@ -18,7 +18,7 @@ def main() -> None:
 
     try:
         paths = write_sweep_report(folder)
-    except InputError as error:
+    except (InputError, OSError) as error:
         sys.exit(f"error: {error}")
     for path in paths:
         print(path)

@@ -227,7 +227,7 @@ def _read(folder: Path, sweep: Path) -> Job:
     elif failure is not None:
         state, note = "failed", failure.error
     metrics = {name: entry["value"] for name, entry in (result or {}).get("metrics", {}).items()}
-    # The mean squared error over the variance is what vqvae-pipeline returns to a sweeper.
+    # An evaluation has no objective: its jobs are sorted by their error.
     split = (result or {}).get("split")
     monitor = (result or {}).get("monitor") or (f"{split}/nmse" if split else "")
     objective = (result or {}).get("objective", metrics.get(monitor))

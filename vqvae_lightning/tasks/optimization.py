@@ -62,6 +62,8 @@ def optimization(
 
 def compile_once(parts: list[nn.Module]) -> None:
     """Compile modules in place, so that their weights keep their names; empties the list."""
+    if parts:
+        torch.compiler.reset()  # an earlier job's graphs count against the limit of this one's
     while parts:
         parts.pop().compile()
 
