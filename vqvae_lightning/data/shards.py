@@ -14,7 +14,7 @@ from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import closing
+from contextlib import closing, contextmanager
 from functools import partial
 from itertools import accumulate, groupby, islice
 from pathlib import Path
@@ -328,11 +328,26 @@ class ShardLoader(ResumableLoader):
         Raises:
             InputError: If the shards are not what their index says.
         """
-        for batch in super().__iter__():
+        with _sigterm_held():
+            batches = super().__iter__()
+        for batch in batches:
             if isinstance(batch, InputError):
                 raise InputError(str(batch))  # `batch` would hold this frame, and the workers
             self.batches.position += 1
             yield batch
+
+
+@contextmanager
+def _sigterm_held() -> Iterator[None]:
+    """Let workers start with SIGTERM blocked, in threads too that a library starts at the fork."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _start_worker(number: int) -> None:
