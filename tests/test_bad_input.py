@@ -61,6 +61,7 @@ def test_vqvae_train_says_what_is_wrong(overrides, words, command):
         (["evaluation.split=holdout"], ["evaluation.split=holdout", "train, val, test"]),
         (["evaluation.num_samples=0"], ["evaluation.num_samples=0"]),
         (["sampling.temperature=-1"], ["sampling.temperature=-1"]),
+        (["sampling.devices=0"], ["sampling.devices=0"]),
     ],
 )
 def test_the_pipeline_checks_later_stages_before_the_first_trains(overrides, words, command):

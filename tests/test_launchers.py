@@ -19,6 +19,7 @@ from omegaconf import OmegaConf
 from vqvae_lightning import launchers
 from vqvae_lightning.callbacks import SameConfig
 from vqvae_lightning.errors import Interrupted, RankError
+from vqvae_lightning.launch import started_outside
 
 RANKS = (
     *[option for option in TINY_VQVAE if not option.startswith("trainer=")],
@@ -124,6 +125,26 @@ def test_several_nodes_need_a_launcher(toy, command):
     missing = command("vqvae-train", *toy, "trainer=multinode", "trainer.devices=8")
     assert missing.status == 1
     assert "trainer.num_nodes=None must be" in missing.err
+
+
+def test_a_job_script_without_srun_waits_for_nobody(monkeypatch):
+    # sbatch sets these for tasks that a script could start; srun adds SLURM_STEP_NUM_TASKS.
+    for name, value in (("NTASKS", "8"), ("PROCID", "0"), ("JOB_NAME", "mine")):
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    assert started_outside() is None
+
+
+def test_a_launcher_does_not_resume_a_single_run(toy, command):
+    outcome = command("vqvae-train", "hydra/launcher=slurm", "resume=runs/mine", *toy)
+    assert outcome.status == 1
+    assert "resume=auto and hydra.sweep.dir=FOLDER" in outcome.err
+
+
+def test_slurm_wants_to_know_whether_there_are_gpus(toy, command):
+    outcome = command("vqvae-train", "hydra/launcher=slurm", "--dry-run", *toy)
+    if not torch.cuda.is_available():
+        assert outcome.status == 1
+        assert "trainer=gpu or trainer=cpu" in outcome.err
 
 
 def test_slurm_without_tasks_per_node_is_refused(toy, command, monkeypatch):

@@ -99,6 +99,7 @@ def test_the_optimizers_state_is_counted(optimizer, values):
             ("trainer.devices=4", "dataset.batch_size=3"),
             r"Nearest that do: 4\.",
         ),
+        (("trainer.accelerator=auto",), r"trainer\.accelerator=auto must be one of cpu, gpu, cuda"),
         (("trainer.precision=16-mixed",), r"precision=16-mixed: accelerator cpu has no float16"),
     ],
 )
@@ -145,3 +146,15 @@ def test_a_prior_whose_layers_do_not_span_the_grid_is_told(command):
     assert "model.net.layers=1 leaves some of the 7x7 codes unseen; 6 layers see all" in " ".join(
         outcome.out.split()
     )
+
+
+def test_checkpoints_of_a_run_that_goes_on_are_not_asked_for_twice(toy, tmp_path, monkeypatch):
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "last.ckpt").write_bytes(b"x" * 10_000_000)
+    monkeypatch.setattr(preflight.shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+    assert "1 kB free" in surveyed(tmp_path, *SMALL, *toy).facts["checkpoints"]
+
+
+def test_accumulated_batches_count_as_epochs(toy, tmp_path):
+    steps = ("trainer.max_steps=3", "dataset.batch_size=32", "trainer.accumulate_grad_batches=2")
+    assert surveyed(tmp_path, *SMALL, *toy, *steps).facts["length"] == "3 steps, 2.0 epochs"

@@ -1,6 +1,7 @@
 """Both tasks learn, log what they say, and resume exactly."""
 
 import csv
+import os
 import signal
 import subprocess
 import sys
@@ -376,3 +377,23 @@ def test_validation_and_pictures_change_no_weight(toy, tmp_path):
             assert torch.equal(value, last[1][key]), key
     else:
         pytest.fail("the best checkpoint is not the last: lengthen the run")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR2])
+def test_a_schedulers_signal_counts_in_every_phase(number, toy, tmp_path, command, monkeypatch):
+    import vqvae_lightning.evaluation as evaluation
+
+    def stopped(*arguments):
+        os.kill(os.getpid(), number)
+        time.sleep(10)
+
+    before = signal.getsignal(number)
+    smoke = ("experiment=smoke", "evaluation.num_samples=12", "sampling.num_samples=6", *toy)
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluation, "train_classifier", stopped)
+        outcome = command("vqvae-pipeline", *smoke)
+    assert outcome.status == 75
+    assert f"Stopped by {signal.Signals(number).name}" in outcome.err
+    assert "vqvae-pipeline resume=" in outcome.err
+    assert signal.getsignal(number) == before
+    assert command("vqvae-pipeline", f"resume={tmp_path}/run").status == 0
