@@ -199,13 +199,15 @@ def test_two_ranks_go_on_as_if_they_had_not_been_stopped(toy, tmp_path, command,
 
 
 def test_the_whole_pipeline_runs_on_two_ranks(toy, command):
-    two = ("trainer.devices=2", "prior.trainer.devices=2", "sampling.devices=2")
+    two = ("trainer.devices=2",)  # the only number to give
     small = ("evaluation.num_samples=12", "sampling.num_samples=6")
     outcome = command("vqvae-pipeline", "experiment=smoke", *toy, *two, *small)
     assert outcome.status == 0, outcome.err
     assert (outcome.folder / "report.html").is_file()
     for stage in ("vqvae", "prior"):
         assert json.loads((outcome.folder / stage / "result.json").read_text())["devices"] == 2
+    assert OmegaConf.load(outcome.folder / "samples" / "config.yaml").devices == 2
+    assert (outcome.folder / "evaluation" / "ranks" / "rank1.log").is_file()
     # Nothing of the ranks is left for what this process does next.
     assert "LOCAL_RANK" not in os.environ
     assert not torch.distributed.is_initialized()

@@ -24,19 +24,21 @@ def device_for(accelerator: str, prefix: str = "") -> torch.device:
     return torch.device("cpu" if accelerator == "cpu" else "cuda")
 
 
-def devices_for(accelerator: str, count: int, prefix: str = "") -> list[torch.device]:
+def devices_for(accelerator: str, count: int | str, prefix: str = "") -> list[torch.device]:
     """`count` devices to share work between; on a CPU that many processes.
 
     Args:
         accelerator: As `device_for`.
-        count: How many.
+        count: How many; `auto` for all GPUs, or one process on a CPU.
         prefix: Of the config's keys, for messages.
 
     Raises:
         InputError: As `device_for`, and if there are fewer GPUs than asked for.
     """
     device = device_for(accelerator, prefix)
-    check_positive(f"{prefix}devices", count)
+    if count == "auto":
+        count = torch.cuda.device_count() if device.type == "cuda" else 1
+    count = check_positive(f"{prefix}devices", count)
     if device.type == "cpu":
         return [device] * count
     present = torch.cuda.device_count()

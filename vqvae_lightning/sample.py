@@ -90,6 +90,7 @@ def draw(cfg: Any) -> dict[str, Any]:
     from vqvae_lightning.devices import devices_for
     from vqvae_lightning.errors import Interrupted
     from vqvae_lightning.evaluation import draw_images
+    from vqvae_lightning.launch import started_outside
     from vqvae_lightning.networks.autoencoder import from_uint8
     from vqvae_lightning.pictures import grid, save_png
     from vqvae_lightning.results import read_result, replacing, write_config, write_result
@@ -102,7 +103,8 @@ def draw(cfg: Any) -> dict[str, Any]:
     loaded, vqvae = load_pair(cfg.prior_checkpoint, cfg.vqvae_checkpoint)
     prior = loaded.net
     check_sampling(cfg, prior.num_classes, prior.height, prior.null_label_rate)
-    devices = devices_for(cfg.accelerator, cfg.devices)
+    # A launcher that started several ranks has given each of them its devices.
+    devices = devices_for(cfg.accelerator, 1 if started_outside() else cfg.devices)
     labels, chosen, columns = None, [], 10
     known = originals = None
     count = cfg.num_samples
