@@ -77,7 +77,9 @@ class StepProgress(ProgressBar):
             TimeRemainingColumn(),
             TextColumn("{task.fields[metrics]}"),
         )
-        self._progress = Progress(*columns, console=console, transient=True)
+        self._progress = Progress(
+            *columns, console=console, transient=True, disable=not console.is_terminal
+        )
         self._task = self._progress.add_task(
             name,
             total=None if steps == float("inf") else steps * self._images,
@@ -111,7 +113,9 @@ class StepProgress(ProgressBar):
         if self._enabled:
             datamodule: StageDataModule = trainer.datamodule  # type: ignore[attr-defined]
             columns = (TextColumn("testing"), BarColumn(), RateColumn(), TimeRemainingColumn())
-            self._progress = Progress(*columns, console=console, transient=True)
+            self._progress = Progress(
+                *columns, console=console, transient=True, disable=not console.is_terminal
+            )
             self._task = self._progress.add_task("", total=len(datamodule.datasets["test"]))
             self._progress.start()
 

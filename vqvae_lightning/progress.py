@@ -40,6 +40,8 @@ def progress_bar(description: str, images: int | None) -> Iterator[Callable[[int
         RateColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=console, transient=True) as progress:
+    with Progress(
+        *columns, console=console, transient=True, disable=not console.is_terminal
+    ) as progress:
         task = progress.add_task(description, total=images)
         yield lambda count: progress.advance(task, count)
