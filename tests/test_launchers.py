@@ -284,16 +284,13 @@ def test_each_job_of_a_sweep_is_allocated_by_its_own_trainer(toy, command):
     assert ["".join(groups) for groups in found] == ["0-1%2", "1", "1", "0-1%2", "8", "8"]
 
 
-def test_joblib_runs_jobs_side_by_side(toy, command, tmp_path):
-    options = (*TINY_VQVAE, *toy, "trainer.max_steps=60", "trainer.val_check_interval=30")
+def test_joblib_runs_each_job_with_its_own_values(toy, command, tmp_path):
+    options = (*TINY_VQVAE, *toy)
     places = ("hydra/launcher=joblib", "hydra.launcher.n_jobs=2", "hydra.sweep.dir=sweep")
     outcome = command("vqvae-train", *options, *places, "seed=1,2")
     assert outcome.status == 0, outcome.err
     folders = [tmp_path / "sweep" / name for name in ("0", "1")]
     assert [result(folder)["seed"] for folder in folders] == [1, 2]
-    begun = max((folder / "config.yaml").stat().st_mtime for folder in folders)
-    ended = min((folder / "result.json").stat().st_mtime for folder in folders)
-    assert begun < ended
 
 
 def test_a_job_of_joblib_has_gpus_of_its_own(tmp_path, monkeypatch):
@@ -348,6 +345,7 @@ def test_ctrl_c_lets_jobs_side_by_side_save(toy, tmp_path):
     )
     end = time.monotonic() + 120
     jobs = [tmp_path / "sweep" / name for name in ("0", "1")]
+    # Neither ends by itself: only side by side do both get this far.
     while not all((job / "metrics.csv").is_file() for job in jobs):
         assert time.monotonic() < end
         assert process.poll() is None
