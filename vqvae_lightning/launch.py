@@ -151,11 +151,7 @@ class Outside:
         import torch.distributed as dist
         from torch.distributed.distributed_c10d import PrefixStore
 
-        backend = "gloo"
-        if torch.cuda.is_available():
-            # Lightning's tensors go over NCCL, Python objects over gloo.
-            backend = "cpu:gloo,cuda:nccl"
-            torch.cuda.set_device(self.environment.local_rank() % torch.cuda.device_count())
+        backend = _backend(self.environment.local_rank())
         store = PrefixStore(f"job{self._sent}", self._store)
         try:
             dist.init_process_group(
@@ -261,17 +257,22 @@ def local_rank() -> int:
 
 def joined() -> None:
     """Join the ranks of a job that has no Trainer to do so."""
-    import torch
     import torch.distributed as dist
 
     if dist.is_initialized() or STARTED_HERE not in os.environ:
         return
-    backend = "gloo"
-    if torch.cuda.is_available():
-        backend = "cpu:gloo,cuda:nccl"
-        torch.cuda.set_device(local_rank())
-    world = int(os.environ["WORLD_SIZE"])
-    dist.init_process_group(backend, rank=local_rank(), world_size=world, timeout=WAIT)
+    rank, world = local_rank(), int(os.environ["WORLD_SIZE"])
+    dist.init_process_group(_backend(rank), rank=rank, world_size=world, timeout=WAIT)
+
+
+def _backend(place: int) -> str:
+    """How the ranks of a job talk; each of a machine, by its `place` there, takes its GPU."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return "gloo"
+    torch.cuda.set_device(place % torch.cuda.device_count())
+    return "cpu:gloo,cuda:nccl"  # tensors go over NCCL, Python objects over gloo
 
 
 def ranks_wanted(trainer: Any) -> int:

@@ -47,13 +47,18 @@ def train(cfg: Any, images: Any = None) -> dict[str, Any]:
         return finished
     # Before the ranks start, so that only one process downloads.
     images = images or load_images(cfg.dataset)
-    kind = "prior" if "vqvae_checkpoint" in cfg else "vqvae"
+    kind = kind_of(cfg)
     if cfg.preflight:
         print_survey(kind, prepared(cfg, images).survey)
         return {}
     name_run(cfg, kind)
     with launched(cfg, folder, "vqvae_lightning.further_rank"):
         return fit(cfg, images)
+
+
+def kind_of(cfg: Any) -> str:
+    """Which stage `cfg` describes: `vqvae` or `prior`."""
+    return "prior" if "vqvae_checkpoint" in cfg else "vqvae"
 
 
 class Stage(NamedTuple):
@@ -146,7 +151,7 @@ def fit(cfg: Any, images: Any = None) -> dict[str, Any]:
     if torch.cuda.is_available():
         torch.cuda.set_device(local_rank())  # or what follows would take memory of the first GPU
         torch.cuda.reset_peak_memory_stats()
-    kind = "prior" if "vqvae_checkpoint" in cfg else "vqvae"
+    kind = kind_of(cfg)
     task, data, made_from, survey = prepared(cfg, images)
     if trainer.is_global_zero:
         console.print(f"[bold]{kind}[/bold]  {survey.line}", highlight=False)
