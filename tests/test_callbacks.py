@@ -77,14 +77,31 @@ def test_drift_is_the_mean_distance_over_the_mean_length():
         assert drift(one, quantizer)["val/codebook_drift"] == pytest.approx(4 / 6)
 
 
-@pytest.mark.parametrize(("other", "equal"), [(0, True), (1, False)])
-def test_ranks_with_different_codebooks_stop_the_run(other, equal, monkeypatch):
-    monkeypatch.setattr("vqvae_lightning.callbacks.gathered", lambda bits: [bits, bits + other])
+@pytest.mark.parametrize(
+    ("change", "equal"),
+    [
+        (lambda rows: rows.clone(), True),
+        (lambda rows: rows + torch.eye(*rows.shape) * 1e-6, False),
+        (lambda rows: rows.flip(0), False),  # the same rows, but each code means another vector
+    ],
+    ids=["equal", "changed", "permuted"],
+)
+def test_ranks_with_different_codebooks_stop_the_run(change, equal, monkeypatch):
+    of_each_rank = []
+
+    def gathered(value):
+        of_each_rank.append(value)
+        return of_each_rank.copy()
+
+    monkeypatch.setattr("vqvae_lightning.callbacks.gathered", gathered)
+    quantizer = EMAQuantizer(5, 2)
+    drift(CodebookDrift(), quantizer)  # rank 0
+    quantizer.codebook.copy_(change(quantizer.codebook))
     if equal:
-        drift(CodebookDrift(), EMAQuantizer(2, 2))
+        drift(CodebookDrift(), quantizer)
         return
     with pytest.raises(DivergenceError, match="codebooks differ"):
-        drift(CodebookDrift(), EMAQuantizer(2, 2))
+        drift(CodebookDrift(), quantizer)
 
 
 def test_training_logs_drift_and_tells_of_collapse(command, toy):
