@@ -1,11 +1,14 @@
 """Quantizers of the library train, log and feed a prior like our own."""
 
 import json
+import math
 
 import pytest
 import torch
-from conftest import TINY_VQVAE
+import torch.nn.functional as F
+from conftest import TINY_VQVAE, compose
 
+from vqvae_lightning.configs import build
 from vqvae_lightning.errors import InputError
 from vqvae_lightning.quantizers import LibraryQuantizer
 
@@ -43,6 +46,43 @@ def test_the_rows_are_those_of_the_grid():
         for column in range(3):
             alone = z[:, :, row : row + 1, column : column + 1]
             assert codes[0, row, column] == quantizer.encode(alone).item()
+
+
+def unquantized_fsq(quantizer, rows):
+    """FSQ (arXiv:2309.15505, section 3.1) without its rounding, for levels of an even number."""
+    inner = quantizer.quantizer
+    half = (8 - 1) * (1 + 1e-3) / 2
+    bounded = torch.tanh(inner.project_in(rows) + math.atanh(0.5 / half)) * half - 0.5
+    return inner.project_out(bounded / 4)
+
+
+def unquantized_lfq(quantizer, rows):
+    """LFQ on the sphere without its signs."""
+    inner = quantizer.quantizer
+    return inner.project_out(F.normalize(inner.project_in(rows), dim=-1))
+
+
+UNQUANTIZED = {
+    "library": lambda quantizer, rows: rows,
+    "simvq": lambda quantizer, rows: rows,
+    "residual_vq": lambda quantizer, rows: 4 * rows,  # each of the four passes the gradient on
+    "fsq": unquantized_fsq,
+    "lfq": unquantized_lfq,
+}
+
+
+@pytest.mark.parametrize("name", UNQUANTIZED)
+def test_every_config_takes_the_straight_through_gradient(name):
+    # SimVQ, VectorQuantize and ResidualVQ rotate the gradient by default: in a comparison with the
+    # other quantizers the estimator would differ too.
+    quantizer = build(compose("vqvae", f"quantizer={name}").model.net.quantizer).train()
+    assert not any(getattr(part, "rotation_trick", False) for part in quantizer.modules())
+    z = torch.randn(2, 64, 4, 5, requires_grad=True)
+    weights = torch.randn(2, 64, 4, 5)
+    (found,) = torch.autograd.grad((quantizer(z).vectors * weights).sum(), z)
+    passed = UNQUANTIZED[name](quantizer, z.movedim(1, -1)).movedim(-1, 1)
+    (expected,) = torch.autograd.grad((passed * weights).sum(), z)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_encoding_never_learns():
