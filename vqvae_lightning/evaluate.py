@@ -67,7 +67,7 @@ def measured(cfg: Any, found: Subject) -> dict[str, float]:
     from vqvae_lightning.devices import devices_for
     from vqvae_lightning.launch import joined, local_rank, ranks_wanted
 
-    joined()
+    joined(cfg.trainer.accelerator)
     count = ranks_wanted(cfg.trainer)
     device = devices_for(cfg.trainer.accelerator, count, "trainer.")[local_rank()]
     found.codes.encode(device)

@@ -103,7 +103,7 @@ class Outside:
             raise RankError("an earlier job failed on several ranks: start the command again.")
         self._send([module, OmegaConf.to_yaml(cfg, resolve=True)])
         try:
-            with self._connected():
+            with self._connected(cfg.trainer.accelerator):
                 yield
         except RuntimeError as error:
             if "gloo" in str(error) or isinstance(error, dist.DistError):
@@ -126,9 +126,10 @@ class Outside:
                 self._store.set(f"gone{self.rank}", "")
                 sys.exit(status)
             module, text = message
+            cfg = OmegaConf.create(text)
             try:
-                with self._connected():
-                    import_module(module).run(OmegaConf.create(text))
+                with self._connected(cfg.trainer.accelerator):
+                    import_module(module).run(cfg)
             except Interrupted as stop:
                 # The first rank may be asking for another start: ended before it, this one would
                 # have the launcher end that too.
@@ -145,13 +146,13 @@ class Outside:
                 self._store.wait(gone, datetime.timedelta(seconds=PATIENCE))
 
     @contextmanager
-    def _connected(self) -> Iterator[None]:
+    def _connected(self, accelerator: str) -> Iterator[None]:
         """A process group while the ranks share a job; Lightning keeps one that is there."""
         import torch
         import torch.distributed as dist
         from torch.distributed.distributed_c10d import PrefixStore
 
-        backend = _backend(self.environment.local_rank())
+        backend = _backend(accelerator, self.environment.local_rank())
         store = PrefixStore(f"job{self._sent}", self._store)
         try:
             dist.init_process_group(
@@ -255,21 +256,24 @@ def local_rank() -> int:
     return int(os.environ["LOCAL_RANK"]) if STARTED_HERE in os.environ else 0
 
 
-def joined() -> None:
+def joined(accelerator: str) -> None:
     """Join the ranks of a job that has no Trainer to do so."""
     import torch.distributed as dist
 
     if dist.is_initialized() or STARTED_HERE not in os.environ:
         return
     rank, world = local_rank(), int(os.environ["WORLD_SIZE"])
-    dist.init_process_group(_backend(rank), rank=rank, world_size=world, timeout=WAIT)
+    dist.init_process_group(_backend(accelerator, rank), rank=rank, world_size=world, timeout=WAIT)
 
 
-def _backend(place: int) -> str:
-    """How the ranks of a job talk; each of a machine, by its `place` there, takes its GPU."""
+def _backend(accelerator: str, place: int) -> str:
+    """How the ranks of a job talk; each of a machine, by its `place` there, takes its GPU.
+
+    A job on the CPU uses no GPU, even on a machine that has some: it may have more ranks than GPUs.
+    """
     import torch
 
-    if not torch.cuda.is_available():
+    if accelerator == "cpu":
         return "gloo"
     torch.cuda.set_device(place % torch.cuda.device_count())
     return "cpu:gloo,cuda:nccl"  # tensors go over NCCL, Python objects over gloo
@@ -279,20 +283,18 @@ def ranks_wanted(trainer: Any) -> int:
     """Processes on a machine that a trainer's config asks for.
 
     Raises:
-        InputError: If `devices` is no number of devices, or `accelerator` none that is known here.
+        InputError: If `devices` is no number of devices, or `accelerator` is unknown or not there.
     """
     import torch
 
-    if trainer.accelerator not in ("cpu", "gpu", "cuda"):
-        raise InputError(
-            f"trainer.accelerator={trainer.accelerator} must be one of cpu, gpu, cuda."
-        )
+    from vqvae_lightning.devices import device_for
+
+    device = device_for(trainer.accelerator, "trainer.")
     devices = trainer.devices
     if isinstance(devices, int) and not isinstance(devices, bool) and devices >= 1:
         return devices
-    on_gpu = trainer.accelerator in ("gpu", "cuda")
     if devices in ("auto", -1):
-        return torch.cuda.device_count() if on_gpu else 1
+        return torch.cuda.device_count() if device.type == "cuda" else 1
     raise InputError(f"trainer.devices={devices} must be a number of devices, or auto.")
 
 

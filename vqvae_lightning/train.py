@@ -148,7 +148,8 @@ def fit(cfg: Any, images: Any = None) -> dict[str, Any]:
         logger=[build(part) for part in cfg.logger.values() if part is not None],
         enable_progress_bar=cfg.callbacks.progress is not None,
     )
-    if torch.cuda.is_available():
+    on_gpu = cfg.trainer.accelerator != "cpu"
+    if on_gpu:
         torch.cuda.set_device(local_rank())  # or what follows would take memory of the first GPU
         torch.cuda.reset_peak_memory_stats()
     kind = kind_of(cfg)
@@ -194,7 +195,7 @@ def fit(cfg: Any, images: Any = None) -> dict[str, Any]:
         for run in wandb_runs:
             run.finish(status)
     score = getattr(trainer.checkpoint_callback, "best_model_score", None)
-    peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
+    peak = torch.cuda.max_memory_allocated() if on_gpu else None
     if not trainer.is_global_zero:
         return {}
     return write_result(
