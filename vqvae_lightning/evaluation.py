@@ -306,8 +306,21 @@ class _Draw(NamedTuple):
         for batch in batches:
             yield Drawn(*(part.cpu() for part in batch))
 
+    def on_cpu(self) -> "_Draw":
+        """Itself, with the prior and all tensors on the CPU.
+
+        A tensor of a GPU is sent as a handle of its memory: each receiving process would open that
+        GPU too, besides its own, and this one would have to keep the memory.
+        """
+        labels = None if self.labels is None else self.labels.cpu()
+        options = {k: v.cpu() if isinstance(v, Tensor) else v for k, v in self.options.items()}
+        return self._replace(prior=self.prior.cpu(), labels=labels, options=options)
+
     def shared(self, devices: Sequence[torch.device]) -> Iterator[Drawn]:
-        """Draw in a process per device, batch by batch, in order."""
+        """Draw in a process per device, batch by batch, in order.
+
+        Each process moves the prior, which comes to the CPU, to its own device.
+        """
         context = multiprocessing.get_context("spawn")
         places = context.SimpleQueue()
         for place in devices:
@@ -321,7 +334,8 @@ class _Draw(NamedTuple):
         )
         # No larger than a device's share, or some would have nothing to do.
         size = min(size, -(-self.shape[0] // len(devices)))
-        with ProcessPoolExecutor(len(devices), context, _start_drawing, (places, self)) as pool:
+        sent = (places, self.on_cpu())
+        with ProcessPoolExecutor(len(devices), context, _start_drawing, sent) as pool:
             starts = range(0, self.shape[0], size)
             jobs = [pool.submit(_draw_part, slice(start, start + size)) for start in starts]
             try:
