@@ -104,10 +104,37 @@ def test_report_stands_alone_and_shows_everything(finished):
     assert result["command"].split("dataset.source")[0].strip() in page
 
 
-def test_pictures_have_content(finished):
-    for name in ("samples.png", "reconstructions.png"):
-        with Image.open(finished / name) as image:
-            assert np.asarray(image).std() > 5
+def tiles(path, count, columns):
+    """The first images of a grid in the toy data's 12x8 pixels, (count, 12, 8, 3)."""
+    with Image.open(path) as image:
+        pixels = np.asarray(image)
+    # 8 times enlarged, 2 pixels of white around each.
+    assert pixels.shape[1] == columns * 66 + 2
+    found = []
+    for number in range(count):
+        top, left = 2 + number // columns * 98, 2 + number % columns * 66
+        tile = pixels[top : top + 96, left : left + 64]
+        assert (tile == np.kron(tile[::8, ::8], np.ones((8, 8, 1)))).all()
+        assert (pixels[top - 2 : top, left - 2 : left + 66] == 255).all()
+        found.append(tile[::8, ::8])
+    return np.stack(found)
+
+
+def test_pictures_show_the_samples_and_images_above_their_reconstructions(finished):
+    with np.load(finished / "samples/samples.npz") as arrays:
+        assert (tiles(finished / "samples.png", 6, 3) == arrays["images"]).all()
+    vqvae = load_pair(finished / "prior/checkpoints/best.ckpt")[1]
+    data = build(vqvae.config["dataset"])
+    data.setup()
+    images = data.datasets["test"].data[:10]
+    decoded = to_uint8(vqvae.net(from_uint8(images)).reconstruction)
+    rows = tiles(finished / "reconstructions.png", 20, 10)
+    assert (rows[:10] == images.movedim(1, -1).numpy()).all()
+    # A level apart where another batch size rounds to the other side.
+    assert np.abs(rows[10:] - decoded.movedim(1, -1).numpy().astype(float)).max() <= 1
+    validated = tiles(finished / "vqvae/pictures/reconstructions_0000006.png", 20, 10)
+    assert (validated[:10] == data.datasets["val"].data[:10].movedim(1, -1).numpy()).all()
+    assert validated[10:].std() > 1
 
 
 def test_a_finished_run_resumes_without_work(finished, command, monkeypatch):
