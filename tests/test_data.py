@@ -355,6 +355,17 @@ def test_stored_codes_are_the_encoders_in_order(codes):
     assert counts.sum() == 96 * 3 * 2
 
 
+def test_a_batch_of_one_row_is_a_batch(codes):
+    # numpy takes a tensor of one element for a number: a last batch of one grid was no batch.
+    data = codes()
+    data.encode(torch.device("cpu"))
+    data.setup()
+    for rows in ([5], [5, 7]):
+        batch = data.datasets["train"].__getitems__(torch.tensor(rows))
+        assert batch.data.shape == (len(rows), 3, 2)
+        assert np.array_equal(batch.data, data.datasets["train"].data[rows])
+
+
 def test_a_second_run_encodes_nothing(codes, monkeypatch):
     codes().encode(torch.device("cpu"))
     again = codes()

@@ -71,7 +71,8 @@ class ArrayDataset(Dataset[Batch]):
 
     def __getitems__(self, rows: Tensor) -> Batch:
         """The batch with these rows."""
-        data = torch.as_tensor(self.data[rows])
+        # As an array: numpy takes a tensor of one element for a number, and drops a dimension.
+        data = torch.as_tensor(self.data[rows.numpy()])
         return Batch(data, None if self.labels is None else self.labels[rows])
 
     def preview(self, count: int) -> Batch:

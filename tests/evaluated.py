@@ -1,0 +1,84 @@
+"""A small VQ-VAE and prior on images whose splits differ, to be measured on one rank or several."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+
+from vqvae_lightning import evaluation
+from vqvae_lightning.data import CodesDataModule, ImageDataModule
+from vqvae_lightning.data.sources import Split, Splits
+from vqvae_lightning.networks.autoencoder import VQVAE, from_uint8
+from vqvae_lightning.networks.pixelcnn import PixelCNN
+from vqvae_lightning.quantizers import EMAQuantizer
+
+CPU = torch.device("cpu")
+SIZES = {"train": 60, "val": 21, "test": 70}
+NUM_CODES = 16
+
+
+def images_of(split):
+    """Colour images of 16x20; each split has a brightness and a noise of its own."""
+    middle, noise = {"train": (90, 20), "val": (128, 45), "test": (170, 12)}[split]
+    generator = np.random.default_rng(len(split))
+    levels = generator.normal(middle, noise, (SIZES[split], 3, 16, 20))
+    # Coarse shapes, which a code can tell, and channels of unlike contrast.
+    coarse = generator.normal(0, 40, (SIZES[split], 3, 4, 5)).repeat(4, 2).repeat(4, 3)
+    levels += coarse * np.array([1.0, 0.5, 0.2])[:, None, None]
+    labels = torch.arange(SIZES[split]) % 3
+    return Split(torch.from_numpy(levels.clip(0, 255).astype(np.uint8)), labels)
+
+
+def image_data():
+    """The three splits; 8 images per evaluated batch, so that the last batch is smaller."""
+    splits = Splits(*[images_of(split) for split in SIZES], ["a", "b", "c"])
+    source = SimpleNamespace(load=lambda: splits, prepare=lambda: None)
+    data = ImageDataModule(source, batch_size=12, eval_batch_size=8)
+    data.setup()
+    return data
+
+
+def vqvae_of(data):
+    """Untrained, with encoder vectors of training and of test images as rows of its codebook."""
+    torch.manual_seed(1)
+    quantizer = EMAQuantizer(NUM_CODES, 4, init="uniform", warmup_steps=0)
+    net = VQVAE(quantizer, 3, hidden=8, residual_blocks=1, residual_hidden=4).eval()
+    with torch.no_grad():
+        # Untrained weights are small: scaled, so that a reconstruction depends on its codes, and
+        # some of its values leave [-1, 1].
+        for name, parameter in net.named_parameters():
+            parameter.mul_(0 if name.endswith("bias") else 3)
+        train, test = (
+            net.encoder(from_uint8(data.datasets[split].data)).movedim(1, -1).reshape(-1, 4)
+            for split in ("train", "test")
+        )
+        quantizer.codebook[:10] = train[:: len(train) // 10][:10]
+        # The test vectors farthest from all training vectors: codes that training never uses.
+        quantizer.codebook[10:14] = test[torch.cdist(test, train).amin(1).topk(4).indices]
+        quantizer.codebook[14:] = 1000.0  # never chosen
+    return net
+
+
+def prior_of(codes):
+    """Untrained, conditional."""
+    torch.manual_seed(2)
+    net = PixelCNN(NUM_CODES, *codes.grid, 3, channels=8, layers=3, first_kernel=3, dropout=0.0)
+    return net.eval()
+
+
+def codes_data(folder):
+    """Codes of the toy images, encoded into `folder`."""
+    data = image_data()
+    codes = CodesDataModule(data, vqvae_of(data), "hash", str(folder), 12)
+    codes.encode(CPU)
+    codes.setup()
+    return codes
+
+
+def measured(folder, split="test"):
+    """All that `evaluation` measures on a split without drawing samples."""
+    codes = codes_data(folder)
+    return {
+        **evaluation.reconstruction_metrics(codes, split, CPU),
+        **evaluation.likelihood_metrics(codes, prior_of(codes), split, CPU),
+    }
