@@ -1,6 +1,10 @@
-"""Which devices a command without a Trainer runs on, and how much memory there is."""
+"""What the package needs to know of devices: which to run on, their memory, their precision."""
 
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -56,3 +60,41 @@ def available_memory() -> int:
         if line.startswith("MemAvailable:"):
             return int(line.split()[1]) * 1024
     return 2**34
+
+
+_exact = threading.Lock()
+_users = 0  # blocks of `exact_products` that have begun and not ended, in all threads
+_given: tuple[str, ...] = ()  # the settings before the first of them
+
+
+@contextmanager
+def exact_products() -> Iterator[None]:
+    """Multiply float32 matrices in float32 within the block, whatever is set outside.
+
+    `torch.set_float32_matmul_precision` and others let a GPU round the factors to TF32, and some
+    CPUs to bfloat16. The settings are the process's: threads share the block, and the last to leave
+    it restores them. Products in other threads are exact meanwhile, which costs them time only.
+    """
+    global _given, _users
+
+    # Not `allow_tf32`, which raises after a program has used this newer interface. Libraries read
+    # the precision from here, however it was set.
+    onednn: Any = torch.backends.mkldnn
+    settings = torch.backends.cuda.matmul, onednn.matmul
+    with _exact:
+        _users += 1
+        if _users == 1:
+            _given = tuple(part.fp32_precision for part in settings)
+            _set_precisions(settings, ("ieee",) * len(settings))
+    try:
+        yield
+    finally:
+        with _exact:
+            _users -= 1
+            if _users == 0:
+                _set_precisions(settings, _given)
+
+
+def _set_precisions(settings: tuple[Any, ...], values: tuple[str, ...]) -> None:
+    for part, value in zip(settings, values, strict=True):
+        part.fp32_precision = value

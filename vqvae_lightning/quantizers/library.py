@@ -5,6 +5,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from vqvae_lightning.devices import exact_products
 from vqvae_lightning.distributed import rank_and_world
 from vqvae_lightning.errors import InputError, check_positive, check_range
 from vqvae_lightning.quantizers.base import QuantizerOutput
@@ -64,7 +65,8 @@ class LibraryQuantizer(nn.Module):
 
     def forward(self, z: Tensor) -> QuantizerOutput:
         """Quantize `z` (B, D, H, W)."""
-        with torch.autocast(z.device.type, enabled=False):
+        # Its distances are products too: see `nearest_codes`.
+        with torch.autocast(z.device.type, enabled=False), exact_products():
             vectors, codes, *losses = self.quantizer(self._rows(z))
         # One loss, or one per codebook, or none; in evaluation most give a zero in its place.
         auxiliary = losses[0].float().sum() if losses and self.training else None
