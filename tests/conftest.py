@@ -1,13 +1,18 @@
-"""Small data, and commands run in this process."""
+"""Small data, commands run in this process, and a warm interpreter for those run in others."""
 
+import multiprocessing
+import os
+import shutil
+import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
-import torch
+import warm_python
 
 from vqvae_lightning import evaluate, pipeline, reconstruct, sample, shards, train
 from vqvae_lightning.configs import CONF_DIR, register_resolvers
@@ -28,6 +33,38 @@ TINY_VQVAE = (
     "model.net.quantizer.code_dim=4",
     "model.net.quantizer.warmup_steps=1",
 )
+
+COLD, FOLDER = sys.executable, "WARM_PYTHON"  # the latter is set for pytest's own workers
+
+
+def pytest_xdist_auto_num_workers(config):
+    """As many processes as cores for all tests, none more for chosen ones."""
+    chosen = config.args_source is not config.ArgsSource.TESTPATHS
+    return 0 if chosen else len(os.sched_getaffinity(0))
+
+
+def pytest_configure(config):
+    if sys.platform != "linux" or "COLD_PYTHON" in os.environ:
+        return
+    if FOLDER not in os.environ:
+        os.environ[FOLDER] = tempfile.mkdtemp(prefix="warm")
+        command = warm_python.install(Path(os.environ[FOLDER]))
+        server = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
+        config.add_cleanup(lambda: shutil.rmtree(os.environ.pop(FOLDER)))
+        config.add_cleanup(server.wait)
+        config.add_cleanup(server.stdin.close)
+    sys.executable = f"{os.environ[FOLDER]}/python"
+    multiprocessing.set_executable(sys.executable)
+
+
+@pytest.fixture
+def cold(monkeypatch):
+    """Processes with interpreters of their own, which import everything anew."""
+    warm = sys.executable
+    monkeypatch.setattr(sys, "executable", COLD)
+    multiprocessing.set_executable(COLD)
+    yield
+    multiprocessing.set_executable(warm)
 
 
 class Outcome(NamedTuple):
@@ -95,4 +132,6 @@ def compose(config_name: str, *overrides: str, folder: Path | None = None) -> An
 
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
+    import torch  # not by the process that only deals out the tests
+
     torch.manual_seed(0)

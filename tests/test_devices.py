@@ -142,7 +142,7 @@ def wait_for(condition, seconds=60):
         time.sleep(0.2)
 
 
-def test_a_rank_that_dies_ends_the_job_with_its_name(toy, tmp_path):
+def test_a_rank_that_dies_ends_the_job_with_its_name(toy, tmp_path, cold):
     endless = ("trainer.max_steps=1000000", "trainer.val_check_interval=500", "hydra.run.dir=run")
     process = start(tmp_path, *VQVAE, *toy, *endless)
     wait_for(lambda: (tmp_path / "run" / "metrics.csv").is_file())
@@ -153,7 +153,7 @@ def test_a_rank_that_dies_ends_the_job_with_its_name(toy, tmp_path):
     assert "rank 1 failed" in err
 
 
-def test_ctrl_c_stops_all_ranks_and_the_run_goes_on(toy, tmp_path):
+def test_ctrl_c_stops_all_ranks_and_the_run_goes_on(toy, tmp_path, cold):
     endless = ("trainer.max_steps=100000", "trainer.val_check_interval=500", "hydra.run.dir=run")
     process = start(tmp_path, *VQVAE, *toy, *endless)
     wait_for(lambda: (tmp_path / "run" / "metrics.csv").is_file())

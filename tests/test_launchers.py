@@ -328,7 +328,7 @@ def test_an_interruption_keeps_its_status_between_processes():
     assert (str(stop), stop.status) == ("Stopped.", 75)
 
 
-def test_ctrl_c_lets_jobs_side_by_side_save(toy, tmp_path):
+def test_ctrl_c_lets_jobs_side_by_side_save(toy, tmp_path, cold):
     endless = ("trainer.max_steps=1000000", "trainer.val_check_interval=200")
     tiny = [option for option in TINY_VQVAE if not option.startswith("trainer=")]
     process = subprocess.Popen(
