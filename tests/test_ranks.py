@@ -48,7 +48,7 @@ QUANTIZERS = {
 def build(case):
     make, init = QUANTIZERS[case]
     torch.manual_seed(0)
-    return make(24, 4, init=init, warmup_steps=1, decay=0.7, revive_below=0.5, revive_every=2)
+    return make(24, 4, init=init, warmup_steps=2, decay=0.7, revive_below=0.5, revive_every=2)
 
 
 def encode(folder):

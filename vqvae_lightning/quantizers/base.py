@@ -17,8 +17,8 @@ GPU_SCORES = 2**26  # on a GPU: 256 MiB, as small blocks would be thousands of s
 GPU_SHARE = 64  # of a GPU's memory they take at most 1 / GPU_SHARE
 COLUMNS = 2**12  # codes compared at a time, so that a block keeps enough rows for a large codebook
 CHUNK = 64  # neighbouring scores of which the largest is found first
-POOL = 16  # encoder vectors per code that k-means sees
-POOL_STEPS = 16  # last steps of the warm-up that they are drawn from
+POOL_STEPS = 16  # last steps of the warm-up that the vectors for the first codebook are drawn from
+PER_CODE = {"kmeans": 16, "data": 1, "uniform": 0}  # how many of them per code
 KMEANS_STEPS = 10
 WARMUP_SHARE = 0.1  # of the training: the longest warm-up
 
@@ -253,24 +253,32 @@ def draw_over_ranks(part: Tensor, count: int, generator: torch.Generator) -> Ten
         (min(count, number of vectors), D).
     """
     first, total = place_among_ranks(part)
-    own = random_rows(total, min(count, total), generator) - first
-    here = (own >= 0) & (own < len(part))
-    drawn = part.new_zeros(len(own), part.shape[1])
-    drawn[here.to(part.device)] = part[own[here].to(part.device)]
-    return all_reduce(drawn)
+    return rows_over_ranks(part, first, random_rows(total, min(count, total), generator))
 
 
-def rows_of_all_ranks(part: Tensor) -> Tensor:
-    """The vectors (n, D) of all ranks one after the other; n may differ between ranks."""
-    first, total = place_among_ranks(part)
-    together = part.new_zeros(total, part.shape[1])
-    together[first : first + len(part)] = part
-    return all_reduce(together)
+def rows_over_ranks(part: Tensor, first: int, numbers: Tensor) -> Tensor:
+    """Chosen rows out of the vectors of all ranks, equal on every rank.
+
+    Args:
+        part: Vectors (n, D) of this rank.
+        first: Number of its first row among those of all ranks.
+        numbers: Rows to take (m,) int64 on the CPU, the same on every rank.
+
+    Returns:
+        (m, D).
+    """
+    own = numbers - first
+    places = ((own >= 0) & (own < len(part))).nonzero()[:, 0]
+    chosen = part.new_zeros(len(numbers), part.shape[1])
+    chosen[places.to(part.device)] = part[own[places].to(part.device)]
+    return all_reduce(chosen)
 
 
 def place_among_ranks(part: Tensor) -> tuple[int, int]:
     """Where the rows of `part` begin among those of all ranks, and how many there are of all."""
     rank, world = rank_and_world()
+    if world == 1:
+        return 0, len(part)
     sizes = torch.zeros(world, dtype=torch.int64, device=part.device)
     sizes[rank] = len(part)
     ends = all_reduce(sizes).cumsum(0).tolist()
@@ -340,8 +348,8 @@ class VectorQuantizer(nn.Module):
         check_range("decay", decay, 0, 1)
         if decay == 1:
             raise InputError("decay=1 would never let the codebook move; it must be below 1.")
-        if init not in ("kmeans", "data", "uniform"):
-            raise InputError(f"init={init} must be one of kmeans, data, uniform.")
+        if init not in list(PER_CODE):
+            raise InputError(f"init={init} must be one of {', '.join(PER_CODE)}.")
         if estimator not in ESTIMATORS:
             raise InputError(f"estimator={estimator} must be one of {', '.join(ESTIMATORS)}.")
         self.num_codes = num_codes
@@ -364,7 +372,14 @@ class VectorQuantizer(nn.Module):
         # rank 0's in the place of this rank's. A checkpoint never falls between batch and update.
         self.new_counts = torch.zeros(num_codes)
         self._newest: Tensor | None = None
-        self._pool: list[Tensor] = []
+        # Vectors for the first codebook, equal on all ranks, and the random number of each. No
+        # buffers: their size changes, and a checkpoint after the warm-up has none.
+        self._pool, self._pool_keys = self._empty_pool()
+
+    @property
+    def pool_rows(self) -> int:
+        """Encoder vectors that the first codebook is made from, at most."""
+        return PER_CODE[self.init] * self.num_codes
 
     def first_rows(self) -> Tensor:
         """Random rows (K, D) in [-1/K, 1/K]: van den Oord's own initialisation (sonnet v1)."""
@@ -441,36 +456,51 @@ class VectorQuantizer(nn.Module):
         if newest is None:  # no batch was seen: somebody else's network stepped
             return {}
         self.steps += 1
+        generator = self._generator()
         if not self.initialised:
             over = self.steps >= self.warmup_steps or progress >= WARMUP_SHARE
             if over or self.steps > self.warmup_steps - POOL_STEPS:
-                # Of all ranks: the first one's checkpoint must hold what all would start from.
-                self._pool.append(rows_of_all_ranks(newest))
+                self._gather(newest, generator)
             if over:
-                self._initialise()
+                self._initialise(generator)
             return {}
         self.learn()
         if self.revive_below == 0 or self.steps % self.revive_every:
             return {}
         if progress >= self.revive_until:
             return {"revived_codes": 0.0}
-        fresh = cycled(draw_over_ranks(newest, self.num_codes, self._generator()), self.num_codes)
+        fresh = cycled(draw_over_ranks(newest, self.num_codes, generator), self.num_codes)
         share = self.counts.mean()
         dead = self.counts < self.revive_below * share
         self.place(fresh, dead, share)
         return {"revived_codes": float(dead.sum())}
 
     def get_extra_state(self) -> Tensor:
-        """Steps taken, whether the codebook is set, and what it will be set with; one tensor."""
-        pool = torch.cat([part.flatten() for part in self._pool]) if self._pool else torch.empty(0)
-        numbers = torch.tensor([self.steps, int(self.initialised)], dtype=torch.float64)
-        return torch.cat([numbers, pool.double().cpu()])
+        """Steps taken, and whether the codebook is set; one tensor."""
+        return torch.tensor([self.steps, int(self.initialised)], dtype=torch.float64)
 
     def set_extra_state(self, state: Tensor) -> None:
         """Restore `get_extra_state`."""
         self.steps, self.initialised = int(state[0]), bool(state[1])
-        pool = state[2:].view(-1, self.code_dim).to(self.codebook)
-        self._pool = [pool] if len(pool) else []
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        """Save the gathered vectors too, as long as there are any."""
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if len(self._pool):
+            destination[f"{prefix}pool"] = self._pool
+            destination[f"{prefix}pool_keys"] = self._pool_keys
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *options: Any) -> None:
+        """Restore what `_save_to_state_dict` saved; without it, nothing was gathered."""
+        pool, keys = self._empty_pool()
+        pool = state_dict.pop(f"{prefix}pool", pool)
+        keys = state_dict.pop(f"{prefix}pool_keys", keys)
+        super()._load_from_state_dict(state_dict, prefix, *options)
+        self._pool, self._pool_keys = pool.to(self.codebook), keys.cpu()
+
+    def _empty_pool(self) -> tuple[Tensor, Tensor]:
+        rows = self.counts.new_empty(0, self.code_dim)
+        return rows, torch.empty(0, dtype=torch.float64, device="cpu")
 
     def extra_repr(self) -> str:
         """Size and way of starting, for `print(net)`."""
@@ -480,6 +510,7 @@ class VectorQuantizer(nn.Module):
         """Move what is no buffer along with the rest: `to`, `cuda`, `double`."""
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self.new_counts = fn(self.new_counts)
+        self._pool = fn(self._pool)
         return self
 
     def _rows(self, z: Tensor) -> Tensor:
@@ -501,14 +532,31 @@ class VectorQuantizer(nn.Module):
         # would have.
         return torch.Generator().manual_seed(self.steps)
 
-    def _initialise(self) -> None:
-        pool, self._pool = self._pool, []
+    def _gather(self, newest: Tensor, generator: torch.Generator) -> None:
+        """Let the vectors (N, D) of this step take part in the draw for the first codebook.
+
+        Each vector of all ranks gets a random number, and those with the largest are kept. This is
+        a uniform draw out of the vectors of all steps, whatever their number (Vitter 1985, Random
+        sampling with a reservoir). Every rank keeps the same, so rank 0's checkpoint holds
+        everything needed to resume.
+        """
+        if not self.pool_rows:
+            return
+        first, total = place_among_ranks(newest)
+        fresh = torch.rand(total, generator=generator, dtype=torch.float64)
+        keys = torch.cat([self._pool_keys, fresh])
+        kept = keys.topk(min(self.pool_rows, len(keys))).indices.sort().values
+        old = kept[kept < len(self._pool)]
+        new = kept[len(old) :] - len(self._pool)
+        self._pool = torch.cat(
+            [self._pool[old.to(newest.device)], rows_over_ranks(newest, first, new)]
+        )
+        self._pool_keys = keys[kept]
+
+    def _initialise(self, generator: torch.Generator) -> None:
+        rows = self._pool
+        self._pool, self._pool_keys = self._empty_pool()
         if self.init != "uniform":
-            per_code = POOL if self.init == "kmeans" else 1
-            generator = self._generator()
-            rows = torch.cat(pool)
-            count = min(per_code * self.num_codes, len(rows))
-            rows = rows[random_rows(len(rows), count, generator).to(rows.device)]
             if self.init == "kmeans" and len(rows) > self.num_codes:
                 rows = kmeans(rows, self.num_codes, generator)
                 if rank_and_world()[0] > 0:
