@@ -115,7 +115,7 @@ def test_a_model_larger_than_memory_is_refused(toy, tmp_path, monkeypatch):
 
 
 def test_activations_that_do_not_fit_are_a_warning(toy, tmp_path, monkeypatch):
-    monkeypatch.setattr(preflight, "available_memory", lambda: 200_000)
+    monkeypatch.setattr(preflight, "available_memory", lambda: 120_000)
     (warning,) = surveyed(tmp_path, *SMALL, *toy).warnings
     assert "smaller dataset.batch_size" in warning
 
