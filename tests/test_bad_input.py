@@ -37,7 +37,7 @@ def _no_training(monkeypatch):
         (["resume=/nowhere"], ["resume=/nowhere", "config.yaml"]),
         (["trainer.accelerator=warp"], ["warp"]),
         (["+model.net._target_2=1"], ["_target_2"]),
-        (["model.optimizer._target_=os.system"], ["os.system", "not allowed"]),
+        (["model.optimizer._target_=os.system"], ["model.optimizer", "os.system", "blocklisted"]),
     ],
 )
 def test_vqvae_train_says_what_is_wrong(overrides, words, command):

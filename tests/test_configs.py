@@ -4,7 +4,7 @@ import pytest
 from conftest import TINY_VQVAE, compose
 from omegaconf import OmegaConf
 
-from vqvae_lightning.configs import CONF_DIR, build, check_targets, plain
+from vqvae_lightning.configs import CONF_DIR, build, plain
 from vqvae_lightning.errors import InputError
 
 
@@ -104,11 +104,10 @@ def test_the_pipelines_stages_are_configured_as_their_own_commands_would(tmp_pat
 
 
 @pytest.mark.parametrize("target", ["os.system", "builtins.eval", "subprocess.run"])
-def test_targets_outside_the_allowed_packages_are_refused(target):
-    with pytest.raises(InputError, match=target):
+def test_targets_that_hydra_blocks_are_refused_in_one_line(target):
+    with pytest.raises(InputError, match=target) as caught:
         build({"_target_": "vqvae_lightning.tasks.WarmupCosine", "inner": [{"_target_": target}]})
-    with pytest.raises(InputError, match=target):
-        check_targets(OmegaConf.create({"a": {"_target_": target}}), ("vqvae_lightning.",))
+    assert "\n" not in str(caught.value)
 
 
 def test_configs_hold_plain_data_once_resolved(tmp_path):

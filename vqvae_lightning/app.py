@@ -8,12 +8,12 @@ import sys
 import threading
 import traceback
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from vqvae_lightning.configs import CONF_DIR, register_resolvers
+from vqvae_lightning.configs import CONF_DIR, note_foreign, read_trusted, register_resolvers
 from vqvae_lightning.errors import (
     DivergenceError,
     Failed,
@@ -23,6 +23,7 @@ from vqvae_lightning.errors import (
     check_range,
 )
 from vqvae_lightning.launch import beyond_repair, led
+from vqvae_lightning.trust import DATA, Trust, names
 
 # Lightning's and torch's notices about choices that are right here and that a user can do nothing
 # about.
@@ -154,6 +155,7 @@ def started(name: str, cfg: Any) -> Any:
         given = [t for t in hydra.overrides.task if not t.startswith(("sweep=", "resume="))]
         cfg.command = f"{name} {config}{shlex.join(given)}".strip()
         cfg.commit = checkout_commit()
+        note_foreign(cfg)
         if not (Path(cfg.folder) / "config.yaml").is_file():
             return cfg
         if cfg.resume is None and not requeued:
@@ -161,33 +163,42 @@ def started(name: str, cfg: Any) -> Any:
                 f"{cfg.folder} holds a run already: go on with resume={cfg.folder}, or choose "
                 "another folder."
             )
-        stored = stored_config(Path(cfg.folder), Path(cfg.folder))
-        # A study that goes on may give the same values in another order.
-        if sorted(shlex.split(stored.command)) != sorted(shlex.split(cfg.command)):
+        stored = stored_config(Path(cfg.folder), Path(cfg.folder), cfg.trust)
+        if _values(stored.command) != _values(cfg.command):
             raise InputError(
                 f"resume=auto: {cfg.folder} holds a run of another command: {stored.command}"
             )
         return stored
-    others = [text for text in hydra.overrides.task if not text.startswith("resume=")]
+    others = [t for t in hydra.overrides.task if not t.startswith(("resume=", "trust="))]
     if others:
         raise InputError(
             f"resume={cfg.resume} goes on with the config in that folder; drop {' '.join(others)}"
         )
     if hydra.mode == RunMode.MULTIRUN:
         raise InputError("resume goes on with one run: drop -m.")
-    stored = stored_config(Path(cfg.folder), Path(cfg.folder))
+    stored = stored_config(Path(cfg.folder), Path(cfg.folder), names(cfg.trust))
     if str(stored.command).split()[0] != name:
         raise InputError(f"resume={cfg.resume} is a run of another command: {stored.command}")
     return stored
 
 
-def stored_config(folder: Path, run: Path) -> Any:
-    """The config left in `folder`, the run's or one below it; moved paths follow the run."""
+def _values(command: str) -> list[str]:
+    """What two commands for the same run share, in any order, as a study may have it."""
+    return sorted(text for text in shlex.split(command) if not text.startswith("trust="))
+
+
+def stored_config(folder: Path, run: Path, trust: Iterable[str]) -> Any:
+    """The config left in `folder`, the run's or one below it; moved paths follow the run.
+
+    Raises:
+        InputError: If it names code outside of this package and of `trust`.
+    """
     from omegaconf import OmegaConf
 
-    stored = OmegaConf.load(folder / "config.yaml")
-    value = OmegaConf.to_container(stored)
-    old = Path(stored.folder)
+    value = read_trusted(folder / "config.yaml", trust)
+    if not isinstance(value.get("folder"), str):
+        raise InputError(f"{folder}/config.yaml is not the config of a run.")
+    old = Path(value["folder"])
     for _ in folder.relative_to(run).parts:
         old = old.parent
     renewed = OmegaConf.create(_moved(value, str(old), str(run.absolute())))
@@ -209,7 +220,28 @@ def load_images(config: Any) -> Any:
     """The `PixelDataModule` of a dataset config, downloaded and set up."""
     from vqvae_lightning.configs import build
 
-    images = build(config)
+    return _set_up(build(config))
+
+
+def images_of(vqvae: Any, trust: Iterable[str]) -> Any:
+    """The `PixelDataModule` that a VQ-VAE was trained on, as its checkpoint describes it.
+
+    Args:
+        vqvae: A `checkpoints.Loaded`.
+        trust: Packages that the user trusts.
+
+    Raises:
+        InputError: If the checkpoint names other code, or no data.
+    """
+    images = Trust("the VQ-VAE's checkpoint", trust, DATA).build(
+        vqvae.config.get("dataset"), "dataset"
+    )
+    if not hasattr(images, "prepare_data"):
+        raise InputError("the VQ-VAE's checkpoint names no data: give dataset=NAME.")
+    return _set_up(images)
+
+
+def _set_up(images: Any) -> Any:
     images.prepare_data()
     images.setup()
     return images

@@ -269,13 +269,17 @@ class BestCheckpoint(ModelCheckpoint):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore score and paths, with the paths in today's folder."""
         folder = Path(str(self.dirpath))
-        scores = state_dict["best_k_models"].items()
-        moved = {
-            "dirpath": self.dirpath,
-            "best_k_models": {str(folder / Path(path).name): score for path, score in scores},
-        }
+
+        def here(path: str) -> str:
+            # Lightning removes, with all below it, what a better checkpoint replaces.
+            name = Path(path).name
+            return str(folder / name) if name.endswith(".ckpt") else ""
+
+        scores = {here(path): score for path, score in state_dict["best_k_models"].items()}
+        scores.pop("", None)
+        moved = {"dirpath": self.dirpath, "best_k_models": scores}
         for name in ("best_model_path", "kth_best_model_path", "last_model_path"):
-            moved[name] = str(folder / Path(state_dict[name]).name) if state_dict[name] else ""
+            moved[name] = here(state_dict[name])
         super().load_state_dict({**state_dict, **moved})
 
 
@@ -297,7 +301,8 @@ class LastCheckpoint(Checkpoint):
         signals: Names of the signals to stop at.
 
     Raises:
-        InputError: If `every_n_steps` is below 1, or there is no signal of a name.
+        InputError: If `path` does not end in .ckpt, `every_n_steps` is below 1, or there is no
+            signal of a name.
     """
 
     def __init__(
@@ -306,6 +311,8 @@ class LastCheckpoint(Checkpoint):
         every_n_steps: int = 500,
         signals: Sequence[str] = ("SIGINT", "SIGTERM", "SIGUSR2"),
     ) -> None:
+        if not path.endswith(".ckpt"):  # a config in a file may not have other files overwritten
+            raise InputError(f"path={path} must end in .ckpt.")
         self.path = path
         self.every_n_steps = check_positive("every_n_steps", every_n_steps)
         known = signal.Signals.__members__

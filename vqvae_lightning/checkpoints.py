@@ -1,18 +1,18 @@
-"""Networks out of checkpoints, without Lightning and without running anybody's code."""
+"""Networks out of checkpoints, without Lightning or Hydra and without running foreign code."""
 
 import hashlib
-import importlib
 import pickle
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
-from vqvae_lightning.configs import build
 from vqvae_lightning.errors import InputError
 from vqvae_lightning.networks.autoencoder import VQVAE
 from vqvae_lightning.networks.pixelcnn import PixelCNN
+from vqvae_lightning.trust import NETWORKS, Trust
 
 KINDS: dict[str, type[nn.Module]] = {"vqvae": VQVAE, "prior": PixelCNN}
 
@@ -26,16 +26,18 @@ class Loaded(NamedTuple):
     """The whole resolved config of its run."""
 
 
-def load(path: str | Path, kind: str | None = None) -> Loaded:
+def load(path: str | Path, kind: str | None = None, trust: str | Iterable[str] = ()) -> Loaded:
     """The network in a checkpoint, rebuilt from the config that the checkpoint holds.
 
     Args:
         path: A checkpoint of `vqvae-train` or `vqvae-pipeline`.
         kind: `vqvae` or `prior` if only one will do.
+        trust: Packages whose classes the checkpoint may name besides ours, such as
+            `["my_package"]`: their code runs.
 
     Raises:
-        InputError: If the file is missing, truncated, not one of ours, of another kind, or names a
-            class outside `vqvae_lightning`.
+        InputError: If the file is missing, truncated, not one of ours, of another kind, or names
+            code that is neither a network of `vqvae_lightning` nor in `trust`.
     """
     if not Path(path).is_file():
         raise InputError(f"checkpoint {path} does not exist.")
@@ -44,18 +46,16 @@ def load(path: str | Path, kind: str | None = None) -> Loaded:
         config = checkpoint["hyper_parameters"]
         weights = checkpoint["state_dict"]
         settings = config["model"]["net"]
+        own = {k.removeprefix("net."): v for k, v in weights.items() if k.startswith("net.")}
     except (RuntimeError, pickle.UnpicklingError, EOFError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         raise InputError(f"checkpoint {path} is damaged or no checkpoint: {reason}") from error
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, AttributeError) as error:
         raise InputError(f"checkpoint {path} was not written by vqvae_lightning.") from error
-    check_networks(settings)
-    net = build(settings)
+    net = Trust(f"checkpoint {path}", trust, NETWORKS).build(settings, "model.net")
     found = next((name for name, cls in KINDS.items() if isinstance(net, cls)), "unknown")
-    if kind is not None and found != kind:
-        raise InputError(f"checkpoint {path} holds a {found}, not a {kind}.")
-    prefix = "net."
-    own = {k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)}
+    if not isinstance(net, nn.Module) or kind not in (None, found):
+        raise InputError(f"checkpoint {path} holds a {found}, not a {kind or 'network'}.")
     try:
         net.load_state_dict(own)
     except RuntimeError as error:
@@ -65,63 +65,30 @@ def load(path: str | Path, kind: str | None = None) -> Loaded:
     return Loaded(net.eval().requires_grad_(False), config)
 
 
-def check_networks(settings: Any) -> None:
-    """Refuse a stored config that would run anything but constructors of our own networks.
-
-    Raises:
-        InputError: Naming the `_target_` or the interpolation: building it would undo what loading
-            with `weights_only` protects from.
-    """
-    if isinstance(settings, str) and "${" in settings:
-        raise InputError(f"the checkpoint's config holds an interpolation, {settings}: refused.")
-    if isinstance(settings, dict):
-        target = settings.get("_target_")
-        if target is not None and not _is_network(str(target)):
-            raise InputError(
-                f"the checkpoint's _target_ {target} is not a network of vqvae_lightning: refused."
-            )
-    for child in settings.values() if isinstance(settings, dict) else ():
-        check_networks(child)
-    for child in settings if isinstance(settings, list) else ():
-        check_networks(child)
-
-
-def _is_network(target: str) -> bool:
-    module, _, name = target.rpartition(".")
-    if not module.startswith("vqvae_lightning."):
-        return False
-    try:
-        found = getattr(importlib.import_module(module), name, None)
-    except ImportError:  # such as vqvae_lightning.app.os, an attribute and no module
-        return False
-    return (
-        isinstance(found, type)
-        and issubclass(found, nn.Module)
-        and found.__module__.startswith("vqvae_lightning.")
-    )
-
-
 def load_pair(
-    prior_path: str | Path, vqvae_path: str | Path | None = None
+    prior_path: str | Path,
+    vqvae_path: str | Path | None = None,
+    trust: str | Iterable[str] = (),
 ) -> tuple[Loaded, Loaded]:
     """A prior and the VQ-VAE whose codes it was trained on.
 
     Args:
         prior_path: The prior's checkpoint.
         vqvae_path: The VQ-VAE's, if it is no longer where the prior's config says.
+        trust: Packages whose classes the checkpoints may name besides ours.
 
     Raises:
         InputError: If the VQ-VAE's weights are not those that the prior was trained with, besides
             what `load` raises.
     """
-    prior = load(prior_path, "prior")
+    prior = load(prior_path, "prior", trust)
     vqvae_path = vqvae_path or prior.config["vqvae_checkpoint"]
     if not Path(vqvae_path).is_file():
         raise InputError(
             f"prior {prior_path} needs its VQ-VAE, which is not at {vqvae_path}: give "
             "vqvae_checkpoint=PATH."
         )
-    vqvae = load(vqvae_path, "vqvae")
+    vqvae = load(vqvae_path, "vqvae", trust)
     found, wanted = weights_hash(vqvae.net), prior.config["vqvae_hash"]
     if found != wanted:
         raise InputError(

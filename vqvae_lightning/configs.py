@@ -1,35 +1,32 @@
 """Where the configs are, and the only place that turns a config into objects."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from vqvae_lightning.errors import InputError
+from vqvae_lightning.trust import Trust, foreign, names
 
 _PACKAGE = Path(__file__).parent
 CONF_DIR = _PACKAGE / "conf" if (_PACKAGE / "conf").is_dir() else _PACKAGE.parent / "conf"
 """The configs: inside the package in a wheel, beside it in a checkout."""
-
-_ALLOWED = ("vqvae_lightning.", "torch.", "torchvision.", "torchmetrics.", "pytorch_lightning.")
 
 
 def build(config: Any, **arguments: Any) -> Any:
     """Instantiate the `_target_` of `config`, its nested ones first.
 
     Args:
-        config: An OmegaConf node or plain dictionary; containers reach the constructors as plain
-            Python.
+        config: An OmegaConf node or plain dictionary that the user has typed, or that
+            `read_trusted` has read; containers reach the constructors as plain Python.
         **arguments: Constructor arguments that are objects, or known only at run time.
 
     Raises:
-        InputError: If a constructor refuses its arguments, or a `_target_` is outside the allowed
-            packages.
+        InputError: If a constructor refuses its arguments, or Hydra a `_target_`.
     """
     from hydra.errors import InstantiationException
     from hydra.utils import instantiate
 
-    check_targets(config, _ALLOWED)
     try:
         return instantiate(config, _convert_="all", **arguments)
     except InstantiationException as error:
@@ -37,41 +34,71 @@ def build(config: Any, **arguments: Any) -> Any:
         place = f"{key.group(1)}: " if key else ""
         if isinstance(error.__cause__, InputError):
             raise InputError(f"{place}{error.__cause__}") from error
-        cause = error.__cause__ or error
+        if error.__cause__ is None:  # Hydra's own refusal, in several lines
+            said = " ".join(str(error).partition("full_key:")[0].split())
+            raise InputError(f"{place}{said}") from error
+        cause = error.__cause__
         raise InputError(f"{place}{type(cause).__name__}: {cause}") from error
 
 
-def check_targets(config: Any, allowed: tuple[str, ...]) -> None:
-    """Refuse every `_target_` that does not start with one of `allowed`.
+def read_config(path: Path) -> dict[str, Any]:
+    """The config in a file as plain data: interpolations stay text, and only YAML's own tags count.
 
     Raises:
-        InputError: Naming it: a `_target_` is code that will run.
-    """
-    from omegaconf import DictConfig, ListConfig, OmegaConf
-
-    if isinstance(config, DictConfig | ListConfig):
-        config = OmegaConf.to_container(config)
-    if isinstance(config, Mapping):
-        target = config.get("_target_")
-        if target is not None and not str(target).startswith(allowed):
-            raise InputError(
-                f"_target_ {target} is not allowed: it must start with {' or '.join(allowed)}"
-            )
-        config = list(config.values())
-    if isinstance(config, list):
-        for child in config:
-            check_targets(child, allowed)
-
-
-def plain(config: Any) -> dict[str, Any]:
-    """`config` resolved, as plain Python data that a checkpoint may hold.
-
-    Raises:
-        omegaconf.MissingMandatoryValue: If a value is still `???`.
+        InputError: If it cannot be read.
     """
     from omegaconf import OmegaConf
 
-    container = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+    try:
+        config = OmegaConf.to_container(OmegaConf.load(path))
+    except Exception as error:  # of the file system, of YAML, of OmegaConf
+        raise InputError(f"{path} cannot be read: {' '.join(str(error).split())}") from error
+    if not isinstance(config, dict):
+        raise InputError(f"{path} is not the config of a run.")
+    return {str(key): value for key, value in config.items()}
+
+
+def read_trusted(path: Path, trust: Iterable[str]) -> dict[str, Any]:
+    """The config in a file, of which nothing but what `Trust` allows will be built.
+
+    Args:
+        path: A `config.yaml`.
+        trust: Packages that the user trusts.
+
+    Returns:
+        Plain data. Its `trust` is the given one: a file cannot vouch for itself.
+
+    Raises:
+        InputError: If it cannot be read, or names code that it may not.
+    """
+    config = read_config(path)
+    Trust(str(path), trust).read(config)
+    return {**config, "trust": sorted(trust), "foreign": foreign(config)}
+
+
+def note_foreign(cfg: Any) -> None:
+    """Trust what the user has typed, and name it in `cfg` for those who will load the run.
+
+    Args:
+        cfg: A composed config, or one that `read_trusted` has read; changed in place.
+    """
+    cfg.foreign = foreign(plain(cfg, missing=True))
+    cfg.trust = sorted({*names(cfg.trust), *cfg.foreign})
+
+
+def plain(config: Any, missing: bool = False) -> dict[str, Any]:
+    """`config` resolved, as plain Python data that a checkpoint may hold.
+
+    Args:
+        config: An OmegaConf node.
+        missing: Whether values may still be `???`.
+
+    Raises:
+        omegaconf.MissingMandatoryValue: If one is and may not.
+    """
+    from omegaconf import OmegaConf
+
+    container = OmegaConf.to_container(config, resolve=True, throw_on_missing=not missing)
     assert isinstance(container, dict)
     return {str(key): value for key, value in container.items()}
 

@@ -4,7 +4,15 @@ import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from vqvae_lightning.app import app, codes_of, load_images, print_result, started, stoppable
+from vqvae_lightning.app import (
+    app,
+    codes_of,
+    images_of,
+    load_images,
+    print_result,
+    started,
+    stoppable,
+)
 
 
 def check_evaluation(cfg: Any, prefix: str = "") -> None:
@@ -46,13 +54,14 @@ def subject(cfg: Any, images: Any = None) -> Subject:
     if cfg.prior_checkpoint is None:
         if cfg.vqvae_checkpoint is None:
             raise InputError("give vqvae_checkpoint=PATH, prior_checkpoint=PATH, or both.")
-        vqvae = load(cfg.vqvae_checkpoint, "vqvae")
+        vqvae = load(cfg.vqvae_checkpoint, "vqvae", cfg.trust)
         vqvae_path = Path(cfg.vqvae_checkpoint)
     else:
-        loaded, vqvae = load_pair(cfg.prior_checkpoint, cfg.vqvae_checkpoint)
+        loaded, vqvae = load_pair(cfg.prior_checkpoint, cfg.vqvae_checkpoint, cfg.trust)
         prior = loaded.net
         vqvae_path = Path(cfg.vqvae_checkpoint or loaded.config["vqvae_checkpoint"])
-    images = images or load_images(cfg.dataset or vqvae.config["dataset"])
+    if images is None:
+        images = load_images(cfg.dataset) if cfg.dataset else images_of(vqvae, cfg.trust)
     if prior is not None and prior.num_classes and prior.num_classes < images.num_classes:
         raise InputError(
             f"the data have {images.num_classes} classes and the prior {prior.num_classes}: choose "

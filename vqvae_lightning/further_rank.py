@@ -1,6 +1,10 @@
-"""What each further rank of a job runs: `python -m vqvae_lightning.further_rank CONFIG`."""
+"""What each further rank of a job runs: `python -m vqvae_lightning.further_rank CONFIG [PACKAGE]`.
+
+The packages that follow CONFIG are those that the command trusts.
+"""
 
 import sys
+from pathlib import Path
 from typing import Any
 
 
@@ -21,16 +25,17 @@ def run(cfg: Any) -> None:
 
 
 def main() -> None:
-    """Do so with the config in the file that the command line names."""
+    """Do so with the config in the file, and the trusted packages, that the command line names."""
     import torch
     import torch.distributed as dist
     from omegaconf import OmegaConf
 
+    from vqvae_lightning.configs import read_trusted
     from vqvae_lightning.errors import Interrupted
 
     failed = True
     try:
-        run(OmegaConf.load(sys.argv[1]))
+        run(OmegaConf.create(read_trusted(Path(sys.argv[1]), sys.argv[2:])))
         failed = False
     except Interrupted:  # all ranks have agreed to stop; the first one says so
         failed = False

@@ -307,8 +307,8 @@ def launched(cfg: Any, folder: Path, module: str) -> Iterator[None]:
     Args:
         cfg: The config of the stage, resolvable.
         folder: Where the ranks' output goes: `ranks/rank1.log` and on.
-        module: Run with the path of the config by each further rank that is started here, and by
-            its function `run` on one that was started outside.
+        module: Run with the path of the config, and the packages that `cfg` trusts, by each further
+            rank that is started here, and by its function `run` on one that was started outside.
 
     Raises:
         InputError: If there are other ranks than the trainer counts, or several machines' ranks
@@ -354,7 +354,8 @@ def _started_here(cfg: Any, folder: Path, module: str, count: int) -> Iterator[N
     processes = []
     for rank in range(1, count):
         environment = {"OMP_NUM_THREADS": str(share), **os.environ, **common}
-        command = [sys.executable, "-m", module, str(place / "config.yaml")]
+        # A file cannot vouch for itself: what this command trusts, it says on the command line.
+        command = [sys.executable, "-m", module, str(place / "config.yaml"), *cfg.trust]
         with (place / f"rank{rank}.log").open("w") as log:
             processes.append(
                 subprocess.Popen(

@@ -51,12 +51,14 @@ def stage_configs(cfg: Any) -> dict[str, Any]:
         "command",
         "commit",
         "folder",
+        "trust",
+        "foreign",
     )
     training = ("dataset", "logger", "model", "trainer", "callbacks", "monitor")
     configs: dict[str, Any] = {}
     for name in STAGES[:-1]:
         if (folder / name / "config.yaml").is_file():
-            configs[name] = stored_config(folder / name, folder)
+            configs[name] = stored_config(folder / name, folder, cfg.trust)
             continue
         # Resolved with `folder` at its place in the tree, so that every path below it is the
         # stage's.
@@ -145,6 +147,7 @@ def run_pipeline(cfg: Any) -> dict[str, Any]:
     Raises:
         InputError: As the stages do, before any of them has begun where that can be known.
     """
+    from vqvae_lightning.configs import note_foreign
     from vqvae_lightning.evaluate import evaluate
     from vqvae_lightning.progress import console
     from vqvae_lightning.report import write_report
@@ -153,6 +156,7 @@ def run_pipeline(cfg: Any) -> dict[str, Any]:
     from vqvae_lightning.train import train
 
     folder = Path(cfg.folder)
+    note_foreign(cfg)
     configs = stage_configs(cfg)
     images = None
     if any(read_result(folder / name) is None for name in ("vqvae", "prior", "evaluation")):

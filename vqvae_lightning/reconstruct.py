@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from vqvae_lightning.app import app, load_images, print_result, started
+from vqvae_lightning.app import app, images_of, print_result, started
 
 
 def reconstruct(cfg: Any) -> dict[str, Any]:
@@ -33,12 +33,12 @@ def reconstruct(cfg: Any) -> dict[str, Any]:
     from vqvae_lightning.results import write_config, write_result
 
     folder = Path(cfg.folder)
-    vqvae = load(cfg.vqvae_checkpoint, "vqvae")
+    vqvae = load(cfg.vqvae_checkpoint, "vqvae", cfg.trust)
     device = device_for(cfg.accelerator)
     net = vqvae.net.to(device)
     count = check_positive("count", cfg.count)
     if cfg.input is None:
-        data = load_images(vqvae.config["dataset"])
+        data = images_of(vqvae, cfg.trust)
         images = data.datasets["test"].preview(count).data
     else:
         try:

@@ -100,7 +100,7 @@ def draw(cfg: Any) -> dict[str, Any]:
     if finished is not None:
         return finished
     start = time.perf_counter()
-    loaded, vqvae = load_pair(cfg.prior_checkpoint, cfg.vqvae_checkpoint)
+    loaded, vqvae = load_pair(cfg.prior_checkpoint, cfg.vqvae_checkpoint, cfg.trust)
     prior = loaded.net
     check_sampling(cfg, prior.num_classes, prior.height, prior.null_label_rate)
     # A launcher that started several ranks has given each of them its devices.
@@ -171,12 +171,12 @@ def images_to_complete(cfg: Any, prior: Any, vqvae: Any) -> tuple[Any, Any]:
     """
     import torch
 
-    from vqvae_lightning.app import load_images
+    from vqvae_lightning.app import images_of
     from vqvae_lightning.data import ImageFolderSource
     from vqvae_lightning.errors import InputError
 
     if cfg.complete == "test":
-        first = load_images(vqvae.config["dataset"]).datasets["test"].preview(cfg.num_samples)
+        first = images_of(vqvae, cfg.trust).datasets["test"].preview(cfg.num_samples)
         return first.data, first.labels if prior.num_classes else None
     # The codes' grid is the prior's: the images must have the size that it was trained on.
     factor = 2**vqvae.net.downsamplings

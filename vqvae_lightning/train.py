@@ -35,12 +35,14 @@ def train(cfg: Any, images: Any = None) -> dict[str, Any]:
     """
     from omegaconf import OmegaConf
 
+    from vqvae_lightning.configs import note_foreign
     from vqvae_lightning.launch import launched
     from vqvae_lightning.loggers import name_run
     from vqvae_lightning.results import read_result
 
     # Once, and not at each access: a value that is drawn at random must be the same on all ranks.
     OmegaConf.resolve(cfg)
+    note_foreign(cfg)
     folder = Path(cfg.folder)
     finished = read_result(folder)
     if finished is not None:
@@ -96,7 +98,7 @@ def prepared(cfg: Any, images: Any) -> Stage:
         raise InputError(f"monitor={cfg.monitor} must be one of {', '.join(known)}.")
     if "vqvae_checkpoint" in cfg:
         path = Path(cfg.vqvae_checkpoint)
-        data = codes_of(images, load(path, "vqvae").net, path, cfg, cfg.batch_size)
+        data = codes_of(images, load(path, "vqvae", cfg.trust).net, path, cfg, cfg.batch_size)
         fit_to_codes(cfg, data)
         if cfg.vqvae_hash not in (None, data.vqvae_hash):
             raise InputError(
@@ -184,7 +186,7 @@ def fit(cfg: Any, images: Any = None) -> dict[str, Any]:
             trainer.save_checkpoint(best, weights_only=False)
         scores = trainer.test(task, datamodule=data, ckpt_path=str(best), verbose=False)[0]
         for run in wandb_runs:
-            name = f"{kind}-{weights_hash(load(best).net)}"
+            name = f"{kind}-{weights_hash(load(best, trust=cfg.trust).net)}"
             run.keep(kind, name, best, made_from)
         status = 0
     except Interrupted as stop:

@@ -19,6 +19,8 @@ from torchvision.transforms.v2 import functional as transforms
 from vqvae_lightning.errors import InputError
 from vqvae_lightning.progress import progress_bar
 
+# Not all that Pillow reads: it runs Ghostscript on an EPS, whatever the file's name.
+FORMATS = ("PNG", "JPEG", "BMP", "WEBP", "TIFF", "GIF", "PPM")
 SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".ppm", ".pgm"}
 
 
@@ -346,7 +348,7 @@ def decode(file: Path | BinaryIO, grey: bool, name: str) -> Tensor:
         InputError: If it is none, with `name`.
     """
     try:
-        with Image.open(file) as image:
+        with Image.open(file, formats=FORMATS) as image:
             whole: Image.Image = image
             if image.mode.startswith("I;16"):  # which convert() would clip at 255
                 whole = Image.fromarray((np.array(image) >> 8).astype(np.uint8))

@@ -40,7 +40,8 @@ class LibraryQuantizer(nn.Module):
                 "`library`."
             ) from error
         made = getattr(library, name, None)
-        if not (isinstance(made, type) and issubclass(made, nn.Module)):
+        own = getattr(made, "__module__", "").partition(".")[0] == library.__name__
+        if not (own and isinstance(made, type) and issubclass(made, nn.Module)):
             raise InputError(
                 f"name={name} is no class of vector-quantize-pytorch, such as FSQ, LFQ, SimVQ, "
                 "ResidualVQ, VectorQuantize."

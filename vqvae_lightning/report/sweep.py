@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from markupsafe import Markup
 
+from vqvae_lightning.configs import read_config
 from vqvae_lightning.errors import InputError
 from vqvae_lightning.report import inline_png, template
 from vqvae_lightning.results import (
@@ -37,7 +38,8 @@ COMPARED = (
 """Test figures in the page's table; `jobs.csv` has all."""
 CURVES = ("nmse", "perplexity", "codebook_use", "nats_per_code", "accuracy")
 DRAWN, PICTURED = 10, 24  # curves that have a colour, jobs that have a picture: the best ones
-OWN = ("folder", "command", "commit", "resume", "vqvae_hash")  # keys that say nothing of a choice
+# Keys that say nothing of a choice.
+OWN = ("folder", "command", "commit", "resume", "trust", "foreign", "vqvae_hash")
 
 
 class Job(NamedTuple):
@@ -202,13 +204,11 @@ def _natural(path: Path) -> list[tuple[int, str]]:
 
 
 def _read(folder: Path, sweep: Path) -> Job:
-    from omegaconf import OmegaConf
-
     config: dict[str, Any] = {}
     command: list[str] = []
     path = folder / "config.yaml"
     if path.is_file():
-        stored: Any = OmegaConf.to_container(OmegaConf.load(path))
+        stored: Any = read_config(path)
         command = shlex.split(stored["command"] or "")[1:]
         config = dict(_leaves(stored, stored["folder"]))
     result, failure = read_result(folder), read_failure(folder)
@@ -277,9 +277,7 @@ def _leaves(node: Any, folder: str, path: str = "") -> Iterator[tuple[str, Any]]
 
 
 def _command(job: Job) -> list[str]:
-    from omegaconf import OmegaConf
-
-    return shlex.split(OmegaConf.load(job.folder / "config.yaml").command or "")
+    return shlex.split(read_config(job.folder / "config.yaml").get("command") or "")
 
 
 def _counts(jobs: list[Job]) -> str:

@@ -1,0 +1,371 @@
+"""What a file may execute: the targets that are built out of checkpoints and run folders.
+
+A `_target_` is code that will run, with arguments that the file chooses. What the user types may
+name any. What is read from a file may name the members of a table, found by identity and never by
+how a string begins, and what the user trusts.
+"""
+
+import sys
+from collections.abc import Callable, Iterable
+from functools import partial
+from importlib import import_module
+from typing import Any, NamedTuple
+
+from vqvae_lightning.errors import InputError
+
+_OPTIMIZERS = tuple(
+    f"torch.optim.{name}"
+    for name in (
+        "ASGD",
+        "Adadelta",
+        "Adafactor",
+        "Adagrad",
+        "Adam",
+        "AdamW",
+        "Adamax",
+        "LBFGS",
+        "Muon",
+        "NAdam",
+        "RAdam",
+        "RMSprop",
+        "Rprop",
+        "SGD",
+        "SparseAdam",
+    )
+)
+NETWORKS = (
+    "vqvae_lightning.EMAQuantizer",
+    "vqvae_lightning.PixelCNN",
+    "vqvae_lightning.VQVAE",
+    "vqvae_lightning.networks.autoencoder.VQVAE",
+    "vqvae_lightning.networks.pixelcnn.PixelCNN",
+    "vqvae_lightning.quantizers.EMAQuantizer",
+    "vqvae_lightning.quantizers.GaussianBottleneck",
+    "vqvae_lightning.quantizers.LibraryQuantizer",
+    "vqvae_lightning.quantizers.LossQuantizer",
+    "vqvae_lightning.quantizers.NoQuantizer",
+    *_OPTIMIZERS,  # an option of some quantizers of the library
+)
+"""What the config of a network may name; none of it imports Lightning."""
+DATA = (
+    "torchvision.datasets.CIFAR10",
+    "torchvision.datasets.CIFAR100",
+    "torchvision.datasets.CelebA",
+    "torchvision.datasets.FashionMNIST",
+    "torchvision.datasets.KMNIST",
+    "torchvision.datasets.MNIST",
+    "torchvision.datasets.SVHN",
+    "vqvae_lightning.ImageDataModule",
+    "vqvae_lightning.data.BundledSource",
+    "vqvae_lightning.data.ImageDataModule",
+    "vqvae_lightning.data.ImageFolderSource",
+    "vqvae_lightning.data.NpzSource",
+    "vqvae_lightning.data.ShardDataModule",
+    "vqvae_lightning.data.TorchvisionSource",
+)
+"""What the config of a data set may name. No torchvision set that reads pickles of unknown hash."""
+RUNS = (
+    *NETWORKS,
+    *DATA,
+    "vqvae_lightning.callbacks.AveragedWeights",
+    "vqvae_lightning.callbacks.BestCheckpoint",
+    "vqvae_lightning.callbacks.CodebookDrift",
+    "vqvae_lightning.callbacks.CollapseWarning",
+    "vqvae_lightning.callbacks.LastCheckpoint",
+    "vqvae_lightning.callbacks.MedianPruning",
+    "vqvae_lightning.callbacks.ReconstructionPictures",
+    "vqvae_lightning.callbacks.SamplePictures",
+    "vqvae_lightning.callbacks.SeedSteps",
+    "vqvae_lightning.callbacks.StepProgress",
+    "vqvae_lightning.loggers.MetricsFile",
+    "vqvae_lightning.loggers.WandbRun",
+    "vqvae_lightning.networks.classifier.Classifier",
+    "vqvae_lightning.tasks.ClassifierTask",
+    "vqvae_lightning.tasks.PriorTask",
+    "vqvae_lightning.tasks.VQVAETask",
+    "vqvae_lightning.tasks.WarmupCosine",
+    "pytorch_lightning.Trainer",
+    # No callback that takes functions, and none that removes files which its state names.
+    "pytorch_lightning.callbacks.DeviceStatsMonitor",
+    "pytorch_lightning.callbacks.EarlyStopping",
+    "pytorch_lightning.callbacks.GradientAccumulationScheduler",
+    "pytorch_lightning.callbacks.LearningRateMonitor",
+    "pytorch_lightning.callbacks.ModelSummary",
+    "pytorch_lightning.callbacks.RichModelSummary",
+    "pytorch_lightning.callbacks.Timer",
+    "pytorch_lightning.loggers.CSVLogger",
+    "pytorch_lightning.loggers.TensorBoardLogger",
+)
+"""What the config of a run may name."""
+LIBRARIES = frozenset(
+    {
+        "PIL",
+        "cloudpickle",
+        "fsspec",
+        "hydra",
+        "jinja2",
+        "joblib",
+        "lightning",
+        "lightning_fabric",
+        "lightning_utilities",
+        "matplotlib",
+        "numpy",
+        "omegaconf",
+        "optuna",
+        "pytorch_lightning",
+        "rich",
+        "scipy",
+        "setuptools",
+        "sqlalchemy",
+        "submitit",
+        "torch",
+        "torchmetrics",
+        "torchvision",
+        "vector_quantize_pytorch",
+        "vqvae_lightning",
+        "wandb",
+        "webdataset",
+        "yaml",
+    }
+)
+"""Packages that nobody would suspect, with functions that run or remove anything, such as
+`torch.load`: of these, and of Python's own modules, a single target can be trusted and not all."""
+
+_TARGET, _PARTIAL = "_target_", "_partial_"
+
+
+class Call(NamedTuple):
+    """A `_target_` that may be built, with its arguments."""
+
+    target: Callable[..., Any]
+    arguments: dict[str, Any]
+    partial: bool
+
+
+class Trust:
+    """Reads the configs of a file, in one pass that finds the targets and refuses what may not run.
+
+    Args:
+        place: What the config was read from, for messages.
+        packages: What the user trusts besides the table: the names of top-level packages, or of
+            single targets.
+        table: Members of modules that may be built.
+    """
+
+    def __init__(
+        self, place: str, packages: str | Iterable[str] = (), table: Iterable[str] = RUNS
+    ) -> None:
+        self.place = place
+        self.packages = set(names(packages))
+        self.table = tuple(table)
+
+    def read(self, config: Any, key: str = "") -> Any:
+        """`config` with a `Call` in place of each mapping that has a `_target_`.
+
+        Args:
+            config: Plain data, as YAML or a checkpoint has them.
+            key: Its place in the whole config, for messages.
+
+        Raises:
+            InputError: If a target may not be built, or there is anything but plain data.
+        """
+        try:
+            return self._read(config, key)
+        except RecursionError as error:  # a list in a file may hold itself
+            raise InputError(f"{self.place}: the config never ends: refused.") from error
+
+    def build(self, config: Any, key: str) -> Any:
+        """The object that `config` describes, made without Hydra.
+
+        Raises:
+            InputError: As `read` does, or if a constructor refuses its arguments.
+        """
+        read = self.read(config, key)
+        try:
+            return _made(read)
+        except InputError:
+            raise
+        except Exception as error:
+            raise InputError(
+                f"{self.place}: {key} cannot be built: {type(error).__name__}: {_line(error)}"
+            ) from error
+
+    def _read(self, config: Any, key: str) -> Any:
+        if isinstance(config, dict):
+            return self._mapping(config, key)
+        if isinstance(config, list | tuple):
+            return [self._read(child, f"{key}[{place}]") for place, child in enumerate(config)]
+        if isinstance(config, str) and "${" in config:
+            self._refuse(key, f"is an interpolation, {config}")
+        elif config is not None and not isinstance(config, str | int | float):
+            self._refuse(key, f"is a {type(config).__name__} and no plain value")
+        return config
+
+    def _mapping(self, config: dict[Any, Any], key: str) -> Any:
+        prefix = f"{key}." if key else ""
+        known = (_TARGET, _PARTIAL) if _TARGET in config else ()
+        for name in config:
+            if isinstance(name, str) and name[:1] == name[-1:] == "_" and name not in known:
+                self._refuse(f"{prefix}{name}", "is no key of a config that a run writes")
+        children = {
+            name: self._read(child, f"{prefix}{name}")
+            for name, child in config.items()
+            if name not in known
+        }
+        if _TARGET not in config:
+            return children
+        target, deferred = config[_TARGET], config.get(_PARTIAL, False)
+        if not isinstance(target, str) or not _is_name(target):
+            self._refuse(f"{prefix}{_TARGET}", f"is {target!r} and no name of a class")
+            return children
+        if not isinstance(deferred, bool):
+            self._refuse(f"{prefix}{_PARTIAL}", f"is a {type(deferred).__name__}")
+        return Call(self._resolved(target, f"{prefix}{_TARGET}"), children, bool(deferred))
+
+    def _resolved(self, target: str, key: str) -> Any:
+        """The class or function that `target` names."""
+        found = self._member(target)
+        if found is not None:
+            return found
+        self._require(_asked_for(target), target, key)
+        found = self._imported(target, key)
+        # A trusted package also holds what it imports from others, such as my_package.os.system.
+        home = getattr(found, "__module__", None) or "builtins"
+        if target not in self.packages and not self._is_member(found):
+            self._require(target if _is_library(home) else _top(home), target, key)
+        return found
+
+    def _member(self, target: str) -> Any:
+        """The member of the table that `target` names, by this or another name; or None.
+
+        Nothing is imported but modules of the table.
+        """
+        if target in self.table:
+            return _attribute(target)
+        members = self._members(_top(target))
+        modules = {member.__module__ for member in members} | {
+            entry.rpartition(".")[0] for entry in self.table
+        }
+        module, _, name = target.rpartition(".")
+        if not any(known == module or known.startswith(f"{module}.") for known in modules):
+            return None
+        # Not getattr, which may import what a module provides on demand.
+        found = vars(sys.modules[module]).get(name) if module in sys.modules else None
+        return found if any(found is member for member in members) else None
+
+    def _is_member(self, found: Any) -> bool:
+        home = _top(str(getattr(found, "__module__", "")))
+        return any(found is member for member in self._members(home))
+
+    def _members(self, package: str) -> list[Any]:
+        return [_attribute(entry) for entry in self.table if _top(entry) == package]
+
+    def _imported(self, target: str, key: str) -> Any:
+        """What a trusted `target` names."""
+        parts = target.split(".")
+        try:
+            found: Any = import_module(parts[0])
+            for depth, part in enumerate(parts[1:], 2):
+                if not hasattr(found, part):
+                    import_module(".".join(parts[:depth]))
+                found = getattr(found, part)
+        except Exception as error:  # whatever the package raises when it is imported
+            raise InputError(
+                f"{self.place}: {key}={target} cannot be imported: "
+                f"{type(error).__name__}: {_line(error)}"
+            ) from error
+        if not callable(found):
+            self._refuse(key, f"is {target}, which is no class or function")
+        return found
+
+    def _require(self, name: str, target: str, key: str) -> None:
+        """Refuse `target` unless the user trusts `name`."""
+        if name in self.packages:
+            return
+        wanted = sorted({*self.packages, name})
+        quoted = ", ".join(f'"{part}"' for part in wanted)
+        raise InputError(
+            f"{self.place}: {key}={_line(target)} is refused: a file may name only what "
+            "vqvae_lightning knows. If you trust that code with all that you may do, add "
+            f"trust=[{','.join(wanted)}] to the command, or in Python load(path, trust=[{quoted}])."
+        )
+
+    def _refuse(self, key: str, reason: str) -> None:
+        raise InputError(f"{self.place}: {key or 'the config'} {_line(reason)}: refused.")
+
+
+class _Needs(Trust):
+    """Notes what a config needs to be trusted with, instead of refusing it."""
+
+    def __init__(self) -> None:
+        super().__init__("")
+
+    def _require(self, name: str, target: str, key: str) -> None:
+        self.packages.add(name)
+
+    def _refuse(self, key: str, reason: str) -> None:
+        """Pass: what is typed may be anything that Hydra takes."""
+
+    def _resolved(self, target: str, key: str) -> Any:
+        try:
+            return super()._resolved(target, key)
+        except InputError:  # it cannot be imported: Hydra says so when it builds
+            return None
+
+
+def foreign(config: Any) -> list[str]:
+    """What a file with this config must be trusted with: packages, or targets of `LIBRARIES`."""
+    needs = _Needs()
+    needs.read(config)
+    return sorted(needs.packages)
+
+
+def names(given: Any) -> list[str]:
+    """The packages of a `trust` option: a name, a list of names, or None.
+
+    Raises:
+        InputError: If it is anything else.
+    """
+    listed = [given] if isinstance(given, str) else list(given or ())
+    for name in listed:
+        if not (isinstance(name, str) and _is_name(name)):
+            raise InputError(f"trust={name} must be the name of a package: trust=[my_package].")
+    return listed
+
+
+def _made(read: Any) -> Any:
+    """What `Trust.read` has read, with each `Call` made."""
+    if isinstance(read, Call):
+        arguments = {name: _made(value) for name, value in read.arguments.items()}
+        return partial(read.target, **arguments) if read.partial else read.target(**arguments)
+    if isinstance(read, dict):
+        return {name: _made(value) for name, value in read.items()}
+    if isinstance(read, list):
+        return [_made(value) for value in read]
+    return read
+
+
+def _attribute(entry: str) -> Any:
+    module, _, name = entry.rpartition(".")
+    return getattr(import_module(module), name)
+
+
+def _is_name(text: str) -> bool:
+    return all(part.isidentifier() for part in text.split("."))
+
+
+def _asked_for(target: str) -> str:
+    """What the user must trust to have `target` built."""
+    return target if _is_library(target) else _top(target)
+
+
+def _is_library(target: str) -> bool:
+    return _top(target) in LIBRARIES | sys.stdlib_module_names
+
+
+def _top(target: str) -> str:
+    return target.partition(".")[0]
+
+
+def _line(text: object) -> str:
+    return " ".join(str(text).split())
