@@ -37,8 +37,8 @@ def build(config: Any, **arguments: Any) -> Any:
         if error.__cause__ is None:  # Hydra's own refusal, in several lines
             said = " ".join(str(error).partition("full_key:")[0].split())
             raise InputError(f"{place}{said}") from error
-        cause = error.__cause__
-        raise InputError(f"{place}{type(cause).__name__}: {cause}") from error
+        said = " ".join(str(error.__cause__).split())
+        raise InputError(f"{place}{type(error.__cause__).__name__}: {said}") from error
 
 
 def read_config(path: Path) -> dict[str, Any]:

@@ -204,6 +204,8 @@ class Trust:
     def _mapping(self, config: dict[Any, Any], key: str) -> Any:
         prefix = f"{key}." if key else ""
         known = (_TARGET, _PARTIAL) if _TARGET in config else ()
+        # The target first: whatever else is wrong, a message names it.
+        target = self._target(config[_TARGET], f"{prefix}{_TARGET}") if known else None
         for name in config:
             if isinstance(name, str) and name[:1] == name[-1:] == "_" and name not in known:
                 self._refuse(f"{prefix}{name}", "is no key of a config that a run writes")
@@ -212,15 +214,16 @@ class Trust:
             for name, child in config.items()
             if name not in known
         }
-        if _TARGET not in config:
-            return children
-        target, deferred = config[_TARGET], config.get(_PARTIAL, False)
-        if not isinstance(target, str) or not _is_name(target):
-            self._refuse(f"{prefix}{_TARGET}", f"is {target!r} and no name of a class")
-            return children
+        deferred = config.get(_PARTIAL, False)
         if not isinstance(deferred, bool):
-            self._refuse(f"{prefix}{_PARTIAL}", f"is a {type(deferred).__name__}")
-        return Call(self._resolved(target, f"{prefix}{_TARGET}"), children, bool(deferred))
+            self._refuse(f"{prefix}{_PARTIAL}", f"is {deferred!r} and not true or false")
+        return Call(target, children, bool(deferred)) if known else children
+
+    def _target(self, target: Any, key: str) -> Any:
+        if isinstance(target, str) and _is_name(target):
+            return self._resolved(target, key)
+        self._refuse(key, f"is {target!r} and no name of a class")
+        return None
 
     def _resolved(self, target: str, key: str) -> Any:
         """The class or function that `target` names."""
