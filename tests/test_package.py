@@ -22,6 +22,7 @@ LEVELS = {
     "distributed": 0,
     "quantizers": 1,
     "metrics": 1,
+    "trust": 1,
     "progress": 1,
     "devices": 1,
     "networks": 2,
