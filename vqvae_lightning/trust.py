@@ -205,7 +205,7 @@ class Trust:
         prefix = f"{key}." if key else ""
         known = (_TARGET, _PARTIAL) if _TARGET in config else ()
         # The target first: whatever else is wrong, a message names it.
-        target = self._target(config[_TARGET], f"{prefix}{_TARGET}") if known else None
+        target: Any = self._target(config[_TARGET], f"{prefix}{_TARGET}") if known else None
         for name in config:
             if isinstance(name, str) and name[:1] == name[-1:] == "_" and name not in known:
                 self._refuse(f"{prefix}{name}", "is no key of a config that a run writes")
@@ -219,7 +219,7 @@ class Trust:
             self._refuse(f"{prefix}{_PARTIAL}", f"is {deferred!r} and not true or false")
         return Call(target, children, bool(deferred)) if known else children
 
-    def _target(self, target: Any, key: str) -> Any:
+    def _target(self, target: object, key: str) -> Any:
         if isinstance(target, str) and _is_name(target):
             return self._resolved(target, key)
         self._refuse(key, f"is {target!r} and no name of a class")
