@@ -2,19 +2,32 @@
 
 import io
 import pickle
+import signal
 from contextlib import nullcontext
 from multiprocessing.reduction import ForkingPickler
 from types import SimpleNamespace
 
 import pytest
+import pytorch_lightning as pl
 import torch
+from conftest import TINY_VQVAE
+from pytorch_lightning.accelerators import CPUAccelerator
+from pytorch_lightning.strategies import SingleDeviceStrategy
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from vqvae_lightning import evaluation
-from vqvae_lightning.devices import exact_products
+from vqvae_lightning import callbacks, evaluation
+from vqvae_lightning.callbacks import AveragedWeights, LastCheckpoint, SeedSteps, StepProgress
+from vqvae_lightning.data import ImageDataModule
+from vqvae_lightning.data.images import ArrayDataset, StageDataModule
+from vqvae_lightning.data.sources import Split, Splits
+from vqvae_lightning.devices import Reading, exact_products
+from vqvae_lightning.errors import DivergenceError
+from vqvae_lightning.networks.autoencoder import VQVAE
 from vqvae_lightning.networks.pixelcnn import PixelCNN
-from vqvae_lightning.quantizers import base
+from vqvae_lightning.quantizers import EMAQuantizer, LossQuantizer, base
 from vqvae_lightning.quantizers.base import nearest_codes
+from vqvae_lightning.tasks import PriorTask, VQVAETask, optimization
+from vqvae_lightning.tasks.optimization import WarmupCosine
 
 needs_gpu = [
     pytest.mark.gpu,
@@ -220,6 +233,223 @@ def test_products_stay_exact_until_the_last_thread_is_done(allowed):
     assert setting.fp32_precision == "ieee"
     second.__exit__(None, None, None)
     assert setting.fp32_precision == "tf32"
+
+
+SIZE = 8
+
+
+def image_data(flip=True):
+    images = torch.randint(0, 256, (16, 1, SIZE, SIZE), dtype=torch.uint8)
+    split = Split(images, torch.arange(16) % 3)
+    source = SimpleNamespace(
+        prepare=lambda: None, load=lambda: Splits(split, split, split, ["a", "b", "c"])
+    )
+    data = ImageDataModule(source, 4, 4, flip=flip)
+    data.setup()
+    return data
+
+
+class CodeData(StageDataModule):
+    """Codes that no VQ-VAE has made."""
+
+    grid, images = (2, 2), SimpleNamespace(image_shape=(1, SIZE, SIZE))
+
+    def __init__(self):
+        super().__init__(4, 4, 0)
+        rows = ArrayDataset(torch.randint(0, 16, (16, 2, 2)), torch.arange(16) % 3)
+        self.datasets = dict.fromkeys(("train", "val", "test"), rows)
+
+    def histogram(self):
+        return torch.ones(16)
+
+
+def adam(parameters):
+    return torch.optim.Adam(parameters, lr=1e-3)
+
+
+def vqvae_task(make):
+    quantizer = make(16, 4, init="uniform", warmup_steps=0, revive_every=1000)
+    net = VQVAE(quantizer, channels=1, hidden=8, residual_hidden=4)
+    return VQVAETask(net, adam, WarmupCosine(2)), image_data()
+
+
+def prior_task():
+    net = PixelCNN(
+        16, 2, 2, num_classes=3, null_label_rate=0.1, channels=8, layers=2, first_kernel=3
+    )
+    return PriorTask(net, adam, WarmupCosine(2)), CodeData()
+
+
+STAGES = {
+    "ema": lambda: vqvae_task(EMAQuantizer),
+    "loss": lambda: vqvae_task(LossQuantizer),
+    "prior": prior_task,
+}
+
+
+def fit(stage, folder, *callbacks, **options):
+    """Six steady steps, without a log or a checkpoint, and with all callbacks of each batch."""
+    task, data = STAGES[stage]()
+    trainer = pl.Trainer(
+        max_steps=6,
+        limit_val_batches=0,
+        log_every_n_steps=1000,
+        gradient_clip_val=1.0,
+        callbacks=[
+            *callbacks,
+            StepProgress(),
+            SeedSteps(0),
+            AveragedWeights(),
+            LastCheckpoint(str(folder / "last.ckpt"), 1000, ()),
+        ],
+        logger=False,
+        enable_checkpointing=True,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+        **options,
+    )
+    trainer.fit(task, datamodule=data)
+    return trainer
+
+
+class Nowhere(SingleDeviceStrategy):
+    """Trains on the meta device, whose tensors have no values that anything could wait for."""
+
+    def teardown(self):
+        """Leave the weights there."""
+
+
+class AnyDevice(CPUAccelerator):
+    def setup_device(self, device):
+        """Take any."""
+
+
+class NoWaitingCopies(TorchDispatchMode):
+    """Refuses copies to the meta device that a GPU would let wait."""
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        options = options or {}
+        to = torch.device(options.get("device") or "cpu")
+        if function is torch.ops.aten._to_copy.default and to.type == "meta":
+            assert options.get("non_blocking") or arguments[0].device.type == "meta"
+        return function(*arguments, **options)
+
+
+class WithinSteps(pl.Callback):
+    """Enters a context after the first steps and leaves it after the last one."""
+
+    def __init__(self, context):
+        self.context = context
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if trainer.global_step == 2:
+            self.context.__enter__()
+
+    def on_train_end(self, trainer, pl_module):
+        self.context.__exit__(None, None, None)
+
+
+class Unread(Reading):
+    """Numbers whose time of reading is kept; all are finite."""
+
+    def __init__(self, values):
+        self.asked, self.size = Unread.step, values.numel()
+        Unread.delays = [] if Unread.step == 0 else Unread.delays
+
+    def numbers(self):
+        Unread.delays.append(Unread.step - self.asked)
+        return [0.0] * self.size
+
+
+@pytest.mark.usefixtures("meta")
+@pytest.mark.parametrize("stage", STAGES)
+def test_no_step_waits_for_a_value_of_the_device(stage, tmp_path, monkeypatch):
+    # `.item()`, `if`, `bincount`, `nonzero` and masks raise on the meta device.
+    class Clock(pl.Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            Unread.step = trainer.global_step
+
+    monkeypatch.setattr(optimization, "Reading", Unread)
+    monkeypatch.setattr(pl.loops.fit_loop, "has_len_all_ranks", lambda *_: True)  # asks the device
+    place = Nowhere(torch.device("meta"), accelerator=AnyDevice())
+    trainer = fit(stage, tmp_path, Clock(), WithinSteps(NoWaitingCopies()), strategy=place)
+    assert trainer.global_step == 6
+    # The loss of each step is read in the next one, and the last at the end.
+    assert Unread.delays == [1] * 5 + [0]
+    averaged = trainer.callbacks[4]._average_model
+    assert {p.device.type for p in averaged.module.parameters()} == {"meta"}
+    assert int(averaged.n_averaged) == 6
+
+
+@on_a_gpu
+@pytest.mark.parametrize("stage", STAGES)
+def test_no_step_waits_on_a_gpu(stage, tmp_path):
+    class Refused:
+        def __enter__(self):
+            torch.cuda.set_sync_debug_mode("error")
+
+        def __exit__(self, *_):
+            torch.cuda.set_sync_debug_mode("default")
+
+    try:
+        trainer = fit(stage, tmp_path, WithinSteps(Refused()), accelerator="gpu", devices=1)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert trainer.global_step == 6
+
+
+def test_a_loss_that_is_found_late_reaches_no_checkpoint(toy, command, monkeypatch):
+    monkeypatch.setattr(optimization, "reads_late", lambda device: True)
+    steps = ("trainer.max_steps=50", "callbacks.last.every_n_steps=1")
+    wild = ("model.optimizer.lr=1e20", "model.schedule=null")
+    outcome = command("vqvae-train", *toy, *TINY_VQVAE, *steps, *wild)
+    assert outcome.status == 1
+    assert "the loss is" in outcome.err
+    assert "nmse=" in outcome.err
+    assert "one step later, before anything was saved" in outcome.err
+    last = torch.load(outcome.folder / "checkpoints/last.ckpt", weights_only=True)
+    assert all(value.isfinite().all() for value in last["state_dict"].values())
+
+
+def test_a_loss_is_looked_at_before_a_validation_and_at_the_end():
+    for hook in ("on_validation_start", "on_train_end"):
+        task, _ = prior_task()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(optimization, "reads_late", lambda device: True)
+            task.losses.add(7, torch.tensor(torch.nan), {"loss": torch.tensor(torch.inf)})
+        with pytest.raises(DivergenceError, match=r"step 7: the loss is nan \(loss=inf\)"):
+            getattr(task, hook)()
+
+
+@pytest.mark.parametrize("place", ["state_dict", "current_model_state"])
+def test_weights_that_are_no_numbers_are_not_saved(place):
+    # A finite loss whose gradient overflows.
+    task, _ = prior_task()
+    state = {name: value.clone() for name, value in task.state_dict().items()}
+    checkpoint = {"state_dict": state, "current_model_state": dict(state), "global_step": 4}
+    task.on_save_checkpoint(checkpoint)
+    name = next(iter(state))
+    checkpoint[place] = {**state, name: torch.full_like(state[name], torch.inf)}
+    with pytest.raises(DivergenceError, match="step 4: weights are NaN or infinite"):
+        task.on_save_checkpoint(checkpoint)
+
+
+def test_ranks_of_gpus_read_their_agreement_to_stop_one_step_late(monkeypatch):
+    callback = LastCheckpoint("last.ckpt", 1000, ())
+    callback._asked = signal.SIGTERM
+    strategy = SimpleNamespace(root_device=torch.device("cpu"))
+    agreed = {}
+    for late in (False, True):
+        monkeypatch.setattr(callbacks, "reads_late", lambda device, late=late: late)
+        callback._agreed = False
+        agreed[late] = []
+        for step in range(8, 13):
+            callback._agree(SimpleNamespace(global_step=step, strategy=strategy))
+            agreed[late].append(callback._agreed)
+    assert agreed == {
+        False: [False, False, True, True, True],
+        True: [False, False, False, True, True],
+    }
 
 
 @on_a_gpu

@@ -26,7 +26,8 @@ from torch import Tensor
 from vqvae_lightning.configs import plain
 from vqvae_lightning.data.codes import CodesDataModule
 from vqvae_lightning.data.images import PixelDataModule, StageDataModule, batch_seed
-from vqvae_lightning.distributed import gathered
+from vqvae_lightning.devices import Reading, reads_late
+from vqvae_lightning.distributed import all_reduce, gathered
 from vqvae_lightning.errors import (
     DivergenceError,
     InputError,
@@ -90,19 +91,22 @@ class StepProgress(ProgressBar):
             metrics="",
         )
         self._progress.start()
+        self._metrics = ""
         self._since = time.perf_counter(), trainer.global_step
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Advance, once in ten steps: drawing is not free."""
-        if self._progress is not None and trainer.global_step % 10 == 0:
-            self._progress.update(
-                self._task,
-                completed=trainer.global_step * self._images,
-                step=trainer.global_step,
-                metrics=self._text(trainer),
-            )
+        """Advance, once in ten steps: drawing is not free; read losses when they are logged."""
+        step = trainer.global_step
+        logged = step % trainer.log_every_n_steps == 0  # type: ignore[attr-defined]
+        if self._progress is None or not (logged or step % 10 == 0):
+            return
+        if logged and console.is_terminal:  # in other steps it would make a GPU's work wait
+            self._metrics = self._text(trainer)
+        self._progress.update(
+            self._task, completed=step * self._images, step=step, metrics=self._metrics
+        )
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Say why the bar stands still."""
@@ -139,9 +143,10 @@ class StepProgress(ProgressBar):
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Print a line where a bar would not be seen."""
-        if not self._enabled or trainer.sanity_checking or console.is_terminal:
+        if not self._enabled or trainer.sanity_checking or self._progress is None:
             return
-        if self._progress is None:
+        if console.is_terminal:
+            self._metrics = self._text(trainer)
             return
         now, (then, first) = time.perf_counter(), self._since
         self._since = now, trainer.global_step
@@ -243,12 +248,29 @@ class AveragedWeights(WeightAveraging):
 
     def __init__(self, decay: float = 0.998) -> None:
         self.decay = check_range("decay", decay, 0, 1)
-        super().__init__(use_buffers=False, multi_avg_fn=self._average)
+        super().__init__(use_buffers=False)
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Copy the weights; the number of steps stays on the CPU, as each step reads it."""
+        super().setup(trainer, pl_module, stage)
+        if stage == "fit":
+            assert self._average_model is not None
+            self._average_model.n_averaged = torch.zeros((), dtype=torch.int64)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Bring the average to the device, which the module reaches after Lightning copies it."""
         if self._average_model is not None:
+            steps = self._average_model.n_averaged
             self._average_model.to(pl_module.device)
+            self._average_model.n_averaged = steps
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Average after each optimizer step."""
+        if trainer.global_step > self._latest_update_step:
+            self._average(pl_module)
+            self._latest_update_step = trainer.global_step
 
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
@@ -258,9 +280,16 @@ class AveragedWeights(WeightAveraging):
             super().on_load_checkpoint(trainer, pl_module, checkpoint)
 
     @torch.no_grad()
-    def _average(self, averaged: Any, current: Any, steps: Any) -> None:
-        kept = min(self.decay, (1 + int(steps)) / (10 + int(steps)))
-        torch._foreach_lerp_(list(averaged), list(current), 1 - kept)
+    def _average(self, pl_module: pl.LightningModule) -> None:
+        # `AveragedModel.update_parameters` without its copies of the number of steps to the GPU.
+        assert self._average_model is not None
+        steps = int(self._average_model.n_averaged)
+        kept = min(self.decay, (1 + steps) / (10 + steps)) if steps else 0.0
+        averaged = self._average_model.module
+        torch._foreach_lerp_(list(averaged.parameters()), list(pl_module.parameters()), 1 - kept)
+        for own, current in zip(averaged.buffers(), pl_module.buffers(), strict=True):
+            own.copy_(current)
+        self._average_model.n_averaged += 1
 
 
 class BestCheckpoint(ModelCheckpoint):
@@ -322,12 +351,13 @@ class LastCheckpoint(Checkpoint):
         self.signals = [known[name] for name in signals]
         self._asked = 0  # the signal's number
         self._agreed = False  # that all ranks stop now
+        self._answer: Reading | None = None  # of all ranks, on its way
         self._step = 0
         self._previous: dict[signal.Signals, Any] = {}
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Watch for the signals."""
-        self._step = trainer.global_step
+        self._step, self._answer = trainer.global_step, None
         if threading.current_thread() is threading.main_thread():
             self._previous = {number: signal.signal(number, self._ask) for number in self.signals}
 
@@ -336,11 +366,10 @@ class LastCheckpoint(Checkpoint):
     ) -> None:
         """Save if it is time to or if asked to; never between accumulated batches."""
         stepped, self._step = trainer.global_step > self._step, trainer.global_step
-        if trainer.world_size > 1 and stepped and trainer.global_step % AGREE_EVERY == 0:
-            asked = bool(self._asked)
-            self._agreed = trainer.strategy.reduce_boolean_decision(asked, all=False)
-        elif trainer.world_size == 1:
+        if trainer.world_size == 1:
             self._agreed = bool(self._asked)
+        elif stepped:
+            self._agree(trainer)
         due = self._agreed or trainer.global_step % self.every_n_steps == 0
         if not stepped or not due or trainer.global_step >= trainer.estimated_stepping_batches:
             return
@@ -359,6 +388,17 @@ class LastCheckpoint(Checkpoint):
         for number, handler in self._previous.items():
             signal.signal(number, handler)
         self._previous = {}
+
+    def _agree(self, trainer: pl.Trainer) -> None:
+        """Ask all ranks every so often; on GPUs the answer is read one step later."""
+        device = trainer.strategy.root_device
+        if trainer.global_step % AGREE_EVERY == 0:
+            asked = torch.full((1,), float(bool(self._asked)), device=device)
+            self._answer = Reading(all_reduce(asked))
+            if reads_late(device):
+                return
+        if self._answer is not None:
+            self._agreed, self._answer = any(self._answer.numbers()), None
 
     def _ask(self, number: int, frame: Any) -> None:
         # A scheduler may repeat its signal, or send another one, while the step is finished.
@@ -396,10 +436,14 @@ class LastCheckpoint(Checkpoint):
         return under_submitit and getattr(handler, "__module__", "").startswith("submitit.")
 
     def _save(self, trainer: pl.Trainer) -> None:
+        # Written first: a run that stops over what it would save keeps the last checkpoint.
         path = Path(self.path)
-        if trainer.is_global_zero and path.is_file():
-            path.replace(path.with_name("previous.ckpt"))
-        trainer.save_checkpoint(path, weights_only=False)
+        partial = path.with_name("partial.ckpt")
+        trainer.save_checkpoint(partial, weights_only=False)
+        if trainer.is_global_zero:
+            if path.is_file():
+                path.replace(path.with_name("previous.ckpt"))
+            partial.replace(path)
 
 
 class CollapseWarning(Callback):

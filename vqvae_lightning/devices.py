@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from vqvae_lightning.errors import InputError, check_positive
 
@@ -60,6 +61,42 @@ def available_memory() -> int:
         if line.startswith("MemAvailable:"):
             return int(line.split()[1]) * 1024
     return 2**34
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """`tensor` of the CPU on `device`, without waiting for what a GPU still has to do."""
+    if device.type == "cuda":
+        tensor = tensor.pin_memory()  # from other memory, the copy may wait
+    return tensor.to(device, non_blocking=True)
+
+
+def reads_late(device: torch.device) -> bool:
+    """Whether a number is better read a step after it was computed: a GPU works behind the CPU."""
+    return device.type != "cpu"
+
+
+class Reading:
+    """Numbers of a tensor, on their way to the CPU.
+
+    `tensor.tolist()` waits until a GPU has done all that was given to it; this waits only for what
+    was given before the reading began.
+
+    Args:
+        values: (N,) numbers that nothing changes in place.
+    """
+
+    def __init__(self, values: Tensor) -> None:
+        self._values = values.detach().to("cpu", non_blocking=True)  # pinned, from a GPU
+        self._arrived: torch.cuda.Event | None = None
+        if values.is_cuda:
+            self._arrived = torch.cuda.Event()
+            self._arrived.record(torch.cuda.current_stream(values.device))
+
+    def numbers(self) -> list[float]:
+        """The values, as soon as they are there."""
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        return [float(value) for value in self._values.tolist()]
 
 
 _exact = threading.Lock()

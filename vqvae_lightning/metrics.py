@@ -50,7 +50,9 @@ class CodebookUsage(Metric):
 
     def update(self, codes: Tensor) -> None:
         """Add codes of any shape."""
-        self.counts += codes.flatten().bincount(minlength=self.num_codes)
+        # Not `bincount`, which waits for a GPU to learn the largest code.
+        flat = codes.flatten()
+        self.counts.scatter_add_(0, flat, torch.ones_like(flat))
 
     def compute(self) -> dict[str, Tensor]:
         """See the class."""

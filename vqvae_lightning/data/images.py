@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from vqvae_lightning.data.sources import Source, Split
+from vqvae_lightning.devices import to_device
 from vqvae_lightning.distributed import rank_and_world
 from vqvae_lightning.errors import InputError, check_positive, check_range
 from vqvae_lightning.networks.autoencoder import from_uint8
@@ -218,6 +219,13 @@ class StageDataModule(pl.LightningDataModule):
         """Any split in order, each image once."""
         return self._loader(split, self.eval_batch_size, None)
 
+    def transfer_batch_to_device(
+        self, batch: Batch, device: torch.device, dataloader_idx: int
+    ) -> Batch:
+        """To the device, which need not have finished what it was given before."""
+        labels = None if batch.labels is None else to_device(batch.labels, device)
+        return Batch(to_device(batch.data, device), labels)
+
     def _loader(self, split: str, batch_size: int, seed: int | None) -> ResumableLoader:
         # Checked here, where the number of ranks is known. Batches of an evaluation change nothing.
         if seed is not None:
@@ -271,7 +279,7 @@ class PixelDataModule(StageDataModule):
             rank, world = rank_and_world()
             generator = torch.Generator().manual_seed(batch_seed(self.seed, number, 0))
             mirrored = torch.rand(self.batch_size, generator=generator).chunk(world)[rank] < 0.5
-            where = mirrored.to(images.device)[:, None, None, None]
+            where = to_device(mirrored, images.device)[:, None, None, None]
             images = torch.where(where, images.flip(-1), images)
         return Batch(images, batch.labels)
 

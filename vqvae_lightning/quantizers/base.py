@@ -223,7 +223,8 @@ def kmeans(vectors: Tensor, num_codes: int, generator: torch.Generator) -> Tenso
     centres = vectors[random_rows(len(vectors), num_codes, generator)].clone()
     for _ in range(KMEANS_STEPS):
         codes = nearest_codes(vectors, centres)
-        counts = codes.bincount(minlength=num_codes)
+        counts = torch.zeros(num_codes, dtype=torch.int64, device=codes.device)
+        counts.scatter_add_(0, codes, torch.ones_like(codes))
         sums = torch.zeros_like(centres).index_add_(0, codes, vectors)
         fresh = vectors[random_rows(len(vectors), num_codes, generator)]
         centres = torch.where((counts > 0)[:, None], sums / counts.clamp(min=1)[:, None], fresh)
@@ -445,6 +446,9 @@ class VectorQuantizer(nn.Module):
     @torch.no_grad()
     def update(self, progress: float = 0.0) -> dict[str, float]:
         """Learn from the batches since the last call; call it once after each optimizer step.
+
+        No step waits for a GPU, except the last ones of the warm-up and those with a revival: their
+        random rows, and the number of revived codes, pass through the CPU.
 
         Args:
             progress: Share of training that is done, in [0, 1].

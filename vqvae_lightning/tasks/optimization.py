@@ -1,15 +1,19 @@
-"""What the tasks need of an optimizer: its schedule, and a stop when a loss is not finite."""
+"""What the tasks share: the optimizer and its schedule, and a stop when a loss is not finite."""
 
 import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+from vqvae_lightning.devices import Reading, reads_late
 from vqvae_lightning.errors import DivergenceError, InputError, check_range
+
+MENDS = "Lower model.optimizer.lr, or set trainer.gradient_clip_val."
 
 OptimizerFactory = Callable[[Iterable[nn.Parameter]], Optimizer]
 
@@ -89,16 +93,88 @@ def check_optimizer(optimizer: OptimizerFactory) -> float:
     return sum(value.numel() for value in kept) // values
 
 
-def require_finite(step: int, loss: Tensor, terms: dict[str, Tensor]) -> None:
-    """Stop the run if `loss` is NaN or infinite, before the optimizer can spread it to the weights.
+class LossWatch:
+    """Stops a run whose loss is NaN or infinite.
 
-    Raises:
-        DivergenceError: Naming the step and the terms.
+    On a CPU each loss is looked at as soon as it is there, before the optimizer can spread it to
+    the weights. On a GPU that would wait for the GPU in each step: a loss is looked at when the
+    next one comes, and before anything is validated or saved.
     """
-    if not torch.isfinite(loss):
-        bad = ", ".join(f"{k}={v.item()}" for k, v in terms.items() if not torch.isfinite(v))
+
+    def __init__(self) -> None:
+        self._last: tuple[int, tuple[str, ...], Reading] | None = None
+
+    def add(self, step: int, loss: Tensor, terms: dict[str, Tensor]) -> None:
+        """Take in the loss of a step, and its parts by name, each ().
+
+        Raises:
+            DivergenceError: As `check`.
+        """
+        self.check()
+        values = torch.stack([value.detach().float() for value in (loss, *terms.values())])
+        self._last = step, tuple(terms), Reading(values)
+        if not reads_late(loss.device):
+            self.check("before it reached the weights")
+
+    def check(self, when: str = "one step later, before anything was saved") -> None:
+        """Look at the last loss now, if nobody has yet.
+
+        Args:
+            when: When the run stops, for the message.
+
+        Raises:
+            DivergenceError: Naming the step and the terms.
+        """
+        last, self._last = self._last, None
+        if last is None:
+            return
+        step, names, reading = last
+        loss, *values = reading.numbers()
+        if math.isfinite(loss):
+            return
+        pairs = zip(names, values, strict=True)
+        bad = ", ".join(f"{name}={value}" for name, value in pairs if not math.isfinite(value))
         raise DivergenceError(
-            f"step {step}: the loss is {loss.item()} ({bad or 'the sum of its terms'}); stopped "
-            "before it reached the weights. Lower model.optimizer.lr, or set "
-            "trainer.gradient_clip_val."
+            f"step {step}: the loss is {loss} ({bad or 'the sum of its terms'}); stopped {when}. "
+            f"{MENDS}"
         )
+
+
+class WatchedTask(pl.LightningModule):
+    """A task that never validates with, nor saves, what a loss or weight that is no number made.
+
+    Attributes:
+        losses: Takes the loss of each training step.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.losses = LossWatch()
+
+    def on_validation_start(self) -> None:
+        """Look at the last loss."""
+        self.losses.check()
+
+    def on_train_end(self) -> None:
+        """Look at the last loss."""
+        self.losses.check()
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Look at the last loss, and at all weights: a finite loss may have another gradient.
+
+        Raises:
+            DivergenceError: If one is not finite; nothing is written then.
+        """
+        self.losses.check()
+        states = checkpoint["state_dict"], checkpoint.get("current_model_state", {})
+        finite = [
+            value.isfinite().all()
+            for state in states
+            for value in state.values()
+            if isinstance(value, Tensor) and value.is_floating_point()
+        ]
+        if finite and not torch.stack(finite).all():
+            raise DivergenceError(
+                f"step {checkpoint['global_step']}: weights are NaN or infinite; stopped before "
+                f"they were saved. {MENDS}"
+            )

@@ -3,7 +3,6 @@
 import math
 from typing import Any
 
-import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -16,13 +15,13 @@ from vqvae_lightning.networks.pixelcnn import PixelCNN
 from vqvae_lightning.tasks.optimization import (
     OptimizerFactory,
     WarmupCosine,
+    WatchedTask,
     compile_once,
     optimization,
-    require_finite,
 )
 
 
-class PriorTask(pl.LightningModule):
+class PriorTask(WatchedTask):
     """Maximum likelihood of codes under a PixelCNN (van den Oord et al. 2016, arXiv:1606.05328).
 
     Beside its own nats per code stand those of the uniform model, log K, and of the unigram model,
@@ -73,7 +72,7 @@ class PriorTask(pl.LightningModule):
         """One step on codes; logs every `trainer.log_every_n_steps`."""
         logits, codes = self._logits(batch), batch.data
         loss = F.cross_entropy(logits, codes, label_smoothing=self.label_smoothing)
-        require_finite(self.global_step, loss, {"loss": loss})
+        self.losses.add(self.global_step, loss, {"loss": loss})
         if (self.global_step + 1) % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
             with torch.no_grad():
                 nats = F.cross_entropy(logits, codes)

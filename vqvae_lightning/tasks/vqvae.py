@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -16,13 +15,13 @@ from vqvae_lightning.quantizers import GaussianBottleneck, QuantizerOutput
 from vqvae_lightning.tasks.optimization import (
     OptimizerFactory,
     WarmupCosine,
+    WatchedTask,
     compile_once,
     optimization,
-    require_finite,
 )
 
 
-class VQVAETask(pl.LightningModule):
+class VQVAETask(WatchedTask):
     """Reconstruction and quantizer losses of a VQ-VAE (arXiv:1711.00937, equation 3).
 
     The reconstruction term is the squared error over the variance of the training pixels (NMSE), so
@@ -76,7 +75,7 @@ class VQVAETask(pl.LightningModule):
         """One step on images in [-1, 1]; logs every `trainer.log_every_n_steps`."""
         loss, terms, _, quantized = self._losses(batch.data)
         self._use(quantized)
-        require_finite(self.global_step, loss, terms)
+        self.losses.add(self.global_step, loss, terms)
         # Of accumulated batches the last one speaks for all.
         accumulated = (batch_idx + 1) % self.trainer.accumulate_grad_batches
         steps = not accumulated or self.trainer.is_last_batch
@@ -143,7 +142,8 @@ class VQVAETask(pl.LightningModule):
         """
         if self.trainer.world_size == 1:
             return 1.0
-        total = all_reduce(torch.tensor(float(images), device=self.device))
+        # Filled there: a copy of a number from here would wait for a GPU.
+        total = all_reduce(torch.full((), float(images), device=self.device))
         return images * self.trainer.world_size / total
 
     def _use(self, quantized: QuantizerOutput) -> None:
