@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from rich.console import Console
+from rich.console import Console, ConsoleDimensions
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -15,7 +15,20 @@ from rich.progress import (
 )
 from rich.text import Text
 
-console = Console()
+WIDE = 100_000  # columns, more than any line has
+
+
+class LineConsole(Console):
+    """A console that breaks no line in a file or a pipe, which has no edge to break it at."""
+
+    @property  # type: ignore[misc]
+    def size(self) -> ConsoleDimensions:
+        """Columns and rows of the terminal, if there is one."""
+        size = super().size
+        return size if self.is_terminal else ConsoleDimensions(WIDE, size.height)
+
+
+console = LineConsole()
 
 
 class RateColumn(ProgressColumn):
