@@ -36,13 +36,13 @@ def test_decoded_codes_are_the_reconstruction():
 @pytest.mark.parametrize(
     ("downsamplings", "size", "near", "most"),
     [
-        (3, (28, 28), r"\[32,32\]", ", or model.net.downsamplings to at most 2."),
+        (3, (28, 28), r"\[32,32\]", ", or train with model.net.downsamplings of at most 2."),
         (2, (30, 33), r"\[32,32\]", "."),
-        (2, (2, 2), r"\[4,4\]", ", or model.net.downsamplings to at most 1."),
+        (2, (2, 2), r"\[4,4\]", ", or train with model.net.downsamplings of at most 1."),
     ],
 )
 def test_a_size_that_does_not_divide_names_those_that_do(downsamplings, size, near, most):
-    with pytest.raises(InputError, match=rf"dataset\.source\.size={near}{most}$"):
+    with pytest.raises(InputError, match=rf"set size={near}{most}$"):
         make(downsamplings).grid(*size)
 
 

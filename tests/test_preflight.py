@@ -129,7 +129,6 @@ def test_a_full_disk_is_found_before_training(toy, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
-        (("trainer.max_steps=5", "trainer.val_check_interval=6"), "nothing is validated"),
         (("model.net.quantizer.num_codes=577",), "the 96 training images have 576 codes"),
         (("dataset.batch_size=1", "model.net.quantizer.num_codes=64"), "hit every 11 steps"),
     ],

@@ -20,6 +20,7 @@ from vqvae_lightning.errors import (
     InputError,
     Interrupted,
     RankError,
+    below,
     check_range,
 )
 from vqvae_lightning.launch import beyond_repair, led
@@ -242,8 +243,9 @@ def images_of(vqvae: Any, trust: Iterable[str]) -> Any:
 
 
 def _set_up(images: Any) -> Any:
-    images.prepare_data()
-    images.setup()
+    with below("dataset"):
+        images.prepare_data()
+        images.setup()
     return images
 
 

@@ -32,6 +32,7 @@ from vqvae_lightning.errors import (
     DivergenceError,
     InputError,
     Interrupted,
+    Key,
     RankError,
     check_positive,
     check_range,
@@ -42,7 +43,7 @@ from vqvae_lightning.networks.sampling import sample
 from vqvae_lightning.pictures import code_maps, grid, pairs
 from vqvae_lightning.progress import RateColumn, console
 from vqvae_lightning.quantizers import GaussianBottleneck, VectorQuantizer
-from vqvae_lightning.results import read_curves, read_result
+from vqvae_lightning.results import direction, read_curves, read_result
 
 PICTURED = 20  # images in a picture of reconstructions
 AGREE_EVERY = 10  # steps after which several ranks ask each other whether to stop
@@ -231,6 +232,20 @@ def _flat(value: Any, place: str = "") -> dict[str, str]:
     return {k: v for place, child in children for k, v in _flat(child, place).items()}
 
 
+class FinalValidation(Callback):
+    """Validate after the last step, also where `val_check_interval` does not divide `max_steps`.
+
+    So the last weights always have a score, and the best checkpoint is chosen by one.
+    """
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Ask for the end, at which Lightning validates; once, if validation is due anyway."""
+        if trainer.global_step >= trainer.estimated_stepping_batches:
+            trainer.should_stop = True
+
+
 class AveragedWeights(WeightAveraging):
     """Exponential moving average of the weights; it is what is validated, saved and sampled.
 
@@ -293,7 +308,15 @@ class AveragedWeights(WeightAveraging):
 
 
 class BestCheckpoint(ModelCheckpoint):
-    """Lightning's checkpoint of the best score, made to remember it when its folder was moved."""
+    """Lightning's checkpoint of the best score, made to remember it when its folder was moved.
+
+    Args:
+        monitor: Name of the score; whether higher is better follows from it.
+        **options: As for `ModelCheckpoint`.
+    """
+
+    def __init__(self, monitor: str, **options: Any) -> None:
+        super().__init__(monitor=monitor, mode=direction(monitor) or "min", **options)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore score and paths, with the paths in today's folder."""
@@ -347,7 +370,8 @@ class LastCheckpoint(Checkpoint):
         known = signal.Signals.__members__
         unknown = [name for name in signals if name not in known]
         if unknown:
-            raise InputError(f"signals={unknown} must be names of signals, such as SIGUSR1.")
+            said = f"={unknown} must be names of signals, such as SIGUSR1."
+            raise InputError(Key("signals"), said)
         self.signals = [known[name] for name in signals]
         self._asked = 0  # the signal's number
         self._agreed = False  # that all ranks stop now
@@ -527,7 +551,7 @@ class MedianPruning(Callback):
 
     Args:
         folder: Of this job; its siblings are the other jobs.
-        monitor: The score's name; lower is better.
+        monitor: Name of the score; whether higher is better follows from it.
         min_jobs: Finished jobs that there must be to compare with; None never stops.
         warmup: Validations of this job before the first comparison.
 
@@ -546,6 +570,8 @@ class MedianPruning(Callback):
         self.min_jobs = None if min_jobs is None else check_positive("min_jobs", min_jobs)
         self.warmup = check_positive("warmup", warmup)
         self.pruned = False
+        # Scores are compared with this sign, so that lower is better.
+        self._sign = -1.0 if direction(monitor) == "max" else 1.0
         self._best = math.inf
         self._validations = 0
 
@@ -554,7 +580,8 @@ class MedianPruning(Callback):
         if self.min_jobs is None or trainer.sanity_checking:
             return
         self._validations += 1
-        self._best = min(self._best, float(trainer.callback_metrics[self.monitor]))
+        score = self._sign * float(trainer.callback_metrics[self.monitor])
+        self._best = min(self._best, score)
         if self._validations <= self.warmup:
             return
         median = self._median(trainer.global_step) if trainer.is_global_zero else None
@@ -564,8 +591,9 @@ class MedianPruning(Callback):
         self.pruned = trainer.should_stop = True
         if trainer.is_global_zero:
             console.print(
-                f"stopped after step {trainer.global_step}: best {self.monitor} {self._best:.4g}, "
-                f"the median of the other jobs was {median:.4g} by then (callbacks.pruning).",
+                f"stopped after step {trainer.global_step}: best {self.monitor} "
+                f"{self._sign * self._best:.4g}, the median of the other jobs was "
+                f"{self._sign * median:.4g} by then (callbacks.pruning).",
                 highlight=False,
             )
 
@@ -578,7 +606,7 @@ class MedianPruning(Callback):
         self._best, self._validations = state_dict["best"], state_dict["validations"]
 
     def _median(self, step: int) -> float | None:
-        """Of what the finished jobs had reached by `step`; None if they are too few."""
+        """Of what the finished jobs had reached by `step`, lower is better; None if too few."""
         assert self.min_jobs is not None
         reached = []
         for path in self.folder.parent.glob("*/metrics.csv"):
@@ -586,7 +614,9 @@ class MedianPruning(Callback):
             if result is None or result.get("pruned") or path.parent == self.folder:
                 continue
             steps, values = read_curves(path).get(self.monitor, ([], []))
-            so_far = [value for at, value in zip(steps, values, strict=True) if at <= step]
+            so_far = [
+                self._sign * value for at, value in zip(steps, values, strict=True) if at <= step
+            ]
             if so_far:
                 reached.append(min(so_far))
         return statistics.median(reached) if len(reached) >= self.min_jobs else None
@@ -688,6 +718,6 @@ class SamplePictures(Callback):
         codes = sample(net, (count, *data.grid), labels, generator=generator)
         with torch.no_grad():
             images = data.vqvae.to(codes.device).decode(codes)
-        names = data.images.class_names[:columns]
+        names = data.images.class_names[:columns] if net.num_classes else []
         parts = {name: grid(images[row::columns], 1) for row, name in enumerate(names)}
         log_picture(trainer, "samples", grid(images, columns), self.folder, parts)

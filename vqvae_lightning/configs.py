@@ -5,7 +5,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from vqvae_lightning.errors import InputError
+from vqvae_lightning.checks import check_types
+from vqvae_lightning.errors import InputError, Key
+from vqvae_lightning.results import direction
 from vqvae_lightning.trust import Trust, foreign, names
 
 _PACKAGE = Path(__file__).parent
@@ -27,18 +29,21 @@ def build(config: Any, **arguments: Any) -> Any:
     from hydra.errors import InstantiationException
     from hydra.utils import instantiate
 
+    check_types(config)
     try:
         return instantiate(config, _convert_="all", **arguments)
     except InstantiationException as error:
         key = re.search(r"full_key: (\S+)", str(error))
-        place = f"{key.group(1)}: " if key else ""
-        if isinstance(error.__cause__, InputError):
-            raise InputError(f"{place}{error.__cause__}") from error
-        if error.__cause__ is None:  # Hydra's own refusal, in several lines
+        place = key.group(1) if key else ""
+        cause = error.__cause__
+        if isinstance(cause, InputError):
+            # Made again: `cause` raised from `error` would have itself for a cause.
+            raise cause.renamed(lambda key: f"{place}.{key}" if place else key) from error
+        if cause is None:  # Hydra's own refusal, in several lines
             said = " ".join(str(error).partition("full_key:")[0].split())
-            raise InputError(f"{place}{said}") from error
-        said = " ".join(str(error.__cause__).split())
-        raise InputError(f"{place}{type(error.__cause__).__name__}: {said}") from error
+        else:
+            said = f"{type(cause).__name__}: {' '.join(str(cause).split())}"
+        raise InputError(*([Key(place), ": "] if place else []), said) from error
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -120,6 +125,7 @@ def register_resolvers() -> None:
     OmegaConf.register_new_resolver("run_folder", _run_folder, replace=True)
     OmegaConf.register_new_resolver("cuda_or_cpu", _cuda_or_cpu, replace=True)
     OmegaConf.register_new_resolver("fast_precision", _fast_precision, replace=True)
+    OmegaConf.register_new_resolver("study_direction", _study_direction, replace=True)
     OmegaConf.register_new_resolver("trial_number", _trial_number, replace=True)
 
 
@@ -149,6 +155,11 @@ def _fast_precision(accelerator: str) -> str:
     flags = Path("/proc/cpuinfo")
     native = flags.is_file() and re.search(r"\b(amx|avx512)_bf16\b", flags.read_text())
     return "bf16-mixed" if accelerator == "cpu" and native else "32-true"
+
+
+def _study_direction(monitor: str | None) -> str:
+    """What a study does with the objective of its jobs: `minimize` or `maximize`."""
+    return "maximize" if monitor is not None and direction(monitor) == "max" else "minimize"
 
 
 def _trial_number(job: int, waiting: list[int], begun: int) -> int:

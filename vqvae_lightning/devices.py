@@ -9,48 +9,44 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vqvae_lightning.errors import InputError, check_positive
+from vqvae_lightning.errors import InputError, Key, check_positive
 
 
-def device_for(accelerator: str, prefix: str = "") -> torch.device:
-    """The device that `accelerator` (cpu, gpu or cuda) stands for here; `prefix` is of its key.
+def device_for(accelerator: str) -> torch.device:
+    """The device that `accelerator` (cpu, gpu or cuda) stands for here.
 
     Raises:
         InputError: If it is unknown, or a GPU is asked for and there is none.
     """
     if accelerator not in ("cpu", "gpu", "cuda"):
-        raise InputError(f"{prefix}accelerator={accelerator} must be one of cpu, gpu, cuda.")
+        raise InputError(Key("accelerator"), f"={accelerator} must be one of cpu, gpu, cuda.")
     found = torch.cuda.is_available()
     if accelerator != "cpu" and not found:
-        raise InputError(
-            f"{prefix}accelerator={accelerator}: this machine has no CUDA device; use "
-            f"{prefix}accelerator=cpu."
-        )
+        said = f"={accelerator}: this machine has no CUDA device; use "
+        raise InputError(Key("accelerator"), said, Key("accelerator"), "=cpu.")
     return torch.device("cpu" if accelerator == "cpu" else "cuda")
 
 
-def devices_for(accelerator: str, count: int | str, prefix: str = "") -> list[torch.device]:
+def devices_for(accelerator: str, count: int | str) -> list[torch.device]:
     """`count` devices to share work between; on a CPU that many processes.
 
     Args:
         accelerator: As `device_for`.
         count: How many; `auto` for all GPUs, or one process on a CPU.
-        prefix: Of the config's keys, for messages.
 
     Raises:
         InputError: As `device_for`, and if there are fewer GPUs than asked for.
     """
-    device = device_for(accelerator, prefix)
+    device = device_for(accelerator)
     if count == "auto":
         count = torch.cuda.device_count() if device.type == "cuda" else 1
-    count = check_positive(f"{prefix}devices", count)
+    count = check_positive("devices", count)
     if device.type == "cpu":
         return [device] * count
     present = torch.cuda.device_count()
     if count > present:
-        raise InputError(
-            f"{prefix}devices={count} must be at most {present}, the GPUs of this machine."
-        )
+        said = f"={count} must be at most {present}, the GPUs of this machine."
+        raise InputError(Key("devices"), said)
     return [torch.device("cuda", number) for number in range(count)]
 
 

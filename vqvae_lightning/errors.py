@@ -1,11 +1,50 @@
 """Errors that a user can mend: the commands print them as one line, without a traceback."""
 
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+
+
+class Key(str):
+    """A config key within the text of an `InputError`, seen from where the error is raised."""
+
+    __slots__ = ()
+
 
 class InputError(ValueError):
     """A value, file or combination that the user gave cannot work.
 
-    The message names the config key, the bad value and the accepted ones.
+    The message names the config key, the bad value and the accepted ones. A constructor knows only
+    the names of its own arguments, such as `num_codes`. It passes them as `Key`s, and its callers,
+    which know where the constructor stands in the config, complete them with `below` and `renamed`
+    on the error's way up, here to `model.net.quantizer.num_codes`.
+
+    Args:
+        *parts: Text and `Key`s, which are joined as they are.
     """
+
+    def __init__(self, *parts: str) -> None:
+        super().__init__(*parts)
+
+    def __str__(self) -> str:
+        return "".join(self.args)
+
+    def renamed(self, rename: Callable[[str], str]) -> "InputError":
+        """The same error with `rename` applied to each of its keys."""
+        return InputError(*(Key(rename(p)) if isinstance(p, Key) else p for p in self.args))
+
+
+@contextmanager
+def renamed(rename: Callable[[str], str]) -> Iterator[None]:
+    """Apply `rename` to the keys of an `InputError` that the block raises."""
+    try:
+        yield
+    except InputError as error:
+        raise error.renamed(rename) from error
+
+
+def below(place: str) -> AbstractContextManager[None]:
+    """Put `place.` before the keys of an `InputError` that the block raises."""
+    return renamed(lambda key: f"{place}.{key}")
 
 
 class DivergenceError(RuntimeError):
@@ -47,10 +86,10 @@ def check_positive(name: str, value: object) -> int:
     """Return `value` if it is an integer of at least 1.
 
     Raises:
-        InputError: Otherwise, naming `name`.
+        InputError: Otherwise, with the key `name`.
     """
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise InputError(f"{name}={value} must be an integer of at least 1.")
+        raise InputError(Key(name), f"={value} must be an integer of at least 1.")
     return value
 
 
@@ -58,9 +97,9 @@ def check_range(name: str, value: object, low: float, high: float = float("inf")
     """Return `value` if it is a number in [low, high].
 
     Raises:
-        InputError: Otherwise, naming `name`.
+        InputError: Otherwise, with the key `name`.
     """
     if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
         limits = f"at least {low:g}" if high == float("inf") else f"between {low:g} and {high:g}"
-        raise InputError(f"{name}={value} must be a number {limits}.")
+        raise InputError(Key(name), f"={value} must be a number {limits}.")
     return value

@@ -15,21 +15,41 @@ from vqvae_lightning.app import (
 )
 
 
-def check_evaluation(cfg: Any, prefix: str = "") -> None:
+def check_evaluation(cfg: Any) -> None:
     """Refuse settings of an evaluation that cannot work.
 
     Raises:
-        InputError: Naming the key, with `prefix` before it.
+        InputError: With the key.
     """
-    from vqvae_lightning.errors import InputError, check_positive, check_range
+    from vqvae_lightning.errors import InputError, Key, check_positive, check_range
 
     if cfg.split not in ("train", "val", "test"):
-        raise InputError(f"{prefix}split={cfg.split} must be one of train, val, test.")
+        raise InputError(Key("split"), f"={cfg.split} must be one of train, val, test.")
     for name in ("pictured", "num_samples", "classifier_steps", "classifier_batch_size"):
-        check_positive(f"{prefix}{name}", cfg[name])
+        check_positive(name, cfg[name])
     if cfg.num_samples < 2:
-        raise InputError(f"{prefix}num_samples={cfg.num_samples} must be at least 2.")
-    check_range(f"{prefix}temperature", cfg.temperature, 0)
+        raise InputError(Key("num_samples"), f"={cfg.num_samples} must be at least 2.")
+    check_range("temperature", cfg.temperature, 0)
+
+
+def classifier_task(cfg: Any, images: Any) -> Any:
+    """The untrained `ClassifierTask` that judges samples; None if the data have no classes.
+
+    Raises:
+        InputError: If the classifier's settings cannot work.
+    """
+    from vqvae_lightning.configs import build
+    from vqvae_lightning.errors import below
+    from vqvae_lightning.tasks.optimization import check_optimizer
+
+    if images.num_classes < 2:
+        return None
+    config = cfg.classifier.copy()
+    config.net.channels, config.net.num_classes = images.image_shape[0], images.num_classes
+    task = build(config)
+    with below("classifier"):
+        check_optimizer(task.optimizer_factory)
+    return task
 
 
 class Subject(NamedTuple):
@@ -74,11 +94,13 @@ def measured(cfg: Any, found: Subject) -> dict[str, float]:
     """Errors and likelihoods on the split; the ranks divide it, and all get the figures of all."""
     from vqvae_lightning import evaluation
     from vqvae_lightning.devices import devices_for
+    from vqvae_lightning.errors import below
     from vqvae_lightning.launch import joined, local_rank, ranks_wanted
 
     joined(cfg.trainer.accelerator)
     count = ranks_wanted(cfg.trainer)
-    device = devices_for(cfg.trainer.accelerator, count, "trainer.")[local_rank()]
+    with below("trainer"):
+        device = devices_for(cfg.trainer.accelerator, count)[local_rank()]
     found.codes.encode(device)
     found.codes.setup()
     if found.prior is not None:
@@ -130,6 +152,9 @@ def evaluate(cfg: Any, images: Any = None) -> dict[str, Any]:
     found = subject(cfg, images)
     codes, prior, vqvae_path = found
     images = codes.images
+    if prior is not None:
+        with torch.random.fork_rng(devices=[]):
+            classifier_task(cfg, images)  # refused before anything is measured, if it must be
     name_run(cfg, "evaluation")
     with launched(cfg, folder, "vqvae_lightning.further_rank"):
         metrics = measured(cfg, found)
@@ -164,11 +189,8 @@ def evaluate(cfg: Any, images: Any = None) -> dict[str, Any]:
         ).images
         nearest = evaluation.nearest_training_images(images, drawn[:10])
         save_png(pairs(from_uint8(drawn[:10]), from_uint8(nearest)), folder / "nearest.png")
-        if images.num_classes > 1:
-            task = build(
-                cfg.classifier,
-                net={"channels": images.image_shape[0], "num_classes": images.num_classes},
-            )
+        task = classifier_task(cfg, images)
+        if task is not None:
             steps = {**options, "max_steps": cfg.classifier_steps}
             judge = evaluation.train_classifier(task, images, steps, cfg.classifier_batch_size)
             metrics |= evaluation.classifier_metrics(judge, codes, cfg.split, drawn, labels, device)

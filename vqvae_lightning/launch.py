@@ -27,7 +27,9 @@ from vqvae_lightning.errors import (
     DivergenceError,
     InputError,
     Interrupted,
+    Key,
     RankError,
+    below,
     check_positive,
 )
 from vqvae_lightning.results import write_failure, write_text
@@ -289,13 +291,14 @@ def ranks_wanted(trainer: Any) -> int:
 
     from vqvae_lightning.devices import device_for
 
-    device = device_for(trainer.accelerator, "trainer.")
+    with below("trainer"):
+        device = device_for(trainer.accelerator)
     devices = trainer.devices
     if isinstance(devices, int) and not isinstance(devices, bool) and devices >= 1:
         return devices
     if devices in ("auto", -1):
         return torch.cuda.device_count() if device.type == "cuda" else 1
-    raise InputError(f"trainer.devices={devices} must be a number of devices, or auto.")
+    raise InputError(Key("trainer.devices"), f"={devices} must be a number of devices, or auto.")
 
 
 @contextmanager

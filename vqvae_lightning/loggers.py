@@ -13,7 +13,7 @@ from PIL import Image
 from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger, WandbLogger
 from torch import Tensor, nn
 
-from vqvae_lightning.errors import InputError
+from vqvae_lightning.errors import InputError, Key
 from vqvae_lightning.pictures import save_png
 from vqvae_lightning.progress import console
 from vqvae_lightning.results import UNITS
@@ -107,7 +107,7 @@ class WandbRun(WandbLogger):
     ) -> None:
         if watch not in (None, "gradients", "parameters", "all"):
             raise InputError(
-                f"logger.wandb.watch={watch} must be one of null, gradients, parameters, all."
+                Key("watch"), f"={watch} must be one of null, gradients, parameters, all."
             )
         try:
             super().__init__(

@@ -3,6 +3,7 @@
 import shutil
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from vqvae_lightning.app import (
     stoppable,
     stored_config,
 )
+from vqvae_lightning.errors import renamed
 
 STAGES = ("vqvae", "prior", "evaluation", "samples", "report")
 HEADLINES = (
@@ -94,8 +96,27 @@ def stage_configs(cfg: Any) -> dict[str, Any]:
     return configs
 
 
-def check_stages(configs: dict[str, Any], images: Any) -> dict[str, Any]:
+def keys_of(cfg: Any, place: str) -> AbstractContextManager[None]:
+    """Name the keys of an error in a stage as the pipeline's config has them.
+
+    Args:
+        cfg: The pipeline's.
+        place: `prior`, `evaluation` or `sampling`; what is not below it, the stages share.
+    """
+
+    def rename(key: str) -> str:
+        return f"{place}.{key}" if key.partition(".")[0] in set(cfg[place]) else key
+
+    return renamed(rename)
+
+
+def check_stages(cfg: Any, configs: dict[str, Any], images: Any) -> dict[str, Any]:
     """Find what is wrong with a later stage before the first one trains.
+
+    Args:
+        cfg: The pipeline's config.
+        configs: Those of its stages.
+        images: The `PixelDataModule`, set up.
 
     Returns:
         The `preflight.Survey` of both training stages.
@@ -107,31 +128,30 @@ def check_stages(configs: dict[str, Any], images: Any) -> dict[str, Any]:
     from vqvae_lightning.data import CodesDataModule
     from vqvae_lightning.data.codes import require_codes
     from vqvae_lightning.devices import devices_for
-    from vqvae_lightning.errors import InputError
-    from vqvae_lightning.evaluate import check_evaluation
+    from vqvae_lightning.errors import below
+    from vqvae_lightning.evaluate import check_evaluation, classifier_task
     from vqvae_lightning.launch import ranks_wanted
-    from vqvae_lightning.preflight import survey
     from vqvae_lightning.sample import check_sampling
-    from vqvae_lightning.tasks.optimization import check_optimizer
-    from vqvae_lightning.train import fit_to_codes, prepared
+    from vqvae_lightning.train import checked, fit_to_codes, prepared
 
     require_codes(build(configs["vqvae"].model.net.quantizer))
     judge, drawing = configs["evaluation"], configs["samples"]
     prior = configs["prior"].copy()
     first = prepared(configs["vqvae"].copy(), images)
-    try:
+    with keys_of(cfg, "prior"):
         # Of an untrained VQ-VAE: the sizes are those of the trained one.
         codes = CodesDataModule(images, first.task.net.eval(), "", prior.folder, prior.batch_size)
         fit_to_codes(prior, codes)
-        task = build(prior.model)
-        second = survey(prior, task.net, codes, check_optimizer(task.optimizer_factory))
-    except InputError as error:
-        raise InputError(f"prior.{error}") from error
-    check_evaluation(judge, "evaluation.")
-    devices_for(judge.trainer.accelerator, ranks_wanted(judge.trainer), "trainer.")
-    devices_for(drawing.accelerator, drawing.devices, "sampling.")
-    rate = prior.model.net.null_label_rate
-    check_sampling(drawing, images.num_classes, codes.grid[0], rate, "sampling.")
+        _, second = checked(prior, codes)
+    with keys_of(cfg, "evaluation"):
+        check_evaluation(judge)
+        classifier_task(judge, images)
+        with below("trainer"):
+            devices_for(judge.trainer.accelerator, ranks_wanted(judge.trainer))
+    with keys_of(cfg, "sampling"):
+        devices_for(drawing.accelerator, drawing.devices)
+        net = prior.model.net
+        check_sampling(drawing, net.num_classes, net.height, net.null_label_rate)
     return {"vqvae": first.survey, "prior": second}
 
 
@@ -161,13 +181,14 @@ def run_pipeline(cfg: Any) -> dict[str, Any]:
     images = None
     if any(read_result(folder / name) is None for name in ("vqvae", "prior", "evaluation")):
         images = load_images(configs["vqvae"].dataset)
-        surveys = check_stages(configs, images)
+        surveys = check_stages(cfg, configs, images)
         if cfg.preflight:
             for name, found in surveys.items():
                 print_survey(name, found)
             return {}
     if not (folder / "config.yaml").is_file():
         write_config(cfg, folder)
+    places = {"prior": "prior", "evaluation": "evaluation", "samples": "sampling"}
     runs: dict[str, Callable[[Any], dict[str, Any]]] = {
         "vqvae": lambda stage: train(stage, images),
         "prior": lambda stage: train(stage, images),
@@ -177,7 +198,8 @@ def run_pipeline(cfg: Any) -> dict[str, Any]:
     results = {}
     for name, run in runs.items():
         known = read_result(folder / name) is not None
-        results[name] = run(configs[name])
+        with keys_of(cfg, places[name]) if name in places else nullcontext():
+            results[name] = run(configs[name])
         console.print(_line(name, results[name], known), highlight=False, soft_wrap=True)
     start = time.perf_counter()
     for stage, picture in (("evaluation", "reconstructions.png"), ("samples", "samples.png")):

@@ -9,13 +9,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from vqvae_lightning.checks import check_types
 from vqvae_lightning.data import CodesDataModule
 from vqvae_lightning.data.images import StageDataModule, check_divides
 from vqvae_lightning.devices import available_memory
-from vqvae_lightning.errors import InputError
+from vqvae_lightning.errors import InputError, Key, below, check_positive, check_range, renamed
 from vqvae_lightning.launch import ranks_wanted
 from vqvae_lightning.networks.autoencoder import VQVAE
 from vqvae_lightning.networks.pixelcnn import PixelCNN
+from vqvae_lightning.results import direction
 
 PROBED = 2  # images in the batch on which activations are measured
 CHECKPOINTS = 4  # best, last, the one before, and the one being written
@@ -40,6 +42,66 @@ class Survey(NamedTuple):
         )
 
 
+def check_monitor(monitor: str, task: Any, data: StageDataModule) -> None:
+    """Refuse a score that no validation of the stage logs, or that has no best value.
+
+    Args:
+        monitor: Its name, such as `val/nmse`.
+        task: The `VQVAETask` or `PriorTask`.
+        data: The data of the stage.
+
+    Raises:
+        InputError: With the names that can be chosen, and which of their values is the best.
+    """
+    codes = isinstance(data, CodesDataModule)
+    grid = data.grid if codes else task.net.grid(*data.image_shape[1:])  # type: ignore[attr-defined]
+    known = {name: best for name in sorted(task.validated(grid)) if (best := direction(name))}
+    if monitor not in known:
+        names = ", ".join(f"{name} ({best})" for name, best in known.items())
+        raise InputError(Key("monitor"), f"={monitor} must be one of {names}.")
+
+
+def check_trainer(trainer: Any) -> None:
+    """Refuse values of `conf/trainer` that Lightning takes, or refuses without naming the key.
+
+    Raises:
+        InputError: With the key.
+    """
+    check_types(trainer)
+    with below("trainer"):
+        for name in ("log_every_n_steps", "accumulate_grad_batches"):
+            check_positive(name, trainer[name])
+        for name in ("max_steps", "max_epochs"):
+            if trainer[name] not in (-1, None):
+                check_range(name, trainer[name], 1)
+        if trainer.gradient_clip_val is not None:
+            check_range("gradient_clip_val", trainer.gradient_clip_val, 0)
+        check_range("num_sanity_val_steps", trainer.num_sanity_val_steps, -1)
+        for split in ("train", "val", "test"):
+            _check_limit(f"limit_{split}_batches", trainer[f"limit_{split}_batches"])
+        every = trainer.val_check_interval
+        if trainer.check_val_every_n_epoch is None:
+            # A text is a time between validations, which Lightning reads.
+            if not isinstance(every, str):
+                check_positive("val_check_interval", every)
+            return
+        check_positive("check_val_every_n_epoch", trainer.check_val_every_n_epoch)
+        if isinstance(every, float) or every is None:  # a share of the epoch
+            check_range("val_check_interval", 1.0 if every is None else every, 1e-9, 1)
+        elif not isinstance(every, str):
+            check_positive("val_check_interval", every)
+
+
+def _check_limit(name: str, limit: object) -> None:
+    """Refuse what is neither a number of batches (an integer) nor a share of them (a float)."""
+    if limit is None or (isinstance(limit, float) and 0 <= limit <= 1):
+        return
+    if isinstance(limit, bool) or not isinstance(limit, int) or limit < 0:
+        raise InputError(
+            Key(name), f"={limit} must be a number of batches, or a share of them as in 0.5."
+        )
+
+
 def survey(cfg: Any, net: nn.Module, data: StageDataModule, optimizer_states: float) -> Survey:
     """Look a stage over, before any of its steps.
 
@@ -61,12 +123,20 @@ def survey(cfg: Any, net: nn.Module, data: StageDataModule, optimizer_states: fl
     world = ranks * nodes
     batch = data.batch_size
     check_divides(data.batch_size_key, batch, world)
+    for split in ("val", "test"):
+        if sizes[split] < world:
+            raise InputError(
+                Key("trainer.devices"),
+                f"={cfg.trainer.devices}: the {split} split has {sizes[split]} images for {world} "
+                "devices, and each device needs one.",
+            )
     device = _device(cfg.trainer, ranks)
     if cfg.compile and device == "cpu" and not _cpp_compiler():
         raise InputError("compile=true needs a C++ compiler on a CPU: install g++, or set CXX.")
     warnings: list[str] = []
 
-    codes, found = _codes(net, data, shape, batch, sizes["train"])
+    with renamed(lambda key: {"size": images.size_key}.get(key, key)):  # type: ignore[attr-defined]
+        codes, found = _codes(net, data, shape, batch, sizes["train"])
     warnings += found
     parameters = sum(p.numel() for p in net.parameters())
     weights = _bytes(net.state_dict().values())
@@ -97,12 +167,7 @@ def survey(cfg: Any, net: nn.Module, data: StageDataModule, optimizer_states: fl
             f"{CHECKPOINTS} checkpoints of {_size(checkpoint)} do not fit into the {_size(free)} "
             f"that are free at {cfg.folder}: set hydra.run.dir to another disk."
         )
-    steps, every = cfg.trainer.max_steps, cfg.trainer.val_check_interval
-    if isinstance(every, int) and 0 < steps < every:
-        warnings.append(
-            f"trainer.val_check_interval={every} is above trainer.max_steps={steps}: nothing is "
-            "validated, and the best checkpoint is the last."
-        )
+    steps = cfg.trainer.max_steps
     places = f" on each of {nodes} nodes" if nodes > 1 else ""
     compiled = ", compiled" if cfg.compile else ""
     each = f" ({local} each)" if world > 1 else ""
@@ -202,19 +267,20 @@ def _device(trainer: Any, ranks: int) -> str:
     if trainer.accelerator not in ("gpu", "cuda"):
         if trainer.precision == "16-mixed":
             raise InputError(
-                f"trainer.precision=16-mixed: accelerator {trainer.accelerator} has no float16 "
-                "training; choose bf16-mixed or 32-true."
+                Key("trainer.precision"),
+                f"=16-mixed: accelerator {trainer.accelerator} has no float16 training; choose "
+                "bf16-mixed or 32-true.",
             )
         return str(trainer.accelerator)
     present = torch.cuda.device_count()
     if ranks > present:
-        raise InputError(
-            f"trainer.devices={ranks} must be at most {present}, the GPUs of this machine."
-        )
+        said = f"={ranks} must be at most {present}, the GPUs of this machine."
+        raise InputError(Key("trainer.devices"), said)
     if trainer.precision == "bf16-mixed" and not torch.cuda.is_bf16_supported(False):
         raise InputError(
-            f"trainer.precision=bf16-mixed: {torch.cuda.get_device_name()} has no bfloat16; choose "
-            "16-mixed or 32-true."
+            Key("trainer.precision"),
+            f"=bf16-mixed: {torch.cuda.get_device_name()} has no bfloat16; choose 16-mixed or "
+            "32-true.",
         )
     return torch.cuda.get_device_name()
 

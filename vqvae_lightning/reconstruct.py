@@ -26,7 +26,7 @@ def reconstruct(cfg: Any) -> dict[str, Any]:
     from vqvae_lightning.checkpoints import load
     from vqvae_lightning.data import ImageFolderSource
     from vqvae_lightning.devices import device_for
-    from vqvae_lightning.errors import InputError, check_positive
+    from vqvae_lightning.errors import check_positive, renamed
     from vqvae_lightning.networks.autoencoder import from_uint8, to_uint8
     from vqvae_lightning.pictures import pairs, save_png
     from vqvae_lightning.progress import progress_bar
@@ -41,15 +41,10 @@ def reconstruct(cfg: Any) -> dict[str, Any]:
         data = images_of(vqvae, cfg.trust)
         images = data.datasets["test"].preview(count).data
     else:
-        try:
+        with renamed(lambda key: {"root": "input"}.get(key, key)):
             source = ImageFolderSource(cfg.input, size=cfg.size, grey=net.channels == 1)
             images = source.load().train.images
             net.grid(*images.shape[2:])
-        except InputError as error:
-            # The source and the network speak of the keys that training has.
-            own = str(error).replace("dataset.source.root", "input")
-            own = own.replace("dataset.source.size", "size")
-            raise InputError(own.partition(", or model.net")[0]) from error
     write_config(cfg, folder)
     codes, decoded = [], []
     with progress_bar("encoding", len(images)) as advance, torch.inference_mode():

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 FAILURE = "failure.txt"
 """What a failed job of a sweep leaves: its error, its overrides, and where the code failed."""
@@ -62,6 +62,28 @@ UNITS = {
     "uniform_nats_per_code": "nats/code",
 }
 """Unit of each logged name, by its last part; a number that ends it is left out."""
+LOWER = {
+    "bits_per_code",
+    "codebook",
+    "commitment",
+    "kl",
+    "kl_clamped",
+    "loss",
+    "mse",
+    "nats_per_code",
+    "nmse",
+    "prior_bits_per_dim",
+}
+HIGHER = {"accuracy", "active_dims", "codebook_use", "perplexity", "psnr_db"}
+"""Names in validation that a run can be judged by, as `LOWER`; by their last part."""
+
+
+def direction(name: str) -> Literal["min", "max"] | None:
+    """Which value of a logged name such as `val/nmse` is the best; None if neither is."""
+    last = name.rpartition("/")[2]
+    if last in HIGHER:
+        return "max"
+    return "min" if last in LOWER else None
 
 
 @contextmanager

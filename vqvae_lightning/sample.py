@@ -7,9 +7,7 @@ from typing import Any
 from vqvae_lightning.app import app, print_result, started
 
 
-def check_sampling(
-    cfg: Any, num_classes: int, height: int, null_label_rate: float, prefix: str = ""
-) -> None:
+def check_sampling(cfg: Any, num_classes: int, height: int, null_label_rate: float) -> None:
     """Refuse settings of a draw that cannot work.
 
     Args:
@@ -17,55 +15,57 @@ def check_sampling(
         num_classes: Of the prior.
         height: Rows of its grid.
         null_label_rate: Of the prior.
-        prefix: Of the keys in messages.
 
     Raises:
         InputError: Naming the key.
     """
     from omegaconf import ListConfig
 
-    from vqvae_lightning.errors import InputError, check_positive, check_range
+    from vqvae_lightning.errors import InputError, Key, check_positive, check_range
     from vqvae_lightning.networks.sampling import check_guidance, check_top_p
 
     for name in ("num_samples", "completions"):
-        check_positive(f"{prefix}{name}", cfg[name])
+        check_positive(name, cfg[name])
     for name in ("top_k", "batch_size"):
         if cfg[name] is not None:
-            check_positive(f"{prefix}{name}", cfg[name])
-    check_range(f"{prefix}temperature", cfg.temperature, 0)
-    check_range(f"{prefix}guidance", cfg.guidance, 0)
-    check_range(f"{prefix}keep_rows", cfg.keep_rows, 0, 1)
-    check_top_p(cfg.top_p, prefix)
-    check_guidance(cfg.guidance, num_classes, null_label_rate, prefix)
+            check_positive(name, cfg[name])
+    check_range("temperature", cfg.temperature, 0)
+    check_range("guidance", cfg.guidance, 0)
+    check_range("keep_rows", cfg.keep_rows, 0, 1)
+    check_top_p(cfg.top_p)
+    check_guidance(cfg.guidance, num_classes, null_label_rate)
     if cfg.complete is not None:
         if round(cfg.keep_rows * height) >= height:
             raise InputError(
-                f"{prefix}keep_rows={cfg.keep_rows} of {height} rows of codes leaves none to draw."
+                Key("keep_rows"), f"={cfg.keep_rows} of {height} rows of codes leaves none to draw."
             )
         if cfg.complete == "test" and cfg.labels is not None:
             raise InputError(
-                f"{prefix}labels={cfg.labels}: test images are completed with their own classes; "
-                "drop labels."
+                Key("labels"),
+                f"={cfg.labels}: test images are completed with their own classes; drop labels.",
             )
         if cfg.complete != "test" and not Path(cfg.complete).is_dir():
             raise InputError(
-                f"{prefix}complete={cfg.complete} must be a folder of images, or test."
+                Key("complete"), f"={cfg.complete} must be a folder of images, or test."
             )
         if cfg.complete != "test" and cfg.labels is None and num_classes:
             raise InputError(
-                f"{prefix}complete={cfg.complete}: this prior has classes; give those of the "
-                f"images in order of their names, as in {prefix}labels=[0,3]; a list that is too "
-                "short is repeated."
+                Key("complete"),
+                f"={cfg.complete}: this prior has classes; give those of the images in order of "
+                "their names, as in ",
+                Key("labels"),
+                "=[0,3]; a list that is too short is repeated.",
             )
     if cfg.labels is None:
         return
     if not num_classes:
-        raise InputError(f"{prefix}labels={cfg.labels}: this prior has no classes; drop labels.")
+        said = f"={cfg.labels}: this prior has no classes; drop labels."
+        raise InputError(Key("labels"), said)
     if not isinstance(cfg.labels, ListConfig) or not cfg.labels:
-        raise InputError(f"{prefix}labels={cfg.labels} must be a list, such as [0,3].")
+        raise InputError(Key("labels"), f"={cfg.labels} must be a list, such as [0,3].")
     bad = [label for label in cfg.labels if label not in range(num_classes)]
     if bad:
-        raise InputError(f"{prefix}labels={bad} must be among 0 to {num_classes - 1}.")
+        raise InputError(Key("labels"), f"={bad} must be among 0 to {num_classes - 1}.")
 
 
 def draw(cfg: Any) -> dict[str, Any]:
@@ -173,7 +173,7 @@ def images_to_complete(cfg: Any, prior: Any, vqvae: Any) -> tuple[Any, Any]:
 
     from vqvae_lightning.app import images_of
     from vqvae_lightning.data import ImageFolderSource
-    from vqvae_lightning.errors import InputError
+    from vqvae_lightning.errors import renamed
 
     if cfg.complete == "test":
         first = images_of(vqvae, cfg.trust).datasets["test"].preview(cfg.num_samples)
@@ -181,11 +181,9 @@ def images_to_complete(cfg: Any, prior: Any, vqvae: Any) -> tuple[Any, Any]:
     # The codes' grid is the prior's: the images must have the size that it was trained on.
     factor = 2**vqvae.net.downsamplings
     size = [prior.height * factor, prior.width * factor]
-    try:
+    with renamed(lambda key: {"root": "complete"}.get(key, key)):
         source = ImageFolderSource(cfg.complete, size=size, grey=vqvae.net.channels == 1)
         images = source.load().train.images[: cfg.num_samples]
-    except InputError as error:
-        raise InputError(str(error).replace("dataset.source.root", "complete")) from error
     if not prior.num_classes:
         return images, None
     return images, torch.tensor(list(cfg.labels))[torch.arange(len(images)) % len(cfg.labels)]

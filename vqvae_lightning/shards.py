@@ -36,7 +36,7 @@ def make_shards(cfg: Any) -> str:
     from vqvae_lightning.configs import build
     from vqvae_lightning.data import ImageDataModule, ImageFolderSource, ShardDataModule
     from vqvae_lightning.data.shards import write_shards
-    from vqvae_lightning.errors import InputError, check_positive
+    from vqvae_lightning.errors import InputError, below, check_positive
     from vqvae_lightning.progress import progress_bar
     from vqvae_lightning.results import write_config, write_text
 
@@ -49,7 +49,8 @@ def make_shards(cfg: Any) -> str:
         raise InputError("dataset=shards are shards already: choose another dataset.")
     whole = isinstance(images.source, ImageFolderSource) and images.source.size is None
     if isinstance(images.source, ImageFolderSource):
-        splits, class_names = _from_files(images)
+        with below("dataset"):
+            splits, class_names = _from_files(images)
         grey = images.source.grey
     else:
         images = load_images(cfg.dataset)
@@ -92,9 +93,11 @@ def _from_files(images: Any) -> tuple[list[_Split], list[str]]:
     from vqvae_lightning.data.images import set_aside
     from vqvae_lightning.data.shards import png
     from vqvae_lightning.data.sources import decode, resize
+    from vqvae_lightning.errors import below
 
     source = images.source
-    found, class_names = source.files()
+    with below("source"):
+        found, class_names = source.files()
     # In this order and with these seeds, as from memory.
     for name, seed in (("test", images.split_seed + 1), ("val", images.split_seed)):
         if name not in found:

@@ -60,7 +60,8 @@ def train(cfg: Any, images: Any = None) -> dict[str, Any]:
 
 def kind_of(cfg: Any) -> str:
     """Which stage `cfg` describes: `vqvae` or `prior`."""
-    return "prior" if "vqvae_checkpoint" in cfg else "vqvae"
+    # Not `in cfg`, which leaves a key out while its value is missing.
+    return "prior" if "vqvae_checkpoint" in set(cfg) else "vqvae"
 
 
 class Stage(NamedTuple):
@@ -83,52 +84,99 @@ def prepared(cfg: Any, images: Any) -> Stage:
     import pytorch_lightning as pl
 
     from vqvae_lightning.checkpoints import load
-    from vqvae_lightning.configs import build
     from vqvae_lightning.errors import InputError
     from vqvae_lightning.loggers import Input
-    from vqvae_lightning.preflight import survey
-    from vqvae_lightning.results import UNITS
-    from vqvae_lightning.tasks.optimization import check_optimizer
 
     data = images
     facts = {"data_fingerprint": images.fingerprint}
     made_from = Input(f"data-{images.fingerprint}", "dataset", facts)
-    known = [f"val/{name}" for name in UNITS]
-    if cfg.monitor not in known:
-        raise InputError(f"monitor={cfg.monitor} must be one of {', '.join(known)}.")
-    if "vqvae_checkpoint" in cfg:
+    if kind_of(cfg) == "prior":
         path = Path(cfg.vqvae_checkpoint)
         data = codes_of(images, load(path, "vqvae", cfg.trust).net, path, cfg, cfg.batch_size)
-        fit_to_codes(cfg, data)
         if cfg.vqvae_hash not in (None, data.vqvae_hash):
             raise InputError(
                 f"this prior began on the codes of VQ-VAE {cfg.vqvae_hash}, but vqvae_checkpoint="
                 f"{cfg.vqvae_checkpoint} is now {data.vqvae_hash}: its codes mean something else."
             )
         cfg.vqvae_hash = data.vqvae_hash
+        fit_to_codes(cfg, data)
         facts = {**facts, "vqvae_hash": data.vqvae_hash}
         made_from = Input(f"vqvae-{data.vqvae_hash}", "vqvae", facts, path)
         cfg.vqvae_checkpoint = str(Path(cfg.vqvae_checkpoint).absolute())
     else:
-        cfg.model.net.channels = images.image_shape[0]
+        fill_in(cfg, "channels", images.image_shape[0])
     pl.seed_everything(cfg.seed, workers=True, verbose=False)
+    task, found = checked(cfg, data)
+    return Stage(task, data, made_from, found)
+
+
+def checked(cfg: Any, data: Any) -> tuple[Any, Any]:
+    """Build the task of a stage, and check everything that its training would stumble over.
+
+    Args:
+        cfg: The config of the stage, filled in.
+        data: Its data; the codes of a prior may not be made yet.
+
+    Returns:
+        The task and the `preflight.Survey`.
+
+    Raises:
+        InputError: If the stage cannot work.
+    """
+    from vqvae_lightning.configs import build
+    from vqvae_lightning.errors import below
+    from vqvae_lightning.preflight import check_monitor, check_trainer, survey
+    from vqvae_lightning.tasks.optimization import check_optimizer
+
+    check_trainer(cfg.trainer)
     task = build(cfg.model)
-    states = check_optimizer(task.optimizer_factory)
-    return Stage(task, data, made_from, survey(cfg, task.net, data, states))
+    with below("model"):
+        states = check_optimizer(task.optimizer_factory)
+    found = survey(cfg, task.net, data, states)
+    check_monitor(cfg.monitor, task, data)
+    for part in cfg.callbacks.values():
+        if part is not None:
+            build(part)
+    return task, found
 
 
 def fit_to_codes(cfg: Any, codes: Any) -> None:
-    """Fill in a prior's sizes, which the VQ-VAE and the data decide."""
+    """Fill in a prior's sizes, which the VQ-VAE and the data decide.
+
+    Raises:
+        InputError: If the config has others.
+    """
     height, width = codes.grid
-    sizes = {"num_codes": codes.num_codes, "height": height, "width": width}
-    cfg.model.net.update({**sizes, "num_classes": codes.images.num_classes})
+    fill_in(cfg, "num_codes", codes.num_codes)
+    fill_in(cfg, "height", height)
+    fill_in(cfg, "width", width)
+    if cfg.model.net.num_classes != 0:  # else a prior that takes no notice of the classes
+        fill_in(cfg, "num_classes", codes.images.num_classes)
+
+
+def fill_in(cfg: Any, name: str, value: int) -> None:
+    """Set the size `name` of a network to what the data decide.
+
+    Raises:
+        InputError: If the config has another.
+    """
+    from vqvae_lightning.errors import InputError, Key
+
+    given = cfg.model.net[name]
+    if given is not None and given != value:
+        unconditional = ", or to 0 for a prior without classes" if name == "num_classes" else ""
+        raise InputError(
+            Key(f"model.net.{name}"),
+            f"={given}: the data have {value}; set it to null, which takes that{unconditional}.",
+        )
+    cfg.model.net[name] = value
 
 
 def fit(cfg: Any, images: Any = None) -> dict[str, Any]:
     """One rank's part of `train`; the first one writes."""
     import torch
 
-    from vqvae_lightning.callbacks import SameConfig
+    from vqvae_lightning.callbacks import FinalValidation, SameConfig
     from vqvae_lightning.checkpoints import load, weights_hash
     from vqvae_lightning.configs import build, plain
     from vqvae_lightning.errors import Interrupted
@@ -144,6 +192,7 @@ def fit(cfg: Any, images: Any = None) -> dict[str, Any]:
         cfg.trainer,
         callbacks=[
             SameConfig(cfg),
+            FinalValidation(),
             *[build(part) for part in cfg.callbacks.values() if part is not None],
         ],
         plugins=[environment()],

@@ -14,7 +14,7 @@ from torch import Tensor
 import vqvae_lightning
 from vqvae_lightning.data.images import ArrayDataset, Batch, PixelDataModule, StageDataModule
 from vqvae_lightning.distributed import agreed, gathered, rank_and_world
-from vqvae_lightning.errors import InputError
+from vqvae_lightning.errors import InputError, Key, renamed
 from vqvae_lightning.networks.autoencoder import VQVAE, from_uint8
 from vqvae_lightning.progress import progress_bar
 
@@ -76,12 +76,14 @@ class CodesDataModule(StageDataModule):
         self.images = images
         self.vqvae = vqvae
         self.vqvae_hash = vqvae_hash
-        self.grid = vqvae.grid(*images.image_shape[1:])
+        with renamed(lambda key: {"size": images.size_key}.get(key, key)):
+            self.grid = vqvae.grid(*images.image_shape[1:])
         self.folder = Path(folder) / f"{vqvae_hash}-{images.fingerprint}"
         if self.batch_size > len(images.datasets["train"]):
             raise InputError(
-                f"batch_size={batch_size} is larger than the training split "
-                f"({len(images.datasets['train'])} images)."
+                Key("batch_size"),
+                f"={batch_size} is larger than the training split "
+                f"({len(images.datasets['train'])} images).",
             )
 
     @property

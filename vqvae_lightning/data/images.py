@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, Dataset
 from vqvae_lightning.data.sources import Source, Split
 from vqvae_lightning.devices import to_device
 from vqvae_lightning.distributed import rank_and_world
-from vqvae_lightning.errors import InputError, check_positive, check_range
+from vqvae_lightning.errors import InputError, Key, below, check_positive, check_range
 from vqvae_lightning.networks.autoencoder import from_uint8
 
 SplitName = Literal["train", "val", "test"]
@@ -36,8 +36,9 @@ def check_divides(key: str, batch_size: int, world: int) -> None:
         down = batch_size // world * world
         near = f"{down} and {down + world}" if down else str(world)
         raise InputError(
-            f"{key}={batch_size} does not divide over {world} devices; it counts all devices "
-            f"together. Nearest that do: {near}."
+            Key(key),
+            f"={batch_size} does not divide over {world} devices; it counts all devices together. "
+            f"Nearest that do: {near}.",
         )
 
 
@@ -151,7 +152,7 @@ def set_aside(total: int, share: float, seed: int) -> tuple[Tensor, Tensor]:
     taken = round(total * share)
     if not 0 < taken < total:
         raise InputError(
-            f"{total} images are too few to set dataset.val_share={share} of them aside."
+            f"{total} images are too few to set ", Key("val_share"), f"={share} of them aside."
         )
     order = torch.randperm(total, generator=torch.Generator().manual_seed(seed))
     return order[taken:].sort().values, order[:taken].sort().values
@@ -194,12 +195,12 @@ class StageDataModule(pl.LightningDataModule):
     """Batches of the three splits, for images and for codes alike."""
 
     datasets: Mapping[str, SplitDataset]
-    batch_size_key = "dataset.batch_size"
+    batch_size_key = "dataset.batch_size"  # in the config of a stage
 
     def __init__(self, batch_size: int, eval_batch_size: int, seed: int) -> None:
         super().__init__()
-        self.batch_size = check_positive(self.batch_size_key, batch_size)
-        self.eval_batch_size = check_positive("dataset.eval_batch_size", eval_batch_size)
+        self.batch_size = check_positive("batch_size", batch_size)
+        self.eval_batch_size = check_positive("eval_batch_size", eval_batch_size)
         self.seed = seed
         self.datasets = {}
 
@@ -245,6 +246,7 @@ class PixelDataModule(StageDataModule):
         pixel_variance: Of all values of the training images, in [0, 1]: the divisor of NMSE.
     """
 
+    size_key = "dataset.source.size"  # in the config of a stage
     image_shape: tuple[int, int, int]
     class_names: list[str]
     fingerprint: str
@@ -254,8 +256,8 @@ class PixelDataModule(StageDataModule):
         self, batch_size: int, eval_batch_size: int, flip: bool, val_share: float, seed: int
     ) -> None:
         super().__init__(batch_size, eval_batch_size, seed)
-        if not check_range("dataset.val_share", val_share, 0, 0.5) > 0:
-            raise InputError("dataset.val_share=0 leaves no images to validate on.")
+        if not check_range("val_share", val_share, 0, 0.5) > 0:
+            raise InputError(Key("val_share"), "=0 leaves no images to validate on.")
         self.flip = flip
         self.val_share = val_share
 
@@ -286,8 +288,9 @@ class PixelDataModule(StageDataModule):
     def _check_train(self, images: int) -> None:
         if self.batch_size > images:
             raise InputError(
-                f"dataset.batch_size={self.batch_size} is larger than the training split "
-                f"({images} images): it must be at most that."
+                Key("batch_size"),
+                f"={self.batch_size} is larger than the training split ({images} images): it must "
+                "be at most that.",
             )
 
     def _take_levels(self, counts: Tensor) -> None:
@@ -332,13 +335,15 @@ class ImageDataModule(PixelDataModule):
 
     def prepare_data(self) -> None:
         """Download, in one process per node."""
-        self.source.prepare()
+        with below("source"):
+            self.source.prepare()
 
     def setup(self, stage: str | None = None) -> None:
         """Load the images and carve missing splits."""
         if self.datasets:
             return
-        splits = self.source.load()
+        with below("source"):
+            splits = self.source.load()
         train, val, test = splits.train, splits.val, splits.test
         if test is None:
             train, test = self._carve(train, seed=self.split_seed + 1)

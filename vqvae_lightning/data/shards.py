@@ -28,7 +28,7 @@ from torch.utils.data import Dataset
 
 from vqvae_lightning.data.images import Batch, EpochBatches, PixelDataModule, ResumableLoader
 from vqvae_lightning.data.sources import SUFFIXES, check_size, decode, resize
-from vqvae_lightning.errors import InputError, check_positive, check_range
+from vqvae_lightning.errors import InputError, Key, check_positive, check_range
 from vqvae_lightning.progress import progress_bar
 from vqvae_lightning.results import replacing, write_text
 
@@ -161,7 +161,9 @@ def scan_shard(url: str, view: View) -> Shard:
         if tuple(image.shape) != shape:
             raise InputError(
                 f"{_where(sample)} is {tuple(image.shape[1:])} pixels and the first image of the "
-                f"shard {shape[1:]}: set dataset.size to bring them to one size."
+                f"shard {shape[1:]}: set ",
+                Key("size"),
+                " to bring them to one size.",
             )
         labels[label] += 1
         if None in labels and len(labels) > 1:
@@ -332,7 +334,7 @@ class ShardLoader(ResumableLoader):
             batches = super().__iter__()
         for batch in batches:
             if isinstance(batch, InputError):
-                raise InputError(str(batch))  # `batch` would hold this frame, and the workers
+                raise InputError(*batch.args)  # `batch` would hold this frame, and the workers
             self.batches.position += 1
             yield batch
 
@@ -456,6 +458,8 @@ class ShardDataModule(PixelDataModule):
         seed: Order of the training batches and flips.
     """
 
+    size_key = "dataset.size"
+
     def __init__(
         self,
         root: str | None = None,
@@ -477,21 +481,18 @@ class ShardDataModule(PixelDataModule):
         super().__init__(batch_size, eval_batch_size, flip, val_share, seed)
         if (root is None) == (train is None):
             raise InputError(
-                f"dataset.root={root}, dataset.train={train}: give one of them, the folder of the "
-                "shards or the shards."
+                Key("root"),
+                f"={root}, ",
+                Key("train"),
+                f"={train}: give one of them, the folder of the shards or the shards.",
             )
-        if root is not None:
-            train = f"{root}/train-*.tar"
-            val, test = (
-                given or (glob.glob(f"{glob.escape(root)}/{name}-*.tar") and f"{root}/{name}-*.tar")
-                for name, given in (("val", val), ("test", test))
-            )
-        self.given = {"train": train, "val": val or None, "test": test or None}
-        self.view = View(check_size(size, "dataset.size"), grey)
+        self.root = root
+        self.given = {"train": train, "val": val, "test": test}
+        self.view = View(check_size(size), grey)
         self.classes = classes
         self.index_dir = Path(index_dir)
-        self.num_workers = int(check_range("dataset.num_workers", num_workers, 0))
-        self.shuffle = check_positive("dataset.shuffle", shuffle)
+        self.num_workers = int(check_range("num_workers", num_workers, 0))
+        self.shuffle = check_positive("shuffle", shuffle)
 
     def prepare_data(self) -> None:
         """Make the index, unless it is there."""
@@ -512,8 +513,9 @@ class ShardDataModule(PixelDataModule):
             if shard.shape != self.image_shape:
                 raise InputError(
                     f"the images of shard {shard.url} are {shard.shape[1:]} pixels, those of "
-                    f"{everything[0].url} {self.image_shape[1:]}: set dataset.size to bring them "
-                    "to one size."
+                    f"{everything[0].url} {self.image_shape[1:]}: set ",
+                    Key("size"),
+                    " to bring them to one size.",
                 )
         self.class_names = self._names(everything)
         self._take_levels(torch.tensor([shard.levels for shard in splits["train"]]).sum(0))
@@ -527,11 +529,8 @@ class ShardDataModule(PixelDataModule):
 
     def _indexed(self) -> dict[str, list[Shard]]:
         """The shards of each split that is given."""
-        urls = {
-            name: shard_urls(f"dataset.{name}", given)
-            for name, given in self.given.items()
-            if given is not None
-        }
+        listed = {name: self._listed(name) for name in self.given}
+        urls = {name: found for name, found in listed.items() if found}
         together = [url for listed in urls.values() for url in listed]
         twice = [url for url, count in Counter(together).items() if count > 1]
         if twice:
@@ -541,6 +540,21 @@ class ShardDataModule(PixelDataModule):
             inside = [url for url in together if url.rpartition("/")[0] == folder]
             found |= self._index(folder, inside)
         return {name: [found[url] for url in listed] for name, listed in urls.items()}
+
+    def _listed(self, name: str) -> list[str]:
+        """The shards of a split, given or in `root`; none if it must be set aside."""
+        given = self.given[name]
+        if given or self.root is None:
+            return shard_urls(name, given) if given else []
+        if _is_remote(self.root):
+            said = f"={self.root}: nothing lists URLs; give "
+            raise InputError(Key("root"), said, Key("train"), " with a range, {000..146}.")
+        # The folder's name is no pattern, whatever characters it has.
+        found = sorted(glob.glob(f"{glob.escape(self.root)}/{name}-*.tar"))
+        if name == "train" and not found:
+            said = f"={self.root}: there is no file {self.root}/train-*.tar."
+            raise InputError(Key("root"), said)
+        return found
 
     def _index(self, folder: str, urls: list[str]) -> dict[str, Shard]:
         """The index of the shards of a folder, completed."""
@@ -588,16 +602,20 @@ class ShardDataModule(PixelDataModule):
             count += shards[-taken].images
         if taken == len(shards):
             raise InputError(
-                f"dataset.{name}=null sets whole training shards aside, but there are only "
-                f"{len(shards)}: give dataset.{name}, or write smaller shards."
+                Key(name),
+                f"=null sets whole training shards aside, but there are only {len(shards)}: give ",
+                Key(name),
+                ", or write smaller shards.",
             )
         aside = shards[-taken:]
         classes = [{label for s in part for label in s.labels or ()} for part in (shards, aside)]
         if len(classes[1]) == 1 < len(classes[0]):
             raise InputError(
-                f"dataset.{name}=null sets the last training shards aside, but all their images "
-                f"are of class {classes[1].pop()}: the shards were written class by class; give "
-                f"dataset.{name}, or write them in a random order."
+                Key(name),
+                "=null sets the last training shards aside, but all their images are of class "
+                f"{classes[1].pop()}: the shards were written class by class; give ",
+                Key(name),
+                ", or write them in a random order.",
             )
         return shards[:-taken], aside
 
@@ -622,7 +640,7 @@ class ShardDataModule(PixelDataModule):
         try:
             names = path.read_text().split("\n")
         except (OSError, ValueError) as error:
-            raise InputError(f"dataset.classes={path} cannot be read: {error}") from error
+            raise InputError(Key("classes"), f"={path} cannot be read: {error}") from error
         names = [name.strip() for name in names if name.strip()]
         if top >= len(names):
             shard = next(s for s in labelled if any(int(n) >= len(names) for n in s.labels or ()))
@@ -651,20 +669,22 @@ def shard_urls(key: str, given: str | list[str]) -> list[str]:
         try:
             expanded = expand_urls(part)
         except ValueError as error:
-            raise InputError(f"{key}={part}: {error}") from error
+            raise InputError(Key(key), f"={part}: {error}") from error
         for url in expanded:
             scheme = url.partition("://")[0]
             if scheme != url and scheme not in SCHEMES:
                 known = ", ".join(f"{name}://" for name in SCHEMES)
-                raise InputError(f"{key}={url} must be a path, or start with one of {known}.")
+                said = f"={url} must be a path, or start with one of {known}."
+                raise InputError(Key(key), said)
             if scheme != url and "*" in url:
-                raise InputError(f"{key}={url}: nothing lists URLs; give a range, {{000..146}}.")
+                said = f"={url}: nothing lists URLs; give a range, {{000..146}}."
+                raise InputError(Key(key), said)
             if scheme != url or Path(url).is_file():
                 urls.append(url)
             elif matches := sorted(glob.glob(url)):
                 urls += matches
             else:
-                raise InputError(f"{key}={part}: there is no file {url}.")
+                raise InputError(Key(key), f"={part}: there is no file {url}.")
     return urls
 
 

@@ -16,7 +16,7 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torchvision.transforms.v2 import functional as transforms
 
-from vqvae_lightning.errors import InputError
+from vqvae_lightning.errors import InputError, Key
 from vqvae_lightning.progress import progress_bar
 
 # Not all that Pillow reads: it runs Ghostscript on an EPS, whatever the file's name.
@@ -185,13 +185,13 @@ class NpzSource:
     def load(self) -> Splits:
         """All splits of the file."""
         if not self.path.is_file():
-            raise InputError(f"dataset.source.path={self.path} is not a file: give an .npz file.")
+            raise InputError(Key("path"), f"={self.path} is not a file: give an .npz file.")
         try:
             with np.load(self.path, allow_pickle=False) as archive:
                 arrays = {name: archive[name] for name in archive.files}
         except Exception as error:  # numpy raises half a dozen types for a broken archive
             raise InputError(
-                f"dataset.source.path={self.path} is not a readable .npz: {error}"
+                Key("path"), f"={self.path} is not a readable .npz: {error}"
             ) from error
         splits = {}
         for name in ("train", "val", "test"):
@@ -294,7 +294,7 @@ class ImageFolderSource:
             InputError: If there are no images, or some lie beside the classes' folders.
         """
         if not self.root.is_dir():
-            raise InputError(f"dataset.source.root={self.root} is not a folder of images.")
+            raise InputError(Key("root"), f"={self.root} is not a folder of images.")
         folders = {
             name: next((self.root / n for n in names if (self.root / n).is_dir()), None)
             for name, names in (
@@ -316,8 +316,8 @@ class ImageFolderSource:
         paths = _images(folder)
         if not paths:
             raise InputError(
-                f"no images in {folder} (dataset.source.root): looked for "
-                f"{', '.join(sorted(SUFFIXES))}."
+                Key("root"),
+                f"={self.root}: no images in {folder}; looked for {', '.join(sorted(SUFFIXES))}.",
             )
         inside = [path.relative_to(folder).parts[0] for path in paths]
         if classes and not set(inside) <= set(classes):
@@ -333,8 +333,9 @@ class ImageFolderSource:
                 if arrays and image.shape != arrays[0].shape:
                     raise InputError(
                         f"{path} is {tuple(image.shape[2:])} and the first image "
-                        f"{tuple(arrays[0].shape[2:])} "
-                        "pixels: set dataset.source.size to bring them to one size."
+                        f"{tuple(arrays[0].shape[2:])} pixels: set ",
+                        Key("size"),
+                        " to bring them to one size.",
                     )
                 arrays.append(image)
                 advance(1)
@@ -368,9 +369,7 @@ def _images(folder: Path) -> list[Path]:
     return [p for p in paths if not any(n.startswith(".") for n in p.relative_to(folder).parts)]
 
 
-def check_size(
-    size: int | Sequence[int] | None, key: str = "dataset.source.size"
-) -> tuple[int, int] | None:
+def check_size(size: int | Sequence[int] | None) -> tuple[int, int] | None:
     """`size` as (height, width).
 
     Raises:
@@ -380,7 +379,7 @@ def check_size(
         return None
     pair = (size, size) if isinstance(size, int) else tuple(size)
     if len(pair) != 2 or not all(isinstance(side, int) and side > 0 for side in pair):
-        raise InputError(f"{key}={size} must be a side or [height, width] in pixels.")
+        raise InputError(Key("size"), f"={size} must be a side or [height, width] in pixels.")
     return pair[0], pair[1]
 
 

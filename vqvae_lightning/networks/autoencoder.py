@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vqvae_lightning.errors import InputError, check_positive, check_range
+from vqvae_lightning.errors import InputError, Key, check_positive, check_range
 from vqvae_lightning.quantizers.base import Quantizer, QuantizerOutput
 
 
@@ -166,7 +166,9 @@ class VQVAE(nn.Module):
             check_positive(name, value)
         check_range("residual_blocks", residual_blocks, 0)
         if hidden % 2:
-            raise InputError(f"hidden={hidden} must be even: the first layer has half of it.")
+            raise InputError(
+                Key("hidden"), f"={hidden} must be even: the first layer has half of it."
+            )
         self.channels = channels
         self.downsamplings = downsamplings
         self.quantizer = quantizer
@@ -193,16 +195,17 @@ class VQVAE(nn.Module):
         """Rows and columns of codes for images of this size.
 
         Raises:
-            InputError: If a side does not divide by 2**downsamplings.
+            InputError: If a side does not divide by 2**downsamplings; the key is `size`.
         """
         factor = 2**self.downsamplings
         if height % factor or width % factor:
             near = [max(factor, round(side / factor) * factor) for side in (height, width)]
             most = next(d for d in range(self.downsamplings, -1, -1) if not (height | width) % 2**d)
-            fewer = f", or model.net.downsamplings to at most {most}" if most else ""
+            fewer = f", or train with model.net.downsamplings of at most {most}" if most else ""
             raise InputError(
-                f"image size {height}x{width} does not divide by 2**downsamplings = {factor}: "
-                f"set dataset.source.size=[{near[0]},{near[1]}]{fewer}."
+                f"image size {height}x{width} does not divide by 2**downsamplings = {factor}: set ",
+                Key("size"),
+                f"=[{near[0]},{near[1]}]{fewer}.",
             )
         return height // factor, width // factor
 

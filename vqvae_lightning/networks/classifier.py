@@ -5,6 +5,8 @@ import itertools
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vqvae_lightning.errors import check_positive
+
 
 class Classifier(nn.Module):
     """Three convolutions with batch norm, each followed by a halving, and a linear layer.
@@ -13,10 +15,16 @@ class Classifier(nn.Module):
         channels: Of the images.
         num_classes: Classes to tell apart.
         hidden: Width of the first layer; the others have twice and four times as many.
+
+    Raises:
+        InputError: If a size is not a positive integer.
     """
 
     def __init__(self, channels: int, num_classes: int, hidden: int = 32) -> None:
         super().__init__()
+        check_positive("channels", channels)
+        check_positive("num_classes", num_classes)
+        check_positive("hidden", hidden)
         widths = [channels, hidden, 2 * hidden, 4 * hidden]
         self.layers = nn.Sequential(
             *(

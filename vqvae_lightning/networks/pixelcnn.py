@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vqvae_lightning.errors import InputError, check_positive, check_range
+from vqvae_lightning.errors import InputError, Key, check_positive, check_range
 
 
 def gate(x: Tensor) -> Tensor:
@@ -145,7 +145,7 @@ class PixelCNN(nn.Module):
             check_positive(name, value)
         for name, value in (("first_kernel", first_kernel), ("kernel", kernel)):
             if check_positive(name, value) % 2 == 0 or value == 1:
-                raise InputError(f"{name}={value} must be odd and at least 3.")
+                raise InputError(Key(name), f"={value} must be odd and at least 3.")
         check_range("num_classes", num_classes, 0)
         check_range("context_channels", context_channels, 0)
         check_range("null_label_rate", null_label_rate, 0, 1)

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vqvae_lightning.devices import available_memory
-from vqvae_lightning.errors import InputError, check_positive, check_range
+from vqvae_lightning.errors import InputError, Key, check_positive, check_range
 from vqvae_lightning.networks.pixelcnn import GatedLayer, PixelCNN, enlarged, gate
 
 LARGEST_BATCH = 256  # from here on a larger one is no faster
@@ -108,19 +108,17 @@ def sample_batches(
         yield _draw(prior, uniform[rows].to(device), guidance=guidance, options=options, **own)
 
 
-def check_top_p(top_p: object, prefix: str = "") -> None:
+def check_top_p(top_p: object) -> None:
     """Refuse a `top_p` outside (0, 1].
 
     Raises:
         InputError: Naming it.
     """
-    if check_range(f"{prefix}top_p", top_p, 0, 1) == 0:
-        raise InputError(f"{prefix}top_p=0 leaves no code; top_p is in (0, 1], 1 for all codes.")
+    if check_range("top_p", top_p, 0, 1) == 0:
+        raise InputError(Key("top_p"), "=0 leaves no code: it is in (0, 1], 1 for all codes.")
 
 
-def check_guidance(
-    guidance: float, num_classes: int, null_label_rate: float, prefix: str = ""
-) -> None:
+def check_guidance(guidance: float, num_classes: int, null_label_rate: float) -> None:
     """Refuse guidance by a prior that has not learnt to do without the class.
 
     Raises:
@@ -128,8 +126,9 @@ def check_guidance(
     """
     if guidance != 1 and not (num_classes and null_label_rate):
         raise InputError(
-            f"{prefix}guidance={guidance} needs a prior that was trained with classes and "
-            "model.net.null_label_rate above 0."
+            Key("guidance"),
+            f"={guidance} needs a prior that was trained with classes and "
+            "model.net.null_label_rate above 0.",
         )
 
 

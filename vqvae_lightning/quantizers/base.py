@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from vqvae_lightning.devices import exact_products
 from vqvae_lightning.distributed import all_reduce, rank_and_world
-from vqvae_lightning.errors import InputError, check_positive, check_range
+from vqvae_lightning.errors import InputError, Key, check_positive, check_range
 
 SCORES = 2**21  # scores held at a time by `nearest_codes`: 8 MiB, which a CPU's caches hold
 GPU_SCORES = 2**26  # on a GPU: 256 MiB, as small blocks would be thousands of short kernels
@@ -344,15 +344,17 @@ class VectorQuantizer(nn.Module):
     ) -> None:
         super().__init__()
         if check_positive("num_codes", num_codes) < 2:
-            raise InputError(f"num_codes={num_codes} must be at least 2: one code says nothing.")
+            raise InputError(Key("num_codes"), f"={num_codes} must be at least 2.")
         check_positive("code_dim", code_dim)
         check_range("decay", decay, 0, 1)
         if decay == 1:
-            raise InputError("decay=1 would never let the codebook move; it must be below 1.")
+            raise InputError(Key("decay"), "=1 must be below 1, or the codebook would never move.")
         if init not in list(PER_CODE):
-            raise InputError(f"init={init} must be one of {', '.join(PER_CODE)}.")
+            raise InputError(Key("init"), f"={init} must be one of {', '.join(PER_CODE)}.")
         if estimator not in ESTIMATORS:
-            raise InputError(f"estimator={estimator} must be one of {', '.join(ESTIMATORS)}.")
+            raise InputError(
+                Key("estimator"), f"={estimator} must be one of {', '.join(ESTIMATORS)}."
+            )
         self.num_codes = num_codes
         self.code_dim = self.encoder_channels = code_dim
         self.estimator = estimator

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from vqvae_lightning.devices import exact_products
 from vqvae_lightning.distributed import rank_and_world
-from vqvae_lightning.errors import InputError, check_positive, check_range
+from vqvae_lightning.errors import InputError, Key, check_positive, check_range
 from vqvae_lightning.quantizers.base import QuantizerOutput
 
 
@@ -43,8 +43,9 @@ class LibraryQuantizer(nn.Module):
         own = getattr(made, "__module__", "").partition(".")[0] == library.__name__
         if not (own and isinstance(made, type) and issubclass(made, nn.Module)):
             raise InputError(
-                f"name={name} is no class of vector-quantize-pytorch, such as FSQ, LFQ, SimVQ, "
-                "ResidualVQ, VectorQuantize."
+                Key("name"),
+                f"={name} must be a class of vector-quantize-pytorch, such as FSQ, LFQ, SimVQ, "
+                "ResidualVQ, VectorQuantize.",
             )
         self.name = name
         self.code_dim = self.encoder_channels = check_positive("code_dim", code_dim)
@@ -54,14 +55,14 @@ class LibraryQuantizer(nn.Module):
             self.num_codes = int(quantizer.codebook_size)
         except (TypeError, ValueError, AssertionError, AttributeError) as error:
             raise InputError(
-                f"options={options or {}} do not make a {name} over codes: {error}"
+                Key("options"), f"={options or {}} do not make a {name} over codes: {error}"
             ) from error
         self.quantizer = quantizer
         counts = [
             getattr(quantizer, key, 1) for key in ("num_quantizers", "num_codebooks", "heads")
         ]
         if hasattr(quantizer, "groups"):
-            raise InputError(f"name={name}: grouped quantizers are not supported.")
+            raise InputError(Key("name"), f"={name}: grouped quantizers are not supported.")
         self.codes_per_position = int(torch.tensor(counts).prod())
 
     def forward(self, z: Tensor) -> QuantizerOutput:

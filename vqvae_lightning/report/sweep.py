@@ -15,6 +15,7 @@ from vqvae_lightning.errors import InputError
 from vqvae_lightning.report import inline_png, template
 from vqvae_lightning.results import (
     FAILURE,
+    direction,
     read_curves,
     read_failure,
     read_result,
@@ -53,7 +54,7 @@ class Job(NamedTuple):
         chosen: The overrides that it was started with.
         config: Every key of its config and its value; paths below `folder` from there.
         metrics: Name to value, of the test.
-        objective: What the sweep minimises, or None.
+        objective: Best score of `monitor`, or None.
         monitor: The name of the objective.
         seconds: Of training and testing, or of all stages; None until it has finished.
         curves: Of each stage, by the names in its `metrics.csv`.
@@ -133,7 +134,7 @@ def write_sweep_report(folder: Path) -> list[Path]:
 
 
 def read_jobs(folder: Path) -> list[Job]:
-    """The jobs below a sweep's folder, the lowest objective first, those without one last.
+    """The jobs below a sweep's folder, the best objective first, those without one last.
 
     Raises:
         InputError: If there is none.
@@ -149,7 +150,11 @@ def read_jobs(folder: Path) -> list[Job]:
         jobs,
         key=lambda job: (
             job.objective is None,
-            job.objective if job.objective is not None else order[job.state],
+            order[job.state]
+            if job.objective is None
+            else -job.objective
+            if direction(job.monitor) == "max"
+            else job.objective,
         ),
     )
 

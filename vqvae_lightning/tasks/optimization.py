@@ -1,5 +1,7 @@
 """What the tasks share: the optimizer and its schedule, and a stop when a loss is not finite."""
 
+import functools
+import inspect
 import math
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -11,7 +13,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from vqvae_lightning.devices import Reading, reads_late
-from vqvae_lightning.errors import DivergenceError, InputError, check_range
+from vqvae_lightning.errors import DivergenceError, InputError, Key, check_range
 
 MENDS = "Lower model.optimizer.lr, or set trainer.gradient_clip_val."
 
@@ -79,18 +81,48 @@ def check_optimizer(optimizer: OptimizerFactory) -> float:
         Values that it keeps per value of a parameter: 2 for Adam.
 
     Raises:
-        InputError: With what the optimizer says of its arguments.
+        InputError: With the bad argument below the key `optimizer`, and what the optimizer says.
     """
     values = 1024  # many, beside what an optimizer keeps once per tensor
     parameter = nn.Parameter(torch.zeros(values))
     try:
-        built = optimizer([parameter])
-        parameter.grad = torch.zeros(values)
-        built.step(lambda: 0.0)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise InputError(f"model.optimizer: {error}") from error
+        built = _stepped(optimizer, parameter)
+    except Exception as error:
+        said = " ".join(str(error).split())
+        name = _refused(optimizer)
+        if name is None:
+            raise InputError(Key("optimizer"), f": {said}") from error
+        value = optimizer.keywords[name]  # type: ignore[attr-defined]
+        accepted = inspect.signature(optimizer.func).parameters  # type: ignore[attr-defined]
+        if name in accepted:
+            hint = f"the default is {accepted[name].default}"
+        else:
+            hint = f"accepted are {', '.join(accepted)}"
+        raise InputError(Key(f"optimizer.{name}"), f"={value}: {said}; {hint}.") from error
     kept = [value for value in built.state[parameter].values() if isinstance(value, Tensor)]
     return sum(value.numel() for value in kept) // values
+
+
+def _stepped(optimizer: OptimizerFactory, parameter: nn.Parameter) -> Optimizer:
+    """An optimizer of `parameter` after its first step."""
+    built = optimizer([parameter])
+    parameter.grad = torch.zeros_like(parameter)
+    built.step(lambda: 0.0)
+    return built
+
+
+def _refused(optimizer: OptimizerFactory) -> str | None:
+    """The argument without which the optimizer works; None if there is none."""
+    if not isinstance(optimizer, functools.partial):
+        return None
+    for name in optimizer.keywords:
+        others = {key: value for key, value in optimizer.keywords.items() if key != name}
+        try:
+            _stepped(functools.partial(optimizer.func, **others), nn.Parameter(torch.zeros(1)))
+        except Exception:
+            continue
+        return name
+    return None
 
 
 class LossWatch:

@@ -93,6 +93,17 @@ class PriorTask(WatchedTask):
         """Add a batch to the metrics of the epoch."""
         self._evaluate(batch, "test")
 
+    def validated(self, grid: tuple[int, int]) -> set[str]:
+        """Names that each validation logs, on any grid of codes."""
+        return {
+            "val/accuracy",
+            "val/bits_per_code",
+            "val/nats_per_code",
+            "val/prior_bits_per_dim",
+            "val/unigram_nats_per_code",
+            "val/uniform_nats_per_code",
+        }
+
     def configure_optimizers(self) -> Any:
         """The optimizer and its schedule."""
         total = float(self.trainer.estimated_stepping_batches)

@@ -1,6 +1,7 @@
 """Stage 1: train a VQ-VAE."""
 
-from typing import Any
+import copy
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -118,6 +119,21 @@ class VQVAETask(WatchedTask):
         progress = (self.global_step + 1) / self.total_steps
         for name, value in self.net.quantizer.update(progress).items():
             self.since_logged[name] = self.since_logged.get(name, 0.0) + value
+
+    @torch.no_grad()
+    def validated(self, grid: tuple[int, int]) -> set[str]:
+        """Names that each validation logs, for latents of `grid` rows and columns."""
+        # Asked rather than listed, as any quantizer has terms of its own; and a copy is asked, as
+        # those of the library set their codebook at the first call.
+        quantizer: Any = copy.deepcopy(cast(Any, self.net.quantizer)).eval()
+        with torch.random.fork_rng(devices=[]):
+            terms = quantizer(torch.zeros(1, quantizer.encoder_channels, *grid)).terms
+        names = {"loss", "mse", "nmse", "psnr_db", *terms}
+        if self.codebook_usage is not None:
+            names |= {"perplexity", "codebook_use"}
+        if isinstance(quantizer, GaussianBottleneck):
+            names |= {"active_dims", *(f"kl_nats_dim{i}" for i in range(quantizer.code_dim))}
+        return {f"val/{name}" for name in names}
 
     def configure_optimizers(self) -> Any:
         """The optimizer and its schedule."""
