@@ -451,7 +451,7 @@ class LastCheckpoint(Checkpoint):
                     status = int(stop.code or 0)
         name = signal.Signals(number).name
         said = "Interrupted" if number == signal.SIGINT else f"Stopped by {name}"
-        raise Interrupted(f"{said} {when}; saved {self.path}.", status)
+        raise Interrupted(f"{said} {when}; saved {self.path}.", status, agreed=True)
 
     def _requeues(self, number: int) -> bool:
         """Whether submitit, if it runs this job, requeues it at this signal."""

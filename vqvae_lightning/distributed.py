@@ -15,6 +15,22 @@ def rank_and_world() -> tuple[int, int]:
     return 0, 1
 
 
+def leave(together: bool) -> None:
+    """End the connection to the other ranks, if there is one.
+
+    Args:
+        together: Whether all ranks leave now, as at the end of a job: NCCL waits for them. After a
+            failure some never come; the connection is then aborted, which waits for nobody.
+    """
+    if not (dist.is_available() and dist.is_initialized()):
+        return
+    if together:
+        dist.destroy_process_group()
+    else:
+        # torch has no public function that aborts and also forgets the group.
+        dist.distributed_c10d._abort_process_group()
+
+
 def all_reduce(tensor: Tensor) -> Tensor:
     """Sum `tensor` over all ranks in place; nothing to do in a single process."""
     if rank_and_world()[1] > 1:

@@ -63,15 +63,18 @@ class Interrupted(BaseException):
     Attributes:
         status: Exit status of the command: 130 after Ctrl-C, 75 ("try again", sysexits.h) after the
             signal of a scheduler that takes the machine away.
+        agreed: Whether all ranks of the job stop here. Otherwise a signal has stopped this rank
+            only, and others may wait for it in a collective.
     """
 
-    def __init__(self, message: str, status: int = 130) -> None:
+    def __init__(self, message: str, status: int = 130, agreed: bool = False) -> None:
         super().__init__(message)
         self.status = status
+        self.agreed = agreed
 
-    def __reduce__(self) -> tuple[type, tuple[str, int]]:
-        """With the status, which pickling an exception would lose between processes."""
-        return type(self), (str(self), self.status)
+    def __reduce__(self) -> tuple[type, tuple[str, int, bool]]:
+        """With the attributes, which pickling an exception would lose between processes."""
+        return type(self), (str(self), self.status, self.agreed)
 
 
 class Failed(BaseException):

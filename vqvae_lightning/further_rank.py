@@ -26,24 +26,23 @@ def run(cfg: Any) -> None:
 
 def main() -> None:
     """Do so with the config in the file, and the trusted packages, that the command line names."""
-    import torch
-    import torch.distributed as dist
     from omegaconf import OmegaConf
 
     from vqvae_lightning.configs import read_trusted
+    from vqvae_lightning.distributed import leave
     from vqvae_lightning.errors import Interrupted
 
-    failed = True
+    together = False
     try:
         run(OmegaConf.create(read_trusted(Path(sys.argv[1]), sys.argv[2:])))
-        failed = False
-    except Interrupted:  # all ranks have agreed to stop; the first one says so
-        failed = False
+        together = True
+    except Interrupted as stop:  # rank 0 reports a stop that all ranks have agreed on
+        together = stop.agreed
+        if not together:
+            raise
     finally:
-        # Its threads may not outlive the interpreter, which would abort; but after a failure NCCL
-        # would wait here for the others.
-        if dist.is_initialized() and not (failed and torch.cuda.is_available()):
-            dist.destroy_process_group()
+        # The connection's threads may not outlive the interpreter, which would abort.
+        leave(together)
 
 
 if __name__ == "__main__":

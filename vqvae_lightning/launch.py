@@ -98,19 +98,13 @@ class Outside:
     @contextmanager
     def sharing(self, cfg: Any, module: str) -> Iterator[None]:
         """Let the other ranks run `module` on `cfg` while this one runs the block."""
-        import torch.distributed as dist
         from omegaconf import OmegaConf
 
         if self.broken:
             raise RankError("an earlier job failed on several ranks: start the command again.")
         self._send([module, OmegaConf.to_yaml(cfg, resolve=True)])
-        try:
-            with self._connected(cfg.trainer.accelerator):
-                yield
-        except RuntimeError as error:
-            if "gloo" in str(error) or isinstance(error, dist.DistError):
-                raise RankError("another rank has failed; its own message says why.") from error
-            raise
+        with self._connected(cfg.trainer.accelerator):
+            yield
 
     def follow(self) -> None:
         """Run what the first rank sends, until it needs this one no more.
@@ -136,6 +130,8 @@ class Outside:
                 # The first rank may be asking for another start: ended before it, this one would
                 # have the launcher end that too.
                 status = stop.status
+                if self.broken:  # a signal to this rank alone: the first one waits in vain
+                    sys.exit(status)
             except (InputError, DivergenceError, RankError) as error:
                 raise RankError(f"rank {self.rank}: {error}") from error
 
@@ -150,26 +146,30 @@ class Outside:
     @contextmanager
     def _connected(self, accelerator: str) -> Iterator[None]:
         """A process group while the ranks share a job; Lightning keeps one that is there."""
-        import torch
         import torch.distributed as dist
         from torch.distributed.distributed_c10d import PrefixStore
 
+        from vqvae_lightning.distributed import leave
+
         backend = _backend(accelerator, self.environment.local_rank())
         store = PrefixStore(f"job{self._sent}", self._store)
+        together = False
         try:
             dist.init_process_group(
                 backend, store=store, rank=self.rank, world_size=self.world, timeout=WAIT
             )
             yield
-        except Interrupted:
-            raise  # agreed on by all ranks
-        except BaseException:
-            self.broken = True
+            together = True
+        except Interrupted as stop:
+            together = stop.agreed
+            raise
+        except RuntimeError as error:
+            if "gloo" in str(error) or isinstance(error, dist.DistError):
+                raise RankError("another rank has failed; its own message says why.") from error
             raise
         finally:
-            # With a failed rank NCCL would wait for it here.
-            if dist.is_initialized() and not (self.broken and torch.cuda.is_available()):
-                dist.destroy_process_group()
+            self.broken = not together
+            leave(together)
 
     def _send(self, message: Any) -> None:
         self._sent += 1
@@ -343,6 +343,8 @@ def _started_here(cfg: Any, folder: Path, module: str, count: int) -> Iterator[N
     import torch
     from omegaconf import OmegaConf
 
+    from vqvae_lightning.distributed import leave
+
     place = folder / "ranks"
     write_text(place / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
     threads = torch.get_num_threads()
@@ -374,7 +376,12 @@ def _started_here(cfg: Any, folder: Path, module: str, count: int) -> Iterator[N
     watch = _Watch(processes, place)
     try:
         yield
+        # Before the others end, not after: all ranks leave together.
+        leave(together=True)
         watch.finish()
+    except Interrupted as stop:
+        leave(together=stop.agreed)
+        raise
     except (InputError, DivergenceError):
         raise
     except Exception as error:
@@ -385,14 +392,13 @@ def _started_here(cfg: Any, folder: Path, module: str, count: int) -> Iterator[N
             raise
         raise RankError(failed) from error
     finally:
+        leave(together=False)  # only after a failure is there still something to leave
         watch.stop()
         for process in processes:
             process.kill()
             process.wait()
         for name in (*common, "LOCAL_RANK"):
             os.environ.pop(name, None)
-        if torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
         torch.set_num_threads(threads)
 
 
@@ -409,7 +415,7 @@ class _Watch:
         """What the first failed rank said last; None if none has failed."""
         for rank, process in enumerate(self.processes, 1):
             if process.poll():
-                log = self.place / f"rank{rank}.log"
+                log = self._log(rank)
                 lines = log.read_text(errors="replace").strip().splitlines()
                 said = lines[-1] if lines else f"exit status {process.returncode}"
                 return f"rank {rank} failed: {said} (its output: {log})"
@@ -419,10 +425,16 @@ class _Watch:
         """Wait for the further ranks, which end with the first.
 
         Raises:
-            RankError: If one of them failed.
+            RankError: If one of them failed, or does not end.
         """
-        for process in self.processes:
-            process.wait(PATIENCE)
+        for rank, process in enumerate(self.processes, 1):
+            try:
+                process.wait(PATIENCE)
+            except subprocess.TimeoutExpired as error:
+                raise RankError(
+                    f"rank {rank} still ran {PATIENCE:.0f} s after the job had ended "
+                    f"(its output: {self._log(rank)})"
+                ) from error
         failed = self.failed()
         if failed:
             raise RankError(failed)
@@ -430,6 +442,9 @@ class _Watch:
     def stop(self) -> None:
         """Watch no longer."""
         self._over.set()
+
+    def _log(self, rank: int) -> Path:
+        return self.place / f"rank{rank}.log"
 
     def _run(self) -> None:
         while not self._over.wait(0.5):

@@ -1,0 +1,197 @@
+"""How the ranks of a job part: together at its end, and at once after a failure."""
+
+import pickle
+import subprocess
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.distributed as dist
+from omegaconf import OmegaConf
+
+from vqvae_lightning import configs, further_rank, launch
+from vqvae_lightning.callbacks import LastCheckpoint
+from vqvae_lightning.distributed import leave
+from vqvae_lightning.errors import DivergenceError, InputError, Interrupted, RankError
+
+
+@pytest.fixture
+def events(monkeypatch):
+    """What happens to a pretended process group, and to pretended processes of other ranks."""
+    seen = []
+    connected = {"now": True}
+
+    def left(how):
+        seen.append(how)
+        connected["now"] = False
+
+    class Rank:
+        returncode = None
+
+        def __init__(self, *arguments, **options):
+            connected["now"] = True
+
+        def poll(self):
+            return self.returncode
+
+        def wait(self, timeout=None):
+            seen.append("wait")
+            self.returncode = self.returncode or 0
+
+        def kill(self):
+            seen.append("kill")
+
+    monkeypatch.setattr(launch.subprocess, "Popen", Rank)
+    monkeypatch.setattr(dist, "is_initialized", lambda: connected["now"])
+    monkeypatch.setattr(dist, "init_process_group", lambda *_, **__: seen.append("join"))
+    monkeypatch.setattr(dist, "destroy_process_group", lambda: left("destroy"))
+    monkeypatch.setattr(
+        dist.distributed_c10d, "_abort_process_group", lambda: left("abort"), raising=True
+    )
+    monkeypatch.setattr(launch.time, "sleep", lambda _: None)
+    return SimpleNamespace(seen=seen, rank=Rank)
+
+
+AGREED = Interrupted("Stopped by SIGTERM after step 10.", 75, agreed=True)
+ALONE = Interrupted("Stopped by SIGTERM.", 75)
+ENDS = {
+    "success": (None, "destroy"),
+    "agreed": (AGREED, "destroy"),
+    "alone": (ALONE, "abort"),
+    "ctrl-c": (KeyboardInterrupt(), "abort"),
+    "bad input": (InputError("x=1"), "abort"),
+    "divergence": (DivergenceError("nan"), "abort"),
+    "bug": (ValueError("y"), "abort"),
+}
+
+
+@pytest.mark.parametrize("end", ENDS)
+def test_rank_0_leaves_before_it_waits_for_the_others(end, events, tmp_path):
+    error, expected = ENDS[end]
+    cfg = OmegaConf.create({"trainer": {"devices": 3}, "trust": []})
+    caught = None
+    try:
+        with launch._started_here(cfg, tmp_path, "module", 3):
+            if error is not None:
+                raise error
+    except BaseException as raised:
+        caught = raised
+    assert caught is error
+    assert events.seen[0] == expected
+    assert set(events.seen[1:]) <= {"wait", "kill"}
+    assert "wait" in events.seen
+
+
+def test_a_rank_that_does_not_end_is_an_error_of_one_line(events, tmp_path, monkeypatch):
+    def stuck(self, timeout=None):
+        if timeout is not None:
+            raise subprocess.TimeoutExpired("python", timeout)
+
+    monkeypatch.setattr(events.rank, "wait", stuck)
+    cfg = OmegaConf.create({"trainer": {"devices": 2}, "trust": []})
+    expected = rf"rank 1 still ran 30 s after the job had ended \(its output: {tmp_path}/ranks/"
+    with (
+        pytest.raises(RankError, match=expected),
+        launch._started_here(cfg, tmp_path, "module", 2),
+    ):
+        pass
+    assert events.seen == ["destroy", "kill"]
+
+
+@pytest.fixture
+def outside():
+    """One of two ranks of a launcher."""
+    rank = object.__new__(launch.Outside)
+    rank.environment = SimpleNamespace(local_rank=lambda: 0)
+    rank.rank, rank.world, rank.broken = 0, 2, False
+    rank._sent, rank._store = 0, dist.HashStore()
+    return rank
+
+
+@pytest.mark.parametrize("end", ENDS)
+def test_a_rank_of_a_launcher_waits_for_others_only_where_they_come(end, events, outside):
+    error, expected = ENDS[end]
+    caught = None
+    try:
+        with outside._connected("cpu"):
+            if error is not None:
+                raise error
+    except BaseException as raised:
+        caught = raised
+    assert caught is error
+    assert events.seen == ["join", expected]
+    # What a rank alone was stopped by has left the others in a collective: nothing can follow.
+    assert outside.broken == (expected == "abort")
+
+
+def test_the_echo_of_another_ranks_failure_is_one_line(events, outside):
+    with pytest.raises(RankError, match="another rank has failed"), outside._connected("cpu"):
+        raise RuntimeError("[gloo/transport/tcp/pair.cc:534] Connection closed by peer")
+    assert events.seen == ["join", "abort"]
+
+
+@pytest.mark.parametrize(("stop", "waits"), [(AGREED, True), (ALONE, False)])
+def test_a_following_rank_that_was_stopped_alone_ends(stop, waits, events, outside, monkeypatch):
+    def run(cfg):
+        raise stop
+
+    outside.rank = 1
+    monkeypatch.setattr(launch, "import_module", lambda name: SimpleNamespace(run=run))
+    text = "trainer: {accelerator: cpu}"
+    messages = iter([["module", text], None])
+    monkeypatch.setattr(outside, "_received", lambda: next(messages))
+    with pytest.raises(SystemExit) as ended:
+        outside.follow()
+    assert ended.value.code == 75
+    assert (next(messages, "none left") == "none left") == waits
+
+
+@pytest.mark.parametrize("end", ENDS)
+def test_a_further_rank_leaves_as_the_first_does(end, events, monkeypatch):
+    error, expected = ENDS[end]
+
+    def run(cfg):
+        if error is not None:
+            raise error
+
+    monkeypatch.setattr(further_rank, "run", run)
+    monkeypatch.setattr(further_rank.sys, "argv", ["further_rank", "config.yaml"])
+    monkeypatch.setattr(configs, "read_trusted", lambda path, trusted: {})
+    caught = None
+    try:
+        further_rank.main()
+    except BaseException as raised:
+        caught = raised
+    assert caught is (None if end == "agreed" else error)
+    assert events.seen == [expected]
+
+
+def test_the_ranks_agree_on_a_stop_between_steps(monkeypatch):
+    monkeypatch.delenv("SUBMITIT_EXECUTOR", raising=False)
+    callback = LastCheckpoint("last.ckpt")
+    callback._asked = 15
+    with pytest.raises(Interrupted) as stopped:
+        callback._stop("after step 3")
+    assert stopped.value.agreed
+    assert pickle.loads(pickle.dumps(stopped.value)).agreed
+    assert not pickle.loads(pickle.dumps(ALONE)).agreed
+
+
+@pytest.mark.parametrize("together", [True, False])
+def test_a_connection_that_was_left_can_be_made_again(together):
+    for _ in range(2):
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        dist.all_reduce(torch.ones(1))
+        leave(together)
+        assert not dist.is_initialized()
+        leave(together)  # nothing is left to do
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("together", [True, False])
+def test_a_connection_of_gpus_is_left(together):
+    dist.init_process_group("cpu:gloo,cuda:nccl", store=dist.HashStore(), rank=0, world_size=1)
+    dist.all_reduce(torch.ones(1, device="cuda"))
+    leave(together)
+    assert not dist.is_initialized()
