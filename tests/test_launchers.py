@@ -14,10 +14,8 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import TINY_VQVAE, compose
-from omegaconf import OmegaConf
 
 from vqvae_lightning import launchers
-from vqvae_lightning.callbacks import SameConfig
 from vqvae_lightning.errors import Interrupted, RankError
 from vqvae_lightning.launch import started_outside
 
@@ -153,24 +151,6 @@ def test_slurm_without_tasks_per_node_is_refused(toy, command, monkeypatch):
     outcome = command("vqvae-train", *SHORT, *toy)
     assert outcome.status == 1
     assert "--ntasks-per-node" in outcome.err
-
-
-def test_a_rank_with_another_config_is_named(monkeypatch):
-    mine = OmegaConf.create({"model": {"lr": 0.1, "beta": 1}, "seed": 0})
-    other = {"model.lr": "0.2", "model.beta": "1", "seed": "0"}
-    monkeypatch.setattr("vqvae_lightning.callbacks.gathered", lambda value: [value, value, other])
-    with pytest.raises(RankError, match=r"rank 2 has another config than rank 0: model.lr$"):
-        SameConfig(mine).setup(None, None, "fit")
-
-
-def test_a_requeued_slurm_job_goes_on(toy, command, monkeypatch):
-    options = (*toy, *TINY_VQVAE)
-    assert command("vqvae-train", *options).status == 0
-    refused = command("vqvae-train", *options)
-    assert refused.status == 1
-    assert "holds a run already" in refused.err
-    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
-    assert command("vqvae-train", *options).status == 0
 
 
 SLURM = ("hydra/launcher=slurm", "hydra.sweep.dir=sweep")

@@ -6,13 +6,17 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import ddp_job
+import evaluated
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from omegaconf import OmegaConf
 
+from vqvae_lightning.callbacks import CodebookDrift, SameConfig
 from vqvae_lightning.data import CodesDataModule, ImageDataModule
 from vqvae_lightning.data.sources import Split, Splits
+from vqvae_lightning.errors import DivergenceError, RankError
 from vqvae_lightning.metrics import CodebookUsage, LatentUsage
 from vqvae_lightning.networks.autoencoder import VQVAE
 from vqvae_lightning.quantizers import EMAQuantizer, LossQuantizer
@@ -77,6 +81,47 @@ def usage(number):
     return {name: value for metric in metrics for name, value in metric.compute().items()}
 
 
+CHANGES = {
+    "equal": lambda rows: rows.clone(),
+    "changed": lambda rows: rows + torch.eye(*rows.shape) * 1e-6,
+    "permuted": lambda rows: rows.flip(0),  # the same rows, but each code means another vector
+}
+
+
+def said_of_codebooks(number, change):
+    """What `CodebookDrift` says when the second rank's codebook is changed; "" if nothing."""
+    torch.manual_seed(0)
+    quantizer = EMAQuantizer(5, 2)
+    if number == 1:
+        quantizer.codebook.copy_(CHANGES[change](quantizer.codebook))
+    trainer = SimpleNamespace(sanity_checking=False, global_step=7)
+    module = SimpleNamespace(net=SimpleNamespace(quantizer=quantizer))
+    try:
+        CodebookDrift().on_validation_epoch_end(trainer, module)
+    except DivergenceError as error:
+        return str(error)
+    return ""
+
+
+def said_of_configs(number, other):
+    """What `SameConfig` says when the second rank's config is changed by `other`."""
+    config = OmegaConf.create({"model": {"lr": 0.1, "beta": 1}, "seed": 0})
+    if number == 1:
+        config.merge_with(other)
+    try:
+        SameConfig(config).setup(None, None, "fit")
+    except RankError as error:
+        return str(error)
+    return ""
+
+
+OTHERS = {
+    "equal": {},
+    "one value": {"model": {"lr": 0.2}},
+    "another key": {"model": {"beta": 1.0}, "device": "cpu"},
+}
+
+
 def rank(number, port, results, folder):
     # Built before the process group, as Lightning does: a decision at construction would be wrong.
     quantizers = {case: build(case) for case in QUANTIZERS}
@@ -87,6 +132,9 @@ def rank(number, port, results, folder):
     }
     encode(folder)
     results[f"usage {number}"] = usage(number)
+    results[f"codebooks {number}"] = {c: said_of_codebooks(number, c) for c in CHANGES}
+    results[f"configs {number}"] = {c: said_of_configs(number, o) for c, o in OTHERS.items()}
+    results[f"measured {number}"] = evaluated.measured(folder / "evaluated")
     dist.destroy_process_group()
 
 
@@ -120,11 +168,38 @@ def test_usage_over_ranks_is_that_of_all_codes_together(on_two_ranks):
 
 def test_ranks_encode_each_image_once_and_in_order(on_two_ranks, tmp_path):
     _, folder = on_two_ranks
-    (made,) = folder.iterdir()
+    (made,) = folder.glob("hash-*")
     together = encode(folder)  # maps what is there
     assert (made / "header.json").is_file()
     assert not list(made.glob("*.part")), "parts of the ranks are left"
     assert torch.equal(together, encode(tmp_path))
+
+
+def test_ranks_with_different_codebooks_stop_the_run(on_two_ranks):
+    for number in (0, 1):
+        said = on_two_ranks[0][f"codebooks {number}"]
+        assert said["equal"] == ""
+        for change in ("changed", "permuted"):
+            assert "step 7: the ranks' codebooks differ" in said[change]
+
+
+def test_a_rank_with_another_config_is_named(on_two_ranks):
+    for number in (0, 1):
+        assert on_two_ranks[0][f"configs {number}"] == {
+            "equal": "",
+            "one value": "rank 1 has another config than rank 0: model.lr",
+            "another key": "rank 1 has another config than rank 0: device, model.beta",
+        }
+
+
+def test_metrics_over_ranks_are_those_of_one_process(on_two_ranks, tmp_path):
+    alone = evaluated.measured(tmp_path)
+    assert len(alone) > 15
+    for number in (0, 1):
+        found = on_two_ranks[0][f"measured {number}"]
+        assert found.keys() == alone.keys()
+        for name, value in alone.items():
+            assert found[name] == pytest.approx(value, rel=2e-5), name
 
 
 @pytest.fixture(scope="module")

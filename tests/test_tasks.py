@@ -224,6 +224,21 @@ def interrupt(monkeypatch, task, step, how):
     monkeypatch.setattr(task, "training_step", stopped)
 
 
+def trained_steps(monkeypatch, task):
+    """The steps that `task` trains from now on.
+
+    The weights do not tell whether a run went on: one that starts over ends with the same.
+    """
+    original, steps = task.training_step, []
+
+    def step(self, batch, batch_idx):
+        steps.append(self.global_step)
+        return original(self, batch, batch_idx)
+
+    monkeypatch.setattr(task, "training_step", step)
+    return steps
+
+
 # Three steps are an epoch: in its middle, at its end, and after it.
 @pytest.mark.parametrize(("how", "step"), [("crash", 2), ("crash", 3), ("ctrl-c", 4)])
 @pytest.mark.parametrize("stage", ["vqvae", "prior"])
@@ -255,8 +270,10 @@ def test_resume_equals_uninterrupted(stage, step, how, toy, tmp_path, command, m
     else:
         assert broken.status == 1
     assert not (tmp_path / "broken/result.json").exists()
+    trained = trained_steps(monkeypatch, VQVAETask if stage == "vqvae" else PriorTask)
     resumed = command("vqvae-train", f"resume={tmp_path}/broken")
     assert resumed.status == 0, resumed.err
+    assert trained == list(range(step + (how == "ctrl-c"), 8))
     one, other = (
         torch.load(tmp_path / name / "checkpoints/last.ckpt", weights_only=True)
         for name in ("whole", "broken")
@@ -274,37 +291,52 @@ def checkpoints_of(*folders):
     return [torch.load(folder / "checkpoints/last.ckpt", weights_only=True) for folder in folders]
 
 
-def test_a_killed_run_goes_on_by_itself_with_resume_auto(toy, tmp_path):
+def test_a_killed_run_goes_on_by_itself_with_resume_auto(toy, tmp_path, command, monkeypatch):
     # What a requeued cluster job does: the very same command, in the same folder.
-    steps = ("trainer.max_steps=400", "trainer.val_check_interval=200")
+    steps = ("trainer.max_steps=400", "trainer.val_check_interval=200", "resume=auto")
     options = (*toy, *TINY_VQVAE, *steps, "callbacks.last.every_n_steps=20", "dataset.flip=true")
-    process = [sys.executable, "-m", "vqvae_lightning.train", *options, "resume=auto"]
-    folders = [tmp_path / name for name in ("whole", "killed")]
-    commands = [[*process, f"hydra.run.dir={folder}"] for folder in folders]
-    subprocess.run(commands[0], check=True, capture_output=True, cwd=tmp_path)
-    with subprocess.Popen(commands[1], stdout=subprocess.DEVNULL, cwd=tmp_path) as running:
-        last, end = folders[1] / "checkpoints/last.ckpt", time.monotonic() + 60
+    whole = command("vqvae-train", *options, folder=tmp_path / "whole")
+    assert whole.status == 0, whole.err
+    folder = tmp_path / "killed"
+    process = [sys.executable, "-m", "vqvae_lightning.train", *options, f"hydra.run.dir={folder}"]
+    with subprocess.Popen(process, stdout=subprocess.DEVNULL, cwd=tmp_path) as running:
+        last, end = folder / "checkpoints/last.ckpt", time.monotonic() + 300
         while not last.is_file() and time.monotonic() < end:
             time.sleep(0.01)
         running.kill()
-    assert not (folders[1] / "result.json").exists()
-    (killed,) = checkpoints_of(folders[1])
+    assert not (folder / "result.json").exists()
+    (killed,) = checkpoints_of(folder)
     assert 20 <= killed["global_step"] < 400
-    subprocess.run(commands[1], check=True, capture_output=True, cwd=tmp_path)
-    one, other = checkpoints_of(*folders)
+    trained = trained_steps(monkeypatch, VQVAETask)
+    again = command("vqvae-train", *options, folder=folder)
+    assert again.status == 0, again.err
+    assert trained == list(range(killed["global_step"], 400))
+    one, other = checkpoints_of(whole.folder, folder)
     assert one["global_step"] == other["global_step"] == 400
     for name, value in one["state_dict"].items():
         assert torch.equal(value, other["state_dict"][name]), name
 
 
-def test_resume_auto_starts_a_fresh_run_and_refuses_another_command(toy, command):
-    first = command("vqvae-train", *toy, *TINY_VQVAE, "resume=auto")
-    assert first.status == 0, first.err
-    again = command("vqvae-train", *toy, *TINY_VQVAE, "resume=auto")
-    assert again.status == 0, again.err
-    other = command("vqvae-train", *toy, *TINY_VQVAE, "seed=3", "resume=auto")
+@pytest.mark.parametrize("requeued", [False, True], ids=["resume=auto", "requeued by Slurm"])
+def test_the_same_command_goes_on_with_an_unfinished_run(requeued, toy, command, monkeypatch):
+    options = [*toy, *TINY_VQVAE, "trainer.max_steps=6", "callbacks.last.every_n_steps=1"]
+    if not requeued:
+        options.append("resume=auto")
+    with monkeypatch.context() as patch:
+        interrupt(patch, VQVAETask, 4, "crash")
+        assert command("vqvae-train", *options).status == 1
+    if requeued:
+        refused = command("vqvae-train", *options)
+        assert refused.status == 1
+        assert "holds a run already" in refused.err
+        monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    other = command("vqvae-train", *options, "seed=3")
     assert other.status == 1
     assert "another command" in other.err
+    trained = trained_steps(monkeypatch, VQVAETask)
+    again = command("vqvae-train", *options)
+    assert again.status == 0, again.err
+    assert trained == [4, 5]
 
 
 def test_a_damaged_checkpoint_falls_back_to_the_one_before(toy, tmp_path, command, monkeypatch):
@@ -316,8 +348,10 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(toy, tmp_path, comman
         command("vqvae-train", *options, folder=tmp_path / "broken")
     last = tmp_path / "broken/checkpoints/last.ckpt"
     last.write_bytes(last.read_bytes()[: last.stat().st_size // 2])
+    trained = trained_steps(monkeypatch, VQVAETask)
     resumed = command("vqvae-train", f"resume={tmp_path}/broken")
     assert resumed.status == 0, resumed.err
+    assert trained == list(range(3, 8))
     assert "last.ckpt is damaged" in resumed.out.replace("\n", " ")
     one, other = checkpoints_of(tmp_path / "whole", tmp_path / "broken")
     for name, value in one["state_dict"].items():
