@@ -60,16 +60,14 @@ def attack(tmp_path, monkeypatch):
         "vqvae_lightning.shards.shutil.rmtree": {"path": str(place / "victim")},
         "vqvae_lightning.app.os.system": {"command": f"touch {ran}"},
         # An import that is enough, an unsuspected library, arguments without names, a target that
-        # only a resolver spells out, one that is hidden in the options of an allowed class.
+        # only a resolver spells out, one that is hidden in an argument of an allowed class.
         "evil_package.made": {},
         "numpy.load": {"file": str(place / "payload.npy"), "allow_pickle": True},
         "runpy.run_path": {"_args_": [str(place / "script.py")]},
         "${oc.env:EVIL}": {"command": f"touch {ran}"},
         "subprocess.run": {
-            "_target_": "vqvae_lightning.quantizers.LibraryQuantizer",
-            "name": "FSQ",
-            "code_dim": 4,
-            "options": {"levels": [[{"deep": {**run, "_partial_": False}}]]},
+            "_target_": "vqvae_lightning.data.ImageDataModule",
+            "source": [[{"deep": {**run, "_partial_": False}}]],
         },
     }
     yield lambda name: {"_target_": name, **configs[name]}
