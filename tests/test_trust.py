@@ -406,6 +406,9 @@ def test_a_trusted_package_stands_for_itself_only(my_package):
         Trust("it", [my_package]).read({"_target_": "my_package.os.getcwd"})
     with pytest.raises(InputError, match="my_package"):
         Trust("it", ["my"]).read({"_target_": "my_package.MyQuantizer"})
+    # Nobody would suspect torch, which loads pickles: its name is neither asked for nor enough.
+    with pytest.raises(InputError, match=r"trust=\[torch\.load\]"):
+        Trust("it").read({"_target_": "torch.load"})
     with pytest.raises(InputError, match=r"torch\.load"):
         Trust("it", ["torch"]).read({"_target_": "torch.load"})
     with pytest.raises(InputError, match=r"trust=os/system"):
