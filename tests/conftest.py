@@ -43,7 +43,17 @@ def pytest_xdist_auto_num_workers(config):
     return 0 if chosen else len(os.sched_getaffinity(0))
 
 
+def keep_bytecode(config):
+    """Where Python is told to write no bytecode, two thirds of an import of torch are compiling."""
+    if sys.dont_write_bytecode:
+        sys.dont_write_bytecode = False
+        sys.pycache_prefix = str(config.rootpath / ".pytest_cache" / "bytecode")
+        os.environ["PYTHONPYCACHEPREFIX"] = sys.pycache_prefix
+        os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+
+
 def pytest_configure(config):
+    keep_bytecode(config)
     if sys.platform != "linux" or "COLD_PYTHON" in os.environ:
         return
     if FOLDER not in os.environ:

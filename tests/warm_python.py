@@ -45,7 +45,7 @@ def install(folder):
 def parsed(arguments):
     """How `python ARGUMENTS` starts: {kind: module | code | script, what, argv, quiet}; or None."""
     rest, quiet = list(arguments), False
-    while rest and rest[0] in ("-u", "-W"):
+    while rest and rest[0] in ("-u", "-B", "-W"):
         if rest.pop(0) == "-W":
             if rest.pop(0) != "ignore":
                 return None
