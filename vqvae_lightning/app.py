@@ -8,11 +8,12 @@ import sys
 import threading
 import traceback
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from vqvae_lightning.claims import claimed
 from vqvae_lightning.configs import CONF_DIR, note_foreign, read_trusted, register_resolvers
 from vqvae_lightning.errors import (
     DivergenceError,
@@ -44,11 +45,14 @@ QUIET = (
 )
 
 
-def app(config_name: str) -> Callable[[Callable[[Any], Any]], Callable[[], None]]:
+def app(
+    config_name: str, parts: Sequence[str] = ()
+) -> Callable[[Callable[[Any], Any]], Callable[[], None]]:
     """Make a command out of a function of the composed config.
 
     Args:
         config_name: Primary config in `conf/`; `--config-name` chooses another.
+        parts: Folders below the run's that no other command may use while this one runs.
 
     Returns:
         A decorator. What the function returns is the objective of a sweep.
@@ -73,7 +77,7 @@ def app(config_name: str) -> Callable[[Callable[[Any], Any]], Callable[[], None]
             try:
                 sys.argv[1:] = _arguments(sys.argv[1:])
                 with summed_up(_one_line, full is not None):
-                    led(main(_guarded(function)))
+                    led(main(_guarded(function, parts)))
             except Interrupted as stop:
                 sys.stderr.write(f"{stop}\n")
                 sys.exit(stop.status)
@@ -328,34 +332,52 @@ def print_survey(title: str, survey: Any) -> None:
         console.print(f"warning: {warning}", highlight=False)
 
 
-def leave_nothing(folder: Path) -> None:
-    """Remove the folder that Hydra made for a run that was only looked over."""
-    if not any(folder.iterdir()):
-        folder.rmdir()
+def _guarded(function: Callable[[Any], Any], parts: Sequence[str]) -> Callable[[Any], Any]:
+    """`function`, run while this process alone holds the folder, with its failure kept there."""
 
-
-def _guarded(function: Callable[[Any], Any]) -> Callable[[Any], Any]:
     def run(cfg: Any) -> Any:
         from hydra.core.hydra_config import HydraConfig
         from hydra.types import RunMode
 
-        from vqvae_lightning.results import FAILURE, write_failure
-
-        quiet()
-        hydra = HydraConfig.get()
-        folder = Path(hydra.runtime.output_dir)
-        (folder / FAILURE).unlink(missing_ok=True)
         try:
-            return function(cfg)
+            with claimed(Path(cfg.folder), parts):
+                result = _attempted(function, cfg)
         except Exception as error:
             # In a sweep Hydra goes on with the next job and raises at the end.
-            if hydra.mode == RunMode.MULTIRUN and not beyond_repair():
-                trace = "".join(traceback.format_exception(error))
-                write_failure(folder, _one_line(error), list(hydra.overrides.task), trace)
+            if HydraConfig.get().mode == RunMode.MULTIRUN and not beyond_repair():
                 raise
             raise Failed(error) from error
+        if cfg.get("preflight"):
+            _leave_nothing(Path(cfg.folder))
+        return result
 
     return run
+
+
+def _attempted(function: Callable[[Any], Any], cfg: Any) -> Any:
+    """Run one command; in a sweep, write `failure.txt` if it fails."""
+    from hydra.core.hydra_config import HydraConfig
+    from hydra.types import RunMode
+
+    from vqvae_lightning.results import FAILURE, write_failure
+
+    quiet()
+    hydra = HydraConfig.get()
+    folder = Path(hydra.runtime.output_dir)
+    (folder / FAILURE).unlink(missing_ok=True)
+    try:
+        return function(cfg)
+    except Exception as error:
+        if hydra.mode == RunMode.MULTIRUN and not beyond_repair():
+            trace = "".join(traceback.format_exception(error))
+            write_failure(folder, _one_line(error), list(hydra.overrides.task), trace)
+        raise
+
+
+def _leave_nothing(folder: Path) -> None:
+    """Remove the folder that Hydra made for a run that was only checked."""
+    if not any(folder.iterdir()):
+        folder.rmdir()
 
 
 def _one_line(error: BaseException) -> str:

@@ -9,7 +9,6 @@ from typing import Any
 
 from vqvae_lightning.app import (
     app,
-    leave_nothing,
     load_images,
     print_result,
     print_survey,
@@ -240,7 +239,7 @@ def _line(name: str, result: dict[str, Any], known: bool) -> str:
     return f"[bold]{name}[/bold]  {when}  {figures}"
 
 
-@app("pipeline")
+@app("pipeline", parts=STAGES[:-1])
 def main(cfg: Any) -> float | None:
     """From images to new images."""
     start = time.perf_counter()
@@ -249,7 +248,6 @@ def main(cfg: Any) -> float | None:
         result = run_pipeline(cfg)
     folder = Path(cfg.folder)
     if cfg.preflight:
-        leave_nothing(folder)
         return None
     shown = [f"{result['split']}/{key}" for key in HEADLINES]
     short = {key: result["metrics"][key] for key in shown if key in result["metrics"]}

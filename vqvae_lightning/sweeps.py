@@ -4,12 +4,13 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
 
 from hydra.experimental.callback import Callback
 
+from vqvae_lightning.claims import SWEEP_CLAIM, claimed, new_folder
 from vqvae_lightning.errors import Failed, InputError
 from vqvae_lightning.results import FAILURE
 
@@ -23,37 +24,77 @@ OTHER_SPACE = (
 
 
 class Sweep(Callback):
-    """Hydra's callback of every command: remembers a sweep that has begun, continues a study.
+    """Hydra's callback of every command: folders of their own, and a study that is continued.
 
     Attributes:
         folder: Of the sweep that this process has begun; None if it has not.
         failed_before: What failed jobs of an earlier start left there, and when.
+        held: Releases the claim on the sweep's folder.
     """
 
     folder: ClassVar[Path | None] = None
     failed_before: ClassVar[set[tuple[Path, int]]] = set()
+    held: ClassVar[ExitStack] = ExitStack()
 
     @classmethod
     def forget(cls) -> None:
-        """Before a command, for there may be several in one process."""
+        """Before and after a command, because one process may run several."""
         cls.folder, cls.failed_before = None, set()
+        cls.held.close()
 
-    def on_multirun_start(self, config: Any, **kwargs: Any) -> None:
-        """Look at the sweep before its first job.
+    def on_run_start(self, config: Any, **kwargs: Any) -> None:
+        """Choose the folder of a single run.
 
         Raises:
-            Failed: If the sweeper is Optuna's and is not installed; Hydra would only warn of
-                another exception.
+            Failed: If it cannot be made.
+        """
+        try:
+            _choose_folder(config, "run")
+        except Exception as error:
+            raise Failed(error) from error
+
+    def on_multirun_start(self, config: Any, **kwargs: Any) -> None:
+        """Choose and claim the folder of a sweep, and look at it before its first job.
+
+        Raises:
+            Failed: If another command holds the folder, or the sweeper is Optuna's and is not
+                installed; Hydra would only warn of another exception.
         """
         from vqvae_lightning.report.sweep import job_folders
 
-        Sweep.folder = Path(config.hydra.sweep.dir).absolute()
-        Sweep.failed_before = {mark for job in job_folders(Sweep.folder) for mark in _failed(job)}
-        if config.hydra.sweeper._target_ == OPTUNA:
-            try:
+        try:
+            _choose_folder(config, "sweep")
+            folder = Path(config.hydra.sweep.dir).absolute()
+            Sweep.held.enter_context(claimed(folder, name=SWEEP_CLAIM))
+            Sweep.folder = folder
+            Sweep.failed_before = {mark for job in job_folders(folder) for mark in _failed(job)}
+            if config.hydra.sweeper._target_ == OPTUNA:
                 continue_study(config)
-            except Exception as error:
-                raise Failed(error) from error
+        except Exception as error:
+            raise Failed(error) from error
+
+
+def _choose_folder(config: Any, kind: str) -> None:
+    """Make the default folder of a new run or sweep; a second one in the same second gets another.
+
+    Args:
+        config: Config of the command, with its `hydra` node; changed in place.
+        kind: `run` or `sweep`.
+    """
+    from omegaconf import OmegaConf, read_write
+
+    place = config.hydra[kind]
+    written = OmegaConf.to_container(place, resolve=False)
+    assert isinstance(written, dict)
+    # A folder that the user names may be one that a run is in.
+    if not written["dir"].startswith("${run_folder:") or config.resume not in (None, "auto"):
+        return
+    chosen = str(new_folder(Path(place.dir)))
+    with read_write(config):
+        place.dir = chosen
+        # The config of a sweep's job is composed from these.
+        quoted = chosen.replace("\\", "\\\\").replace("'", "\\'")
+        config.hydra.overrides.hydra.append(f"hydra.{kind}.dir='{quoted}'")
 
 
 def continue_study(config: Any) -> None:
@@ -150,9 +191,12 @@ def summed_up(one_line: Callable[[BaseException], str], full: bool) -> Iterator[
         if full or not told:
             raise
         sys.exit(1)
-    if Sweep.folder is not None:
-        _tell(Sweep.folder, None)
-        _report(Sweep.folder)
+    else:
+        if Sweep.folder is not None:
+            _tell(Sweep.folder, None)
+            _report(Sweep.folder)
+    finally:
+        Sweep.forget()
 
 
 def _tell(folder: Path, error: str | None) -> bool:

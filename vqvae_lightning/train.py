@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 from vqvae_lightning.app import (
     app,
     codes_of,
-    leave_nothing,
     load_images,
     print_result,
     print_survey,
@@ -293,7 +292,6 @@ def main(cfg: Any) -> float | None:
     with stoppable("vqvae-train", cfg):
         result = train(cfg)
     if cfg.preflight:
-        leave_nothing(Path(cfg.folder))
         return None
     print_result("test", result, [Path(cfg.folder)])
     return result["objective"]  # type: ignore[no-any-return]
