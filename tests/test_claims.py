@@ -183,8 +183,8 @@ def held(command, tmp_path, monkeypatch):
     """Run a command while another process holds its folder; it may neither read data nor write."""
 
     def run(*arguments, **options):
-        monkeypatch.setattr("vqvae_lightning.app.load_images", lambda _: pytest.fail("it read"))
-        monkeypatch.setattr("vqvae_lightning.checkpoints.load", lambda *_: pytest.fail("it read"))
+        for place in ("configs.build", "checkpoints.load", "checkpoints.load_pair"):
+            monkeypatch.setattr(f"vqvae_lightning.{place}", lambda *_: pytest.fail("it read"))
         folder = options.get("folder") or tmp_path / "run"
         with claimed(folder):
             before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
