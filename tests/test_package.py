@@ -20,6 +20,7 @@ README = (ROOT / "README.md").read_text()
 LEVELS = {
     "errors": 0,
     "distributed": 0,
+    "claims": 1,
     "quantizers": 1,
     "metrics": 1,
     "trust": 1,
