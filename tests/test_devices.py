@@ -28,6 +28,7 @@ VQVAE = (
     "model.net.quantizer.warmup_steps=4",
     "model.net.quantizer.revive_every=3",
 )
+GAUSSIAN = [o for o in VQVAE if not any(k in o for k in ("num_codes", "warmup", "revive"))]
 PRIOR = (
     "trainer=ddp_cpu",
     "trainer.precision=32-true",
@@ -36,7 +37,7 @@ PRIOR = (
     "model.net.channels=8",
     "model.net.layers=3",
     "model.net.first_kernel=3",
-    "model.net.dropout=0",
+    "model.net.null_label_rate=0.3",
     "batch_size=8",
 )
 
@@ -62,6 +63,7 @@ def pairs(toy_npz, tmp_path_factory):
     train = [sys.executable, "-m", "vqvae_lightning.train", "-m"]
     sweeps = {
         "vqvae": ["quantizer=ema,loss", "trainer.devices=1,2", *VQVAE],
+        "gaussian": ["quantizer=gaussian", "trainer.devices=1,2", *GAUSSIAN],
         "prior": [
             "--config-name",
             "prior",
@@ -77,11 +79,12 @@ def pairs(toy_npz, tmp_path_factory):
     return {
         "ema": (folder / "vqvae/0", folder / "vqvae/1"),
         "loss": (folder / "vqvae/2", folder / "vqvae/3"),
+        "gaussian": (folder / "gaussian/0", folder / "gaussian/1"),
         "prior": (folder / "prior/0", folder / "prior/1"),
     }
 
 
-@pytest.mark.parametrize("stage", ["ema", "loss", "prior"])
+@pytest.mark.parametrize("stage", ["ema", "loss", "gaussian", "prior"])
 def test_two_ranks_end_with_the_weights_and_figures_of_one(stage, pairs):
     one, two = pairs[stage]
     assert_equal(one, two)

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from vqvae_lightning.configs import plain
 from vqvae_lightning.data.codes import CodesDataModule
-from vqvae_lightning.data.images import PixelDataModule, StageDataModule, batch_seed
+from vqvae_lightning.data.images import PixelDataModule, StageDataModule
 from vqvae_lightning.devices import Reading, reads_late
 from vqvae_lightning.distributed import all_reduce, gathered
 from vqvae_lightning.errors import (
@@ -43,6 +43,7 @@ from vqvae_lightning.networks.sampling import sample
 from vqvae_lightning.pictures import code_maps, grid, pairs
 from vqvae_lightning.progress import RateColumn, console
 from vqvae_lightning.quantizers import GaussianBottleneck, VectorQuantizer
+from vqvae_lightning.randomness import stream_seed
 from vqvae_lightning.results import direction, read_curves, read_result
 
 PICTURED = 20  # images in a picture of reconstructions
@@ -177,10 +178,12 @@ class StepProgress(ProgressBar):
 
 
 class SeedSteps(Callback):
-    """Seed torch before each training batch with the run's seed, the batch and the rank.
+    """Seed torch before each training batch with the run's seed and the number of the batch.
 
     Dropout and noise are then a function of the step: a resumed run draws what an uninterrupted one
-    would have, and neither pictures nor validation change what follows.
+    would have, and neither pictures nor validation change what follows. All ranks get one seed, so
+    that `draw_for_batch` can give each its part of one draw. A module that draws for its own images
+    only, such as `nn.Dropout`, draws the same on each rank.
 
     Args:
         seed: The run's seed.
@@ -194,7 +197,7 @@ class SeedSteps(Callback):
     ) -> None:
         """Seed."""
         number = trainer.fit_loop.total_batch_idx
-        torch.manual_seed(batch_seed(self.seed, number, trainer.global_rank))
+        torch.manual_seed(stream_seed(self.seed, "noise", number))
 
 
 class SameConfig(Callback):
@@ -714,7 +717,7 @@ class SamplePictures(Callback):
         columns = min(net.num_classes or 10, 10)
         count = columns * self.rows
         labels = torch.arange(count) % columns if net.num_classes else None
-        generator = torch.Generator().manual_seed(self.seed)
+        generator = torch.Generator().manual_seed(stream_seed(self.seed, "pictures"))
         codes = sample(net, (count, *data.grid), labels, generator=generator)
         with torch.no_grad():
             images = data.vqvae.to(codes.device).decode(codes)

@@ -140,6 +140,7 @@ def evaluate(cfg: Any, images: Any = None) -> dict[str, Any]:
     from vqvae_lightning.loggers import log_result, name_run
     from vqvae_lightning.networks.autoencoder import from_uint8
     from vqvae_lightning.pictures import pairs, save_png
+    from vqvae_lightning.randomness import stream_seed
     from vqvae_lightning.results import read_result, write_config, write_result
 
     folder = Path(cfg.folder)
@@ -148,7 +149,7 @@ def evaluate(cfg: Any, images: Any = None) -> dict[str, Any]:
         return finished
     start = time.perf_counter()
     check_evaluation(cfg)
-    pl.seed_everything(cfg.seed, workers=True, verbose=False)
+    pl.seed_everything(stream_seed(cfg.seed, "judge") % 2**32, workers=True, verbose=False)
     found = subject(cfg, images)
     codes, prior, vqvae_path = found
     images = codes.images

@@ -27,6 +27,7 @@ from vqvae_lightning.networks.likelihoods import discretised_logistic, fit_log_s
 from vqvae_lightning.networks.pixelcnn import PixelCNN
 from vqvae_lightning.networks.sampling import Drawn, batch_that_fits, sample_batches, score
 from vqvae_lightning.progress import progress_bar
+from vqvae_lightning.randomness import stream_seed
 from vqvae_lightning.tasks.classifier import ClassifierTask
 
 SCALE_VALUES = 2**23  # pixel values of validation images that the decoder's scale is fitted on
@@ -299,7 +300,8 @@ class _Draw(NamedTuple):
 
     def batches(self, device: torch.device, only: slice | None = None) -> Iterator[Drawn]:
         """Draw here; the batches come to the CPU."""
-        prior, generator = self.prior.to(device), torch.Generator().manual_seed(self.seed)
+        prior = self.prior.to(device)
+        generator = torch.Generator().manual_seed(stream_seed(self.seed, "samples"))
         batches = sample_batches(
             prior, self.shape, self.labels, generator=generator, only=only, **self.options
         )

@@ -127,10 +127,13 @@ def _order(name: str, total: int, seed: int) -> list[int]:
     """Rows of a split in the order in which they are written."""
     import torch
 
+    from vqvae_lightning.randomness import stream_seed
+
     if name != "train":
         return list(range(total))
     # A stream that passes by can be mixed only so far.
-    order: list[int] = torch.randperm(total, generator=torch.Generator().manual_seed(seed)).tolist()
+    generator = torch.Generator().manual_seed(stream_seed(seed, "shards"))
+    order: list[int] = torch.randperm(total, generator=generator).tolist()
     return order
 
 

@@ -85,6 +85,7 @@ def prepared(cfg: Any, images: Any) -> Stage:
     from vqvae_lightning.checkpoints import load
     from vqvae_lightning.errors import InputError
     from vqvae_lightning.loggers import Input
+    from vqvae_lightning.randomness import stream_seed
 
     data = images
     facts = {"data_fingerprint": images.fingerprint}
@@ -104,7 +105,7 @@ def prepared(cfg: Any, images: Any) -> Stage:
         cfg.vqvae_checkpoint = str(Path(cfg.vqvae_checkpoint).absolute())
     else:
         fill_in(cfg, "channels", images.image_shape[0])
-    pl.seed_everything(cfg.seed, workers=True, verbose=False)
+    pl.seed_everything(stream_seed(cfg.seed, "init") % 2**32, workers=True, verbose=False)
     task, found = checked(cfg, data)
     return Stage(task, data, made_from, found)
 

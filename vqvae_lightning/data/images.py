@@ -1,6 +1,7 @@
 """The LightningDataModule of both stages: images in memory, one indexing operation per batch."""
 
 from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import Any, Literal, NamedTuple, Protocol, cast
 
 import pytorch_lightning as pl
@@ -13,6 +14,7 @@ from vqvae_lightning.devices import to_device
 from vqvae_lightning.distributed import rank_and_world
 from vqvae_lightning.errors import InputError, Key, below, check_positive, check_range
 from vqvae_lightning.networks.autoencoder import from_uint8
+from vqvae_lightning.randomness import draw_for_batch, stream_seed
 
 SplitName = Literal["train", "val", "test"]
 
@@ -40,12 +42,6 @@ def check_divides(key: str, batch_size: int, world: int) -> None:
             f"={batch_size} does not divide over {world} devices; it counts all devices together. "
             f"Nearest that do: {near}.",
         )
-
-
-def batch_seed(seed: int, number: int, rank: int) -> int:
-    """A seed of its own for each run, training batch and rank."""
-    # 1024 apart, so that no two ranks of two batches share one.
-    return (seed * 1_000_003 + number) * 1024 + rank
 
 
 class SplitDataset(Protocol):
@@ -131,7 +127,7 @@ class EpochBatches:
             # A split may have fewer rows than there are ranks.
             yield from (part for part in self._own().split(local) if len(part))
             return
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
+        generator = torch.Generator().manual_seed(stream_seed(self.seed, "order", self.epoch))
         order = torch.randperm(self.total, generator=generator)
         for number in range(start, len(self)):
             self.position = number + 1
@@ -154,6 +150,7 @@ def set_aside(total: int, share: float, seed: int) -> tuple[Tensor, Tensor]:
         raise InputError(
             f"{total} images are too few to set ", Key("val_share"), f"={share} of them aside."
         )
+    # The seed as it is, not a `stream_seed`: published results name these validation images.
     order = torch.randperm(total, generator=torch.Generator().manual_seed(seed))
     return order[taken:].sort().values, order[:taken].sort().values
 
@@ -274,14 +271,11 @@ class PixelDataModule(StageDataModule):
         """To [-1, 1] and, in training, flipped; on the device."""
         images = from_uint8(batch.data)
         if self.flip and self.trainer is not None and self.trainer.training:
-            # A function of seed and batch, so that a resumed run flips what the first would have;
-            # of the whole batch, of which the ranks have parts, so that their number changes
-            # nothing.
+            # A function of seed and batch, so that a resumed run flips what the first would have.
             number = self.trainer.fit_loop.total_batch_idx + 1  # of the batch that comes now
-            rank, world = rank_and_world()
-            generator = torch.Generator().manual_seed(batch_seed(self.seed, number, 0))
-            mirrored = torch.rand(self.batch_size, generator=generator).chunk(world)[rank] < 0.5
-            where = to_device(mirrored, images.device)[:, None, None, None]
+            generator = torch.Generator().manual_seed(stream_seed(self.seed, "flip", number))
+            drawn = draw_for_batch(partial(torch.rand, generator=generator), len(images))
+            where = to_device(drawn < 0.5, images.device)[:, None, None, None]
             images = torch.where(where, images.flip(-1), images)
         return Batch(images, batch.labels)
 

@@ -30,6 +30,7 @@ from vqvae_lightning.data.images import Batch, EpochBatches, PixelDataModule, Re
 from vqvae_lightning.data.sources import SUFFIXES, check_size, decode, resize
 from vqvae_lightning.errors import InputError, Key, check_positive, check_range
 from vqvae_lightning.progress import progress_bar
+from vqvae_lightning.randomness import stream_seed
 from vqvae_lightning.results import replacing, write_text
 
 SCHEMES = ("http", "https", "gs", "hf")  # of webdataset; not `pipe`, which would run commands
@@ -228,7 +229,7 @@ class ShardBatches(EpochBatches):
         """The rows that a worker reads, in order; and the same in the order that it gives them."""
         own = self._own()
         if self.seed is not None:
-            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+            generator = torch.Generator().manual_seed(stream_seed(self.seed, "order", epoch))
             shards = torch.arange(self.total).split(self.sizes)
             order = torch.randperm(len(shards), generator=generator)
             first = self.rank * len(self) * self.local
@@ -238,7 +239,7 @@ class ShardBatches(EpochBatches):
         read = own[first : first + batches[number] * self.local]
         if self.seed is None:
             return read, read
-        chance = random.Random(f"{self.seed} {epoch} {self.rank} {number}")
+        chance = random.Random(stream_seed(self.seed, "shuffle", epoch, self.rank, number))
         return read, read[
             torch.tensor(list(_drawn(len(read), self.held, chance)), dtype=torch.long)
         ]

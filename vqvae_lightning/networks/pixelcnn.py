@@ -1,5 +1,6 @@
 """Gated PixelCNN over grids of codes."""
 
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -7,6 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vqvae_lightning.errors import InputError, Key, check_positive, check_range
+from vqvae_lightning.networks.dropout import BatchDropout
+from vqvae_lightning.randomness import draw_for_batch
 
 
 def gate(x: Tensor) -> Tensor:
@@ -55,7 +58,7 @@ class GatedLayer(nn.Module):
         self.skip = nn.Conv2d(channels, channels, 1)
         self.label = nn.Embedding(num_labels, 4 * channels) if num_labels else None
         self.context = nn.Conv2d(context_channels, 4 * channels, 1) if context_channels else None
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = BatchDropout(dropout)
 
     def forward(
         self,
@@ -198,7 +201,8 @@ class PixelCNN(nn.Module):
         """
         self.check_conditions(labels, context)
         if self.training and labels is not None and self.null_label_rate:
-            nulls = torch.rand(len(labels), device=labels.device) < self.null_label_rate
+            drawn = draw_for_batch(partial(torch.rand, device=labels.device), len(labels))
+            nulls = drawn < self.null_label_rate
             labels = labels.masked_fill(nulls, self.num_classes)
         context = enlarged(context, codes.shape[1], codes.shape[2])
         vertical = horizontal = self.embedding(codes).movedim(-1, 1)

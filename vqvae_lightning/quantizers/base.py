@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from vqvae_lightning.devices import exact_products
 from vqvae_lightning.distributed import all_reduce, rank_and_world
 from vqvae_lightning.errors import InputError, Key, check_positive, check_range
+from vqvae_lightning.randomness import stream_seed
 
 SCORES = 2**21  # scores held at a time by `nearest_codes`: 8 MiB, which a CPU's caches hold
 GPU_SCORES = 2**26  # on a GPU: 256 MiB, as small blocks would be thousands of short kernels
@@ -534,9 +535,9 @@ class VectorQuantizer(nn.Module):
         return self.scaled(z.to(self.codebook.dtype).movedim(1, -1))
 
     def _generator(self) -> torch.Generator:
-        # Seeded by the step: every rank draws the same, and a resumed run draws what the first
-        # would have.
-        return torch.Generator().manual_seed(self.steps)
+        # Seeded by the step alone, as a quantizer does not know the run's seed: every rank draws
+        # the same, and a resumed run draws what an uninterrupted one would have drawn.
+        return torch.Generator().manual_seed(stream_seed(0, "codebook", self.steps))
 
     def _gather(self, newest: Tensor, generator: torch.Generator) -> None:
         """Let the vectors (N, D) of this step take part in the draw for the first codebook.

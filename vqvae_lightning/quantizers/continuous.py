@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from vqvae_lightning.errors import InputError, check_positive, check_range
 from vqvae_lightning.quantizers.base import Posterior, QuantizerOutput
+from vqvae_lightning.randomness import draw_for_batch
 
 
 class ContinuousBottleneck(nn.Module):
@@ -106,9 +107,18 @@ class GaussianBottleneck(ContinuousBottleneck):
             kl = (mean.square() + log_variance.exp() - log_variance - 1) / 2
             vectors = mean
             if self.training:
-                vectors = mean + (log_variance / 2).exp() * torch.randn_like(mean)
+                vectors = mean + (log_variance / 2).exp() * self._noise(mean)
             by_channel = kl.movedim(1, 0).flatten(1).mean(1)
             clamped = by_channel.clamp(min=self.free_nats).mean()
         terms = {"kl": by_channel.mean(), self.term: clamped}
         posterior = Posterior(mean.detach(), kl.detach())
         return QuantizerOutput(vectors, None, self.beta * clamped, terms, posterior)
+
+    def _noise(self, mean: Tensor) -> Tensor:
+        """Standard normal values for `mean` (B, D, H, W); in memory the channels are innermost."""
+        _, channels, height, width = mean.shape
+
+        def draw(images: int) -> Tensor:
+            return torch.randn(images, height, width, channels, device=mean.device)
+
+        return draw_for_batch(draw, len(mean)).movedim(-1, 1)

@@ -1,0 +1,54 @@
+"""Dropout that is the same for any number of devices."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from vqvae_lightning.errors import check_range
+from vqvae_lightning.randomness import draw_for_batch
+
+LEVELS = 2**16
+
+
+class BatchDropout(nn.Module):
+    """Dropout (Srivastava et al. 2014) whose mask is drawn for the images of all ranks.
+
+    Each rank takes the rows of its own images (`draw_for_batch`), so that a training on N devices
+    drops what a training on one drops. A 64-bit number gives four 16-bit numbers, which makes the
+    mask several times cheaper than that of `nn.Dropout` on a CPU, and pays for the larger draw.
+
+    Args:
+        share: Share of the values set to zero in training, rounded to 1/65536; the others are
+            scaled so that the expected value stays.
+
+    Raises:
+        InputError: If `share` is outside [0, 1].
+    """
+
+    def __init__(self, share: float) -> None:
+        super().__init__()
+        self.share = check_range("dropout", share, 0, 1)
+        self.kept = round((1 - share) * LEVELS)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Drop values of `x` (B, channels, ...), in training mode."""
+        if not self.training or self.kept == LEVELS:
+            return x
+        images, channels, *grid = x.shape
+
+        def levels(count: int) -> Tensor:
+            """(count, channels, ...) int16, uniform; in memory the channels are innermost."""
+            shape = (count, *grid, channels)
+            values = math.prod(shape)
+            # Drawn on a CPU or a CUDA GPU: other devices may not fill all 64 bits.
+            device = x.device if x.is_cuda else torch.device("cpu")
+            bits = torch.randint(-(2**63), 2**63 - 1, (-(-values // 4),), device=device)
+            return bits.view(torch.int16)[:values].view(shape).movedim(-1, 1).to(x.device)
+
+        keep = draw_for_batch(levels, images) < self.kept - LEVELS // 2
+        return x * (keep.to(x.dtype) * (LEVELS / max(1, self.kept)))
+
+    def extra_repr(self) -> str:
+        """The share, for `print(net)`."""
+        return f"share={self.share}"
