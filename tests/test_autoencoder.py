@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from vqvae_lightning.errors import InputError
-from vqvae_lightning.networks.autoencoder import VQVAE, from_uint8, to_uint8
+from vqvae_lightning.networks.autoencoder import VQVAE, ResidualStack, from_uint8, to_uint8
 from vqvae_lightning.quantizers import EMAQuantizer
 
 
@@ -65,3 +65,15 @@ def test_pixels_survive_the_way_to_the_network_and_back():
 def test_sizes_below_one_are_named(name):
     with pytest.raises(InputError, match=f"{name}=0"):
         VQVAE(EMAQuantizer(8, 4), **{"channels": 1, name: 0})
+
+
+def test_a_residual_stack_adds_to_what_it_is_given():
+    stack, maps = ResidualStack(3, 2, 4), torch.randn(2, 3, 5, 5)
+    with torch.no_grad():
+        expected = maps
+        for block in stack.blocks:
+            expected = expected + block(expected)
+        assert torch.equal(stack(maps), expected.clamp(min=0))
+        for parameter in stack.parameters():
+            parameter.zero_()
+        assert torch.equal(stack(maps), maps.clamp(min=0))

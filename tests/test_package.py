@@ -1,8 +1,7 @@
-"""The package as a whole: imports, start-up, the wheel, the README."""
+"""The package as a whole: imports, start-up, the wheel."""
 
 import ast
 import os
-import re
 import subprocess
 import sys
 import zipfile
@@ -11,11 +10,9 @@ from pathlib import Path
 import pytest
 
 from vqvae_lightning.configs import CONF_DIR
-from vqvae_lightning.results import UNITS
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "vqvae_lightning"
-README = (ROOT / "README.md").read_text()
 # Each file imports only from lower levels; a folder's files may import each other.
 LEVELS = {
     "errors": 0,
@@ -195,42 +192,6 @@ def test_pyproject_ships_each_command():
     text = (ROOT / "pyproject.toml").read_text()
     for name, module in MODULES.items():
         assert f'{name} = "{module}:main"' in text
-
-
-def shell_lines():
-    for block in re.findall(r"```(?:bash|sh|shell)?\n(.*?)```", README, re.DOTALL):
-        for line in block.splitlines():
-            found = re.search(r"(vqvae-\w+)((?: [^#&|]*)?)", line)
-            if found and found.group(1) in COMMANDS:
-                yield found.group(1), found.group(2).split()
-
-
-@pytest.mark.parametrize(("name", "arguments"), list(shell_lines()))
-def test_each_command_in_the_readme_composes(name, arguments, tmp_path):
-    from conftest import compose
-
-    config = {"vqvae-train": "vqvae"}.get(name, name.removeprefix("vqvae-"))
-    arguments = [a for a in arguments if a not in ("-m", "--help")]
-    if "--config-name" in arguments:
-        place = arguments.index("--config-name")
-        config = arguments[place + 1]
-        del arguments[place : place + 2]
-    arguments = [a for a in arguments if not a.startswith("resume=")]
-    # The first value of a swept key stands for the others.
-    single = [re.sub(r"=([^\[,]+),.*", r"=\1", argument) for argument in arguments]
-    compose(config, *single, folder=tmp_path)
-
-
-def test_the_readmes_table_of_logged_names_matches_the_code():
-    table = dict(re.findall(r"^\| `([a-z_0-9]+)` \| ([^|]+?) \|", README, re.MULTILINE))
-    assert table == UNITS
-
-
-def test_paths_in_the_readme_exist():
-    for path in re.findall(r"\]\((?!http)([^)#]+)\)", README):
-        assert (ROOT / path).exists(), path
-    for path in re.findall(r"`((?:vqvae_lightning|conf|experiments|tests)/[\w./-]+)`", README):
-        assert (ROOT / path).exists(), path
 
 
 def test_every_config_says_what_it_is():
