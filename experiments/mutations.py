@@ -1,0 +1,768 @@
+"""Break the code in one line at a time and see whether the tests notice.
+
+    uv run python experiments/mutations.py [--only NAME ...] [--list]
+
+Each mutation is an edit of one place, with the tests that should fail because of it. The edits are
+made in a temporary copy of the working tree, never in the tree itself. The exit status is 1 if a
+text to replace is gone, if the named tests fail before any edit, or if more than `MOST_SURVIVORS`
+mutations survive.
+
+mutmut 3 and cosmic-ray 8 generate thousands of edits and run one test command for all of them:
+neither takes chosen edits with the tests of each, which is what makes this run in minutes.
+"""
+
+import argparse
+import multiprocessing
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+from rich.console import Console
+from rich.table import Table
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = "vqvae_lightning"
+MOST_SURVIVORS = 3
+SECONDS = 300  # for the tests of a mutation; a mutation that makes them hang longer is caught
+
+
+# Torch and Lightning are imported once, in the process that all runs of pytest are forked from.
+PROCESSES = multiprocessing.get_context("forkserver")
+PROCESSES.set_forkserver_preload(["pytorch_lightning", "torchmetrics.image.fid"])
+
+
+class Mutation(NamedTuple):
+    """One edit, and who should notice."""
+
+    name: str
+    file: str
+    """Path below `vqvae_lightning`."""
+    old: str
+    """Text that occurs once in the file."""
+    new: str
+    tests: tuple[str, ...]
+    """Pytest node ids below `tests`."""
+    survives: str = ""
+    """Why no test can notice, if none can."""
+
+    def apply(self, tree: Path) -> str:
+        """Edit the file below `tree`.
+
+        Returns:
+            The file's text before.
+
+        Raises:
+            ValueError: If the text to replace does not occur exactly once.
+        """
+        path = tree / PACKAGE / self.file
+        text = path.read_text()
+        if text.count(self.old) != 1:
+            raise ValueError(f"{self.name}: {self.old!r} occurs {text.count(self.old)} times")
+        path.write_text(text.replace(self.old, self.new))
+        return text
+
+
+def mutations_of(file: str, tests: str, *edits: tuple[str, str, str, str]) -> list[Mutation]:
+    """Mutations of one file.
+
+    Args:
+        file: Path below `vqvae_lightning`.
+        tests: The test file that should notice.
+        *edits: Name, text to replace, new text, and test in `tests`; or another file's node id.
+    """
+    found = []
+    for name, old, new, test in edits:
+        node = test if "::" in test else f"{tests}::{test}"
+        found.append(Mutation(f"{Path(file).stem}: {name}", file, old, new, (node,)))
+    return found
+
+
+ERRORS = "test_evaluation.py::test_errors_are_those_of_the_rounded_images"
+USE = "test_evaluation.py::test_use_of_the_codebook_is_that_of_the_histograms"
+BITS = "test_evaluation.py::test_bits_per_dim_are_summed_from_masses_and_softmaxes"
+JUDGE = (
+    "test_evaluation.py::test_the_judges_shares_and_distances_are_those_of_its_logits_and_features"
+)
+PRIOR = "test_evaluation.py::test_a_prior_logs_its_likelihoods_in_nats_and_bits"
+PRIOR_STEP = "test_evaluation.py::test_a_step_of_the_prior_logs_unsmoothed_nats"
+VQVAE = "test_evaluation.py::test_a_vqvae_logs_errors_and_use_of_whole_splits"
+VQVAE_STEP = "test_evaluation.py::test_a_step_of_the_vqvae_logs_its_terms_and_the_use_in_its_batch"
+
+MUTATIONS = (
+    *mutations_of(
+        "quantizers/base.py",
+        "test_quantizers.py",
+        (
+            "rows not moved with the vectors",
+            "table = codebook.float() - centre",
+            "table = codebook.float()",
+            "test_codes_are_the_nearest_codebook_rows",
+        ),
+        (
+            "whole squared lengths",
+            ".mul_(-0.5)",
+            ".mul_(-1)",
+            "test_codes_are_the_nearest_codebook_rows",
+        ),
+        (
+            "padding in the race",
+            "value=-torch.inf",
+            "value=0.0",
+            "test_codes_are_the_nearest_codebook_rows",
+        ),
+        (
+            "last tile wins",
+            "better = top > best",
+            "better = top == top",
+            "test_look_up_in_several_blocks_equals_one",
+        ),
+        (
+            "products may be rounded",
+            "enabled=False), exact_products():",
+            "enabled=False):",
+            "test_gpu.py::test_codes_are_exact_where_products_may_be_rounded",
+        ),
+        (
+            "gradient halved",
+            "return gradients[0], None",
+            "return gradients[0] / 2, None",
+            "test_straight_through_gradient_is_the_identity",
+        ),
+        (
+            "rotation without its factor",
+            "return turned * (vectors.norm(dim=-1, keepdim=True) / length), None",
+            "return turned, None",
+            "test_rotation_turns_the_gradient_as_its_paper_says",
+        ),
+        (
+            "threshold in hits",
+            "dead = self.counts < self.revive_below * share",
+            "dead = self.counts < self.revive_below",
+            "test_revival_finds_the_same_codes_in_batches_of_any_size",
+        ),
+        (
+            "revival to the end",
+            "if progress >= self.revive_until:",
+            "if progress > 1:",
+            "test_revival_stops_for_the_last_share_of_training",
+        ),
+        (
+            "centres are sums",
+            "sums / counts.clamp(min=1)[:, None]",
+            "sums",
+            "test_kmeans_finds_separate_clusters",
+        ),
+        (
+            "warm-up of any length",
+            " or progress >= WARMUP_SHARE",
+            "",
+            "test_warm_up_is_at_most_a_tenth_of_the_training",
+        ),
+        (
+            "evaluation is observed",
+            "            if self.training:\n                self.observe(flat, codes)",
+            "            self.observe(flat, codes)",
+            "test_only_training_calls_move_anything",
+        ),
+    ),
+    *mutations_of(
+        "quantizers/ema.py",
+        "test_quantizers.py",
+        (
+            "decay the wrong way",
+            "self.counts.lerp_(fresh[:, 0], 1 - self.decay)",
+            "self.counts.lerp_(fresh[:, 0], self.decay)",
+            "test_ema_update_equals_a_hand_computed_example",
+        ),
+        (
+            "revived rows without their sums",
+            "rows * count, self.sums",
+            "rows, self.sums",
+            "test_revival_finds_the_same_codes_in_batches_of_any_size",
+        ),
+        (
+            "rows without hits shrink",
+            "torch.where(fresh[:, :1] > 0, rows, self.codebook)",
+            "rows",
+            "test_codes_without_hits_stay_where_they_are",
+        ),
+        (
+            "each rank for itself",
+            "fresh = all_reduce(torch.cat([self.new_counts[:, None], self.new_sums], dim=1))",
+            "fresh = torch.cat([self.new_counts[:, None], self.new_sums], dim=1)",
+            "test_ranks.py::test_two_ranks_end_with_the_codebook_of_one_process",
+        ),
+    ),
+    *mutations_of(
+        "quantizers/loss.py",
+        "test_quantizers.py",
+        (
+            "codebook term moves the encoder",
+            "F.mse_loss(chosen, rows.detach())",
+            "F.mse_loss(chosen, rows)",
+            "test_each_loss_term_moves_only_its_own_side",
+        ),
+        (
+            "commitment moves the codebook",
+            "F.mse_loss(rows, chosen.detach())",
+            "F.mse_loss(rows, chosen)",
+            "test_each_loss_term_moves_only_its_own_side",
+        ),
+    ),
+    *mutations_of(
+        "quantizers/continuous.py",
+        "test_continuous.py",
+        (
+            "divergence off by a half",
+            "- log_variance - 1) / 2",
+            "- log_variance) / 2",
+            "test_kl_is_that_of_the_two_normal_distributions",
+        ),
+        (
+            "variance for deviation",
+            "(log_variance / 2).exp()",
+            "log_variance.exp()",
+            "test_samples_have_the_posteriors_mean_and_variance_and_pass_the_gradient",
+        ),
+    ),
+    *mutations_of(
+        "networks/autoencoder.py",
+        "test_autoencoder.py",
+        (
+            "levels cut off, not rounded",
+            ".mul(127.5).round()",
+            ".mul(127.5)",
+            "test_pixels_survive_the_way_to_the_network_and_back",
+        ),
+        (
+            "blocks without their short cut",
+            "x = x + block(x)",
+            "x = block(x)",
+            "test_a_residual_stack_adds_to_what_it_is_given",
+        ),
+    ),
+    *mutations_of(
+        "networks/pixelcnn.py",
+        "test_pixelcnn.py",
+        (
+            "first layer sees its own code",
+            "(0 if first else 1)",
+            "1",
+            "test_every_position_sees_all_earlier_codes_and_no_later_one",
+        ),
+        (
+            "own code past the first layer",
+            "residual if self.first else horizontal + residual",
+            "horizontal + residual",
+            "test_every_position_sees_all_earlier_codes_and_no_later_one",
+        ),
+        (
+            "a layer too many",
+            "missing = max(self.height, self.width) - 1 - first",
+            "missing = max(self.height, self.width) - first",
+            "test_layers_needed_is_the_smallest_number_without_a_blind_spot",
+        ),
+        (
+            "no class is the first class",
+            "masked_fill(nulls, self.num_classes)",
+            "masked_fill(nulls, 0)",
+            "test_null_labels_are_what_training_sees_at_their_rate",
+        ),
+    ),
+    *mutations_of(
+        "networks/sampling.py",
+        "test_pixelcnn.py",
+        (
+            "guidance from the class",
+            "logits = unconditional + guidance",
+            "logits = conditional + guidance",
+            "test_sample_equals_full_reevaluation_with_every_option_together",
+        ),
+        (
+            "temperature the wrong way",
+            "(logits.double() / temperature)",
+            "(logits.double() * temperature)",
+            "test_options_leave_the_likeliest_codes_in_proportion",
+        ),
+        (
+            "top_p leaves one code less",
+            "before = best.cumsum(1) - best",
+            "before = best.cumsum(1)",
+            "test_options_leave_the_likeliest_codes_in_proportion",
+        ),
+        (
+            "codes of probability zero",
+            "wanted, right=True)",
+            "wanted, right=False)",
+            "test_choose_never_draws_a_code_of_probability_zero",
+        ),
+        (
+            "mean for a sum",
+            'reduction="none").sum((1, 2))',
+            'reduction="none").mean((1, 2))',
+            "test_score_is_the_sum_of_log_probabilities",
+        ),
+    ),
+    *mutations_of(
+        "networks/likelihoods.py",
+        "test_likelihoods.py",
+        (
+            "lowest level without its tail",
+            "torch.where(x < 0.5,",
+            "torch.where(x < -0.5,",
+            "test_mass_of_all_levels_is_one",
+        ),
+        (
+            "worst scale",
+            "below = loss(left) < loss(right)",
+            "below = loss(left) > loss(right)",
+            "test_fitted_scale_is_the_best_of_a_fine_search",
+        ),
+    ),
+    *mutations_of(
+        "networks/classifier.py",
+        "test_evaluation.py",
+        ("judge with dropout", "0.2, self.training)", "0.2, True)", JUDGE),
+    ),
+    *mutations_of(
+        "metrics.py",
+        "test_metrics.py",
+        (
+            "unigram without the added one",
+            "smoothed = counts.float() + 1",
+            "smoothed = counts.float()",
+            BITS,
+        ),
+        (
+            "use of at least two hits",
+            "used = (self.counts > 0).sum()",
+            "used = (self.counts > 1).sum()",
+            "test_use_counts_codes_of_every_batch",
+        ),
+        (
+            "variance about zero",
+            " - (self.means / images).square()",
+            "",
+            "test_continuous.py::test_collapsed_channels_are_told_from_active_ones",
+        ),
+    ),
+    *mutations_of(
+        "tasks/vqvae.py",
+        "test_evaluation.py",
+        (
+            "nmse four times too large",
+            "(4 * self.pixel_variance)",
+            "self.pixel_variance",
+            VQVAE_STEP,
+        ),
+        ("psnr of the root", "-10 * torch.log10(error)", "-20 * torch.log10(error)", VQVAE),
+        ("weight forgotten", "= weight * terms[name]", "= terms[name]", VQVAE_STEP),
+        (
+            "errors of unrounded images",
+            "to_uint8(reconstruction).float() / 255,",
+            "(reconstruction.float() + 1) / 2,",
+            VQVAE,
+        ),
+        (
+            "ranks of unlike size count alike",
+            "return images * self.trainer.world_size / total",
+            "return 1.0",
+            "test_ranks.py::test_training_on_two_ranks_is_training_in_one_process",
+        ),
+    ),
+    *mutations_of(
+        "tasks/prior.py",
+        "test_evaluation.py",
+        ("validation nats as bits", "bits = nats / math.log(2)", "bits = nats", PRIOR),
+        (
+            "training nats as bits",
+            'self.log("train/bits_per_code", nats / math.log(2))',
+            'self.log("train/bits_per_code", nats)',
+            PRIOR_STEP,
+        ),
+        (
+            "constant accuracy",
+            'f"{split}/accuracy": (logits.argmax(1) == codes).float().mean()',
+            'f"{split}/accuracy": 0.5',
+            PRIOR,
+        ),
+        (
+            "smoothed nats in training",
+            "nats = F.cross_entropy(logits, codes)\n                accuracy",
+            "nats = loss\n                accuracy",
+            PRIOR_STEP,
+        ),
+    ),
+    *mutations_of(
+        "tasks/optimization.py",
+        "test_tasks.py",
+        (
+            "cosine upside down",
+            "(1 + math.cos(math.pi * done)) / 2",
+            "(1 - math.cos(math.pi * done)) / 2",
+            "test_schedule_rises_and_falls_along_a_cosine",
+        ),
+    ),
+    *mutations_of(
+        "data/images.py",
+        "test_data.py",
+        (
+            "variance of test images",
+            "self._take_levels(train.images",
+            "self._take_levels(test.images",
+            ERRORS,
+        ),
+        (
+            "ranks train on the same part",
+            "first = number * self.batch_size + self.rank * local",
+            "first = number * self.batch_size",
+            "test_ranks_share_one_global_batch",
+        ),
+        (
+            "one order for all epochs",
+            '"order", self.epoch)',
+            '"order")',
+            "test_each_epoch_has_its_own_order_and_a_seed_repeats_it",
+        ),
+        (
+            "validated images are trained on",
+            "return order[taken:].sort()",
+            "return order.sort()",
+            "test_flat_folder_is_split_without_overlap",
+        ),
+        (
+            "flips upside down",
+            "images.flip(-1)",
+            "images.flip(-2)",
+            "test_flips_mirror_about_half_of_the_training_images",
+        ),
+        (
+            "a batch of one is none",
+            "self.data[rows.numpy()]",
+            "self.data[rows]",
+            "test_a_batch_of_one_row_is_a_batch",
+        ),
+    ),
+    *mutations_of(
+        "data/codes.py",
+        "test_data.py",
+        (
+            "batches over each other",
+            "codes.seek(row * encoded[0].nbytes)",
+            "codes.seek(0)",
+            "test_stored_codes_are_the_encoders_in_order",
+        ),
+        (
+            "codes of another network",
+            "if found.get(key) != value:",
+            "if key not in found:",
+            "test_damaged_or_foreign_codes_are_refused",
+        ),
+        (
+            "histogram of test codes",
+            'rows = self.datasets["train"].data',
+            'rows = self.datasets["test"].data',
+            USE,
+        ),
+    ),
+    *mutations_of(
+        "evaluation.py",
+        "test_evaluation.py",
+        ("constant ssim", "cast(Tensor, ssim.compute()).item()", "0.9", ERRORS),
+        (
+            "psnr per image of the mean error",
+            "float(all_reduce(psnr_sum)) / len(codes.datasets[split])",
+            "-10 * math.log10(error)",
+            ERRORS,
+        ),
+        (
+            "nmse over the variance of another scale",
+            "error / codes.images.pixel_variance",
+            "error / (4 * codes.images.pixel_variance)",
+            ERRORS,
+        ),
+        (
+            "unrounded error of rounded images",
+            "unrounded.update(((decoded + 1) / 2).contiguous(), truth)",
+            "unrounded.update(rounded, truth)",
+            ERRORS,
+        ),
+        (
+            "perplexity of the last batch",
+            "usage.update(grid)",
+            "usage.reset() or usage.update(grid)",
+            USE,
+        ),
+        (
+            "constant perplexity of batches",
+            '{"perplexity_batch32": sum(batch_perplexities) / len(batch_perplexities)}',
+            '{"perplexity_batch32": 1.0}',
+            USE,
+        ),
+        (
+            "dead codes of the evaluated split",
+            "float((codes.histogram() == 0).sum())",
+            'float(used["dead_codes"])',
+            USE,
+        ),
+        (
+            "entropy in nats",
+            'float(used["entropy_bits"])',
+            "entropy_nats(usage.counts).item()",
+            USE,
+        ),
+        (
+            "scale fitted on test images",
+            '_pairs(codes, "val", device, "fitting the scale", limit)',
+            '_pairs(codes, "test", device, "fitting the scale", limit)',
+            BITS,
+        ),
+        (
+            "constant unigram nats",
+            '"unigram_nats_per_code": per_code["unigram"]',
+            '"unigram_nats_per_code": 2.5',
+            BITS,
+        ),
+        (
+            "position nats of the unigram",
+            "chosen = by_position.expand(len(grid), -1, -1, -1).gather(1, grid[:, None])",
+            "chosen = unigram[grid]",
+            BITS,
+        ),
+        ("nats printed as bits", '"bits_per_code": nats / LN2', '"bits_per_code": nats', BITS),
+        (
+            "total without the codes",
+            '"total_bits_per_dim"] = pixels + rate * nats',
+            '"total_bits_per_dim"] = pixels',
+            BITS,
+        ),
+        (
+            "judge trained on test images",
+            "    data = copy.copy(images)\n",
+            '    data = copy.copy(images)\n    data.datasets = {"train": data.datasets["test"]}\n',
+            "test_the_judge_learns_from_training_images_alone",
+        ),
+        (
+            "constant real accuracy",
+            '"real_accuracy": right["real"] / done,',
+            '"real_accuracy": 0.5,',
+            JUDGE,
+        ),
+        (
+            "constant reconstruction accuracy",
+            '"reconstruction_accuracy": right["reconstruction"] / done,',
+            '"reconstruction_accuracy": 0.5,',
+            JUDGE,
+        ),
+        ("constant sample accuracy", 'right["sample"] / len(samples)', "0.5", JUDGE),
+        (
+            "constant distance of reconstructions",
+            '{"reconstruction_fid": float(distance.compute())}',
+            '{"reconstruction_fid": 1.0}',
+            JUDGE,
+        ),
+        (
+            "constant distance of samples",
+            '"sample_fid": float(distance.compute())',
+            '"sample_fid": 1.0',
+            JUDGE,
+        ),
+        ("samples judged with the reconstructions", "    distance.reset()\n", "", JUDGE),
+        (
+            "nearest image of the last batch",
+            "closer = distance < best",
+            "closer = distance < math.inf",
+            "test_the_nearest_image_is_that_of_a_full_search",
+        ),
+    ),
+    *mutations_of(
+        "evaluate.py",
+        "test_evaluation.py",
+        (
+            "errors of another split",
+            "reconstruction_metrics(found.codes, cfg.split, device)",
+            'reconstruction_metrics(found.codes, "test", device)',
+            "test_the_command_measures_the_split_it_names",
+        ),
+        (
+            "likelihoods of another split",
+            "likelihood_metrics(found.codes, found.prior, cfg.split, device)",
+            'likelihood_metrics(found.codes, found.prior, "test", device)',
+            "test_the_command_measures_the_split_it_names",
+        ),
+    ),
+    *mutations_of(
+        "callbacks.py",
+        "test_callbacks.py",
+        (
+            "always warned of collapse",
+            "self._below + 1 if use < self.threshold else 0",
+            "self._below + 1",
+            "test_collapse_is_told_once_after_patience_with_what_to_change",
+        ),
+        (
+            "configs never differ",
+            "            if differing:",
+            "            if not first:",
+            "test_ranks.py::test_a_rank_with_another_config_is_named",
+        ),
+        (
+            "codebooks never differ",
+            "if len(set(gathered(digest))) > 1:",
+            "if len(set(gathered(digest))) > 2:",
+            "test_ranks.py::test_ranks_with_different_codebooks_stop_the_run",
+        ),
+    ),
+    *mutations_of(
+        "train.py",
+        "test_tasks.py",
+        (
+            "a resumed run starts over",
+            "ckpt_path=whole_checkpoint(last)",
+            "ckpt_path=None",
+            "test_the_same_command_goes_on_with_an_unfinished_run",
+        ),
+    ),
+    *mutations_of(
+        "pictures.py",
+        "test_pipeline.py",
+        (
+            "black pictures",
+            "levels = to_uint8(images.detach().cpu())",
+            "levels = to_uint8(images.detach().cpu()) * 0",
+            "test_pictures_show_the_samples_and_images_above_their_reconstructions",
+        ),
+    ),
+    *mutations_of(
+        "launch.py",
+        "test_launchers.py",
+        (
+            "any number of ranks",
+            "if devices * nodes != self.world or per_node != [devices]:",
+            "if devices < 1:",
+            "test_ranks_that_the_trainer_does_not_count_are_refused",
+        ),
+        (
+            "a job script waits for ranks",
+            'int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) == 1:',
+            '"SLURM_NTASKS" not in os.environ:',
+            "test_a_job_script_without_srun_waits_for_nobody",
+        ),
+    ),
+)
+
+
+def copied(target: Path) -> None:
+    """Copy what git tracks or would track into `target`."""
+    listed = subprocess.run(
+        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT,
+        capture_output=True,
+        check=True,
+    )
+    for name in filter(None, listed.stdout.decode().split("\0")):
+        if (ROOT / name).is_file():
+            (target / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, target / name)
+
+
+def run_tests(tree: Path, tests: tuple[str, ...]) -> tuple[bool, str]:
+    """Run the named tests in `tree`, in a process of their own.
+
+    Returns:
+        Whether they passed, and the end of what pytest printed.
+
+    Raises:
+        RuntimeError: If pytest cannot find or run them.
+    """
+    with tempfile.NamedTemporaryFile("r", errors="replace") as log:
+        process = PROCESSES.Process(target=pytest_in, args=(str(tree), tests, log.name))
+        process.start()
+        process.join(SECONDS)
+        if process.is_alive():
+            process.kill()
+            return False, f"more than {SECONDS} s"
+        said = "\n".join(log.read().strip().splitlines()[-15:])
+    if process.exitcode not in (0, 1):
+        raise RuntimeError(f"pytest cannot run {' '.join(tests)}:\n{said}")
+    return process.exitcode == 0, said
+
+
+def pytest_in(tree: str, tests: tuple[str, ...], log: str) -> None:
+    """End this process with the status of pytest, whose output goes to `log`."""
+    import pytest
+
+    with open(log, "w") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    os.chdir(tree)
+    # Before the installed package, which is the tree that is left alone; here and in subprocesses.
+    sys.path.insert(0, tree)
+    # COLD_PYTHON: the tests' own way to start processes quickly costs more than it saves here.
+    os.environ.update(PYTHONPATH=tree, PYTHONDONTWRITEBYTECODE="1", COLD_PYTHON="1")
+    sys.dont_write_bytecode = True
+    nodes = [f"tests/{test}" for test in tests]
+    sys.exit(pytest.main(["-x", "-q", "-p", "no:cacheprovider", *nodes]))
+
+
+def survivors(mutations: list[Mutation], tree: Path, console: Console) -> list[Mutation]:
+    """Try each mutation in `tree` and print the table of what came of it.
+
+    Raises:
+        RuntimeError: If the tests fail without any mutation.
+    """
+    tests = tuple(dict.fromkeys(test for mutation in mutations for test in mutation.tests))
+    passed, said = run_tests(tree, tests)
+    if not passed:
+        raise RuntimeError(f"the tests fail before any mutation:\n{said}")
+    table = Table("mutation", "outcome", "seconds", "tests")
+    found = []
+    for mutation in mutations:
+        start = time.perf_counter()
+        text = mutation.apply(tree)
+        try:
+            passed, _ = run_tests(tree, mutation.tests)
+        finally:
+            (tree / PACKAGE / mutation.file).write_text(text)
+        seconds = f"{time.perf_counter() - start:.0f}"
+        outcome = "survived" if passed else "caught"
+        console.print(f"{mutation.name}: {outcome} ({seconds} s)", highlight=False)
+        if passed:
+            found.append(mutation)
+            outcome = f"survived: {mutation.survives or 'nobody knows why'}"
+        table.add_row(mutation.name, outcome, seconds, "\n".join(mutation.tests))
+    console.print(table)
+    console.print(f"{len(mutations) - len(found)} of {len(mutations)} caught")
+    return found
+
+
+def main() -> int:
+    """Run the mutations that the command line names, or all of them."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="mutations whose name has NAME")
+    parser.add_argument("--list", action="store_true", help="print the names, and run nothing")
+    given = parser.parse_args()
+    chosen = [m for m in MUTATIONS if not given.only or any(n in m.name for n in given.only)]
+    console = Console()
+    if given.list:
+        for mutation in chosen:
+            console.print(mutation.name, highlight=False)
+        return 0
+    with tempfile.TemporaryDirectory() as folder:
+        tree = Path(folder)
+        copied(tree)
+        try:
+            found = survivors(chosen, tree, console)
+        except (RuntimeError, ValueError) as error:
+            console.print(f"error: {error}", highlight=False, markup=False)
+            return 1
+    return int(len(found) > MOST_SURVIVORS)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

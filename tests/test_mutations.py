@@ -1,0 +1,44 @@
+"""The list of mutations fits the code, so that experiments/mutations.py runs when it is asked."""
+
+import ast
+import importlib.util
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+spec = importlib.util.spec_from_file_location("mutations", ROOT / "experiments/mutations.py")
+assert spec is not None
+assert spec.loader is not None
+mutations = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(mutations)
+
+
+@pytest.mark.parametrize("mutation", mutations.MUTATIONS, ids=lambda mutation: mutation.name)
+def test_each_mutation_replaces_one_text_by_code_and_names_tests_that_there_are(mutation, tmp_path):
+    path = Path(mutations.PACKAGE) / mutation.file
+    copy = tmp_path / path
+    copy.parent.mkdir(parents=True)
+    copy.write_text((ROOT / path).read_text())
+    before = mutation.apply(tmp_path)
+    assert ast.dump(ast.parse(before)) != ast.dump(ast.parse(copy.read_text()))
+    for test in mutation.tests:
+        file, _, name = test.partition("::")
+        assert f"\ndef {name}(" in (ROOT / "tests" / file).read_text(), test
+
+
+def test_a_text_that_is_gone_is_an_error(tmp_path):
+    gone = mutations.MUTATIONS[0]._replace(old="no such text")
+    path = tmp_path / mutations.PACKAGE / gone.file
+    path.parent.mkdir(parents=True)
+    path.write_text("x = 1\n")
+    with pytest.raises(ValueError, match="occurs 0 times"):
+        gone.apply(tmp_path)
+
+
+def test_there_are_some_sixty_with_names_of_their_own():
+    counted = Counter(mutation.name for mutation in mutations.MUTATIONS)
+    assert max(counted.values()) == 1
+    assert len(counted) >= 60
+    assert sum(bool(mutation.survives) for mutation in mutations.MUTATIONS) <= 3
