@@ -4,7 +4,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -50,13 +50,74 @@ def devices_for(accelerator: str, count: int | str) -> list[torch.device]:
     return [torch.device("cuda", number) for number in range(count)]
 
 
-def available_memory() -> int:
-    """Bytes that Linux could give to a new process; elsewhere 16 GiB."""
-    found = Path("/proc/meminfo")
-    for line in found.read_text().splitlines() if found.is_file() else ():
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
-    return 2**34
+def available_memory(root: Path = Path("/")) -> int:
+    """Bytes that Linux could give to a new process; elsewhere 16 GiB.
+
+    The smallest of what the machine has available and what the control groups of this process, as
+    set by a container or a scheduler, leave of their limits.
+
+    Args:
+        root: Folder that holds `proc` and `sys`.
+    """
+    rooms = [_lines(root / "proc/meminfo").get("MemAvailable:", 2**34 // 1024) * 1024]
+    for groups, files in _control_groups(root):
+        rooms += [room for group in groups if (room := _room(group, files)) is not None]
+    return min(rooms)
+
+
+class _GroupFiles(NamedTuple):
+    """Names of a control group's files, and of a count in the last of them."""
+
+    limit: str
+    used: str
+    cache: str
+
+
+_GROUPS_V1 = _GroupFiles("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+_GROUPS_V2 = _GroupFiles("memory.max", "memory.current", "inactive_file")
+
+
+def _control_groups(root: Path) -> Iterator[tuple[list[Path], _GroupFiles]]:
+    """Folders of the groups that this process is in, from the inmost to the root, by version."""
+    try:
+        lines = (root / "proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if not controllers:
+            # `unified` where both versions are mounted.
+            mounts, files = ["sys/fs/cgroup", "sys/fs/cgroup/unified"], _GROUPS_V2
+        elif "memory" in controllers.split(","):
+            mounts, files = ["sys/fs/cgroup/memory"], _GROUPS_V1
+        else:
+            continue
+        # In a container the path may be the host's and the mount begin within it: what is not
+        # there has no limit to read.
+        inmost = Path(path.lstrip("/"))
+        for mount in mounts:
+            yield [root / mount / group for group in (inmost, *inmost.parents)], files
+
+
+def _room(group: Path, files: _GroupFiles) -> int | None:
+    """Bytes that the group may still take; None without a limit."""
+    try:
+        limit = int((group / files.limit).read_text())  # "max" in version 2: no limit
+        used = int((group / files.used).read_text())
+    except (OSError, ValueError):
+        return None
+    # Files that were read long ago count as used, but make room for whoever needs it.
+    reclaimable = _lines(group / "memory.stat").get(files.cache, 0)
+    return max(0, limit - used + reclaimable)
+
+
+def _lines(path: Path) -> dict[str, int]:
+    """The numbers in a file of names and numbers; none if there is no such file."""
+    try:
+        words = [line.split() for line in path.read_text().splitlines()]
+    except OSError:
+        return {}
+    return {word[0]: int(word[1]) for word in words if len(word) > 1}
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:

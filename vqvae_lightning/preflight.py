@@ -1,6 +1,7 @@
 """What a run is going to be, before its first step: sizes, memory, data, and what cannot work."""
 
 import copy
+import math
 import os
 import shutil
 from pathlib import Path
@@ -17,6 +18,7 @@ from vqvae_lightning.errors import InputError, Key, below, check_positive, check
 from vqvae_lightning.launch import ranks_wanted
 from vqvae_lightning.networks.autoencoder import VQVAE
 from vqvae_lightning.networks.pixelcnn import PixelCNN
+from vqvae_lightning.quantizers import VectorQuantizer
 from vqvae_lightning.results import direction
 
 PROBED = 2  # images in the batch on which activations are measured
@@ -143,28 +145,42 @@ def survey(cfg: Any, net: nn.Module, data: StageDataModule, optimizer_states: fl
     states = sum(p.numel() * p.element_size() for p in net.parameters() if p.requires_grad)
     optimizer = round(states * optimizer_states)
     averages = cfg.callbacks.average is not None if "average" in cfg.callbacks else False
-    fixed = weights * (2 if averages else 1) + optimizer + states * (2 if world > 1 else 1)
+    pool = _pool(net)
+    fixed = weights * (2 if averages else 1) + optimizer + states * (2 if world > 1 else 1) + pool
     local = batch // world
     step = batch * cfg.trainer.accumulate_grad_batches
-    running = local * _activations(net, data, cfg.trainer.precision)
-    room, where = _room(device, ranks)
+    training = local * _activations(net, data, cfg.trainer.precision)
+    evaluated = min(data.eval_batch_size, max(sizes["val"], sizes["test"]))
+    validating = -(-evaluated // world) * _logits(net, data)
+    running = max(training, validating)
+    held = images.memory  # type: ignore[attr-defined]
+    free_memory = available_memory()
+    copies = held * (ranks - 1)  # this process has its own already
+    room, where = _room(device, ranks, max(0, free_memory - copies))
+    if copies > free_memory:
+        warnings.append(
+            f"the images take {_size(held)} in each of {ranks} processes, and this machine has "
+            f"{_size(free_memory)} left for them."
+        )
     if fixed > room:
         raise InputError(
             f"weights, gradients and optimizer take {_size(fixed)}, but {where} has "
             f"{_size(room)}: choose a smaller model.net.hidden, channels or num_codes."
         )
     if fixed + running > room:
+        larger = data.batch_size_key if training >= validating else "dataset.eval_batch_size"
         warnings.append(
             f"about {_size(fixed + running)} are needed and {where} has {_size(room)}: choose a "
-            f"smaller {data.batch_size_key}, or more devices."
+            f"smaller {larger}, or more devices."
         )
     checkpoint = weights * (2 if averages else 1) + optimizer
+    largest = checkpoint + pool  # within the warm-up
     free = shutil.disk_usage(_existing(Path(cfg.folder))).free
     # Those that are there already, of a run that goes on, will be replaced.
     written = sum(path.stat().st_size for path in Path(cfg.folder, "checkpoints").glob("*.ckpt"))
-    if CHECKPOINTS * checkpoint > free + written:
+    if CHECKPOINTS * largest > free + written:
         raise InputError(
-            f"{CHECKPOINTS} checkpoints of {_size(checkpoint)} do not fit into the {_size(free)} "
+            f"{CHECKPOINTS} checkpoints of {_size(largest)} do not fit into the {_size(free)} "
             f"that are free at {cfg.folder}: set hydra.run.dir to another disk."
         )
     steps = cfg.trainer.max_steps
@@ -179,7 +195,7 @@ def survey(cfg: Any, net: nn.Module, data: StageDataModule, optimizer_states: fl
         "codes": codes,
         "data": f"{sizes['train']:,} train, {sizes['val']:,} val, {sizes['test']:,} test images of "
         f"{'x'.join(map(str, shape))}, {len(images.class_names) or 'no'} classes, fingerprint "  # type: ignore[attr-defined]
-        f"{images.fingerprint}",  # type: ignore[attr-defined]
+        f"{images.fingerprint}, " + (f"{_size(held)} in memory" if held else "read as a stream"),  # type: ignore[attr-defined]
         "length": f"{steps:,} steps, {steps * step / sizes['train']:.1f} epochs"
         if steps > 0
         else f"{cfg.trainer.max_epochs} epochs",
@@ -258,6 +274,26 @@ def _activations(net: nn.Module, data: StageDataModule, precision: str) -> int:
     return sum(kept.values()) // PROBED
 
 
+def _pool(net: nn.Module) -> int:
+    """Bytes of the vectors that the warm-up gathers for the first codebook, at most."""
+    quantizer = getattr(net, "quantizer", None)
+    if not isinstance(quantizer, VectorQuantizer):
+        return 0
+    vector = quantizer.code_dim * quantizer.codebook.element_size() + 8  # and a random number
+    return quantizer.pool_rows * vector
+
+
+def _logits(net: nn.Module, data: StageDataModule) -> int:
+    """Bytes per image of a prior's logits in validation; twice, for the loss takes their logarithm.
+
+    Training keeps its own, which `_activations` counts.
+    """
+    if not isinstance(net, PixelCNN):
+        return 0
+    assert isinstance(data, CodesDataModule)
+    return 2 * 4 * net.num_codes * math.prod(data.grid)
+
+
 def _device(trainer: Any, ranks: int) -> str:
     """Name of a device, and whether there are as many and they have the precision.
 
@@ -291,10 +327,10 @@ def _cpp_compiler() -> str | None:
     return next((name for name in names if shutil.which(name)), None)
 
 
-def _room(device: str, ranks: int) -> tuple[int, str]:
+def _room(device: str, ranks: int, free_memory: int) -> tuple[int, str]:
     """Bytes for each rank, and of what."""
     if device == "cpu" or not torch.cuda.is_available():
-        return available_memory() // ranks, "this machine (a rank's share)"
+        return free_memory // ranks, "this machine (a rank's share)"
     return torch.cuda.mem_get_info()[1], device
 
 

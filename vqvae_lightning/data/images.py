@@ -241,6 +241,7 @@ class PixelDataModule(StageDataModule):
         class_names: Empty without labels.
         fingerprint: 16 hexadecimal digits that change with any image, label or split.
         pixel_variance: Of all values of the training images, in [0, 1]: the divisor of NMSE.
+        memory: Bytes that the images take in each process; 0 where they are read as a stream.
     """
 
     size_key = "dataset.source.size"  # in the config of a stage
@@ -248,6 +249,7 @@ class PixelDataModule(StageDataModule):
     class_names: list[str]
     fingerprint: str
     pixel_variance: float
+    memory: int = 0
 
     def __init__(
         self, batch_size: int, eval_batch_size: int, flip: bool, val_share: float, seed: int
@@ -349,6 +351,7 @@ class ImageDataModule(PixelDataModule):
         self.class_names = splits.class_names
         carved = f"{self.val_share} {self.split_seed}" if None in splits[:3] else ""
         self.fingerprint = splits._replace(class_names=[*splits.class_names, carved]).fingerprint()
+        self.memory = sum(split.images.nbytes for split in (train, val, test))
         channels, height, width = train.images.shape[1:]
         self.image_shape = channels, height, width
         self._take_levels(train.images.flatten().bincount(minlength=256))
