@@ -147,7 +147,7 @@ def started(name: str, cfg: Any) -> Any:
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
 
-    from vqvae_lightning.results import checkout_commit
+    from vqvae_lightning.results import SECONDS, checkout_commit
 
     hydra = HydraConfig.get()
     check_range("seed", cfg.seed, 0)
@@ -162,6 +162,8 @@ def started(name: str, cfg: Any) -> Any:
         cfg.commit = checkout_commit()
         note_foreign(cfg)
         if not (Path(cfg.folder) / "config.yaml").is_file():
+            # Left by a command that was interrupted before its run had begun.
+            (Path(cfg.folder) / SECONDS).unlink(missing_ok=True)
             return cfg
         if cfg.resume is None and not requeued:
             raise InputError(
@@ -228,22 +230,27 @@ def load_images(config: Any) -> Any:
     return _set_up(build(config))
 
 
-def images_of(vqvae: Any, trust: Iterable[str]) -> Any:
+def images_of(vqvae: Any, trust: Iterable[str], way_out: str = "restore the data") -> Any:
     """The `PixelDataModule` that a VQ-VAE was trained on, as its checkpoint describes it.
 
     Args:
         vqvae: A `checkpoints.Loaded`.
         trust: Packages that the user trusts.
+        way_out: What the user can do if the data have changed, for the message.
 
     Raises:
-        InputError: If the checkpoint names other code, or no data.
+        InputError: If the checkpoint names other code, or no data, or the data have changed since.
     """
     images = Trust("the VQ-VAE's checkpoint", trust, DATA).build(
         vqvae.config.get("dataset"), "dataset"
     )
     if not hasattr(images, "prepare_data"):
         raise InputError("the VQ-VAE's checkpoint names no data: give dataset=NAME.")
-    return _set_up(images)
+    _set_up(images)
+    known = vqvae.config.get("data_fingerprint")  # older checkpoints have none
+    what = "the VQ-VAE's checkpoint was trained on"
+    require_same_data(images, known, vqvae.config["dataset"], what, way_out)
+    return images
 
 
 def _set_up(images: Any) -> Any:
@@ -251,6 +258,35 @@ def _set_up(images: Any) -> Any:
         images.prepare_data()
         images.setup()
     return images
+
+
+def require_same_data(
+    images: Any, known: str | None, dataset: Any, what: str, way_out: str
+) -> None:
+    """Refuse data that have changed since a run or a checkpoint was made from them.
+
+    Args:
+        images: The `PixelDataModule` as it is now, set up.
+        known: Fingerprint of the data then; None if it was not stored, as in older runs.
+        dataset: Config of the data set.
+        what: Start of the message: what was made from the data.
+        way_out: What the user can do, for the message.
+
+    Raises:
+        InputError: If the fingerprints differ.
+    """
+    if known in (None, images.fingerprint):
+        return
+    source = dataset.get("source") or {}
+    places = {
+        **{f"dataset.source.{key}": source.get(key) for key in ("path", "root")},
+        **{f"dataset.{key}": dataset.get(key) for key in ("root", "train")},
+    }
+    key, place = next(((k, v) for k, v in places.items() if v), ("dataset", "the bundled images"))
+    raise InputError(
+        f"{what} data with fingerprint {known}, but {key}={place} now has "
+        f"{images.fingerprint}: {way_out}."
+    )
 
 
 def codes_of(images: Any, vqvae: Any, path: Path, cfg: Any, batch_size: int) -> Any:
@@ -294,7 +330,9 @@ def _told_to_stop() -> Iterator[None]:
     if "SUBMITIT_EXECUTOR" in os.environ or threading.current_thread() != threading.main_thread():
         yield
         return
-    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGUSR2)}
+    # Windows has no SIGUSR2.
+    wanted = [getattr(signal, name) for name in ("SIGTERM", "SIGUSR2") if hasattr(signal, name)]
+    before = {number: signal.signal(number, stop) for number in wanted}
     try:
         yield
     finally:

@@ -44,8 +44,9 @@ from vqvae_lightning.pictures import code_maps, grid, pairs
 from vqvae_lightning.progress import RateColumn, console
 from vqvae_lightning.quantizers import GaussianBottleneck, VectorQuantizer
 from vqvae_lightning.randomness import stream_seed
-from vqvae_lightning.results import direction, read_curves, read_result
+from vqvae_lightning.results import Stopwatch, direction, read_curves, read_result
 
+NOT_ON_WINDOWS = ("SIGUSR1", "SIGUSR2")
 PICTURED = 20  # images in a picture of reconstructions
 AGREE_EVERY = 10  # steps after which several ranks ask each other whether to stop
 
@@ -227,6 +228,23 @@ class SameConfig(Callback):
                 )
 
 
+class KeepTime(Callback):
+    """Keep with each checkpoint how long the stage has taken, for the run that resumes from it.
+
+    Args:
+        watch: Stopwatch of the stage.
+    """
+
+    def __init__(self, watch: Stopwatch) -> None:
+        self.watch = watch
+
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Keep."""
+        self.watch.keep()
+
+
 def _flat(value: Any, place: str = "") -> dict[str, str]:
     """A config's leaves by their full keys."""
     if not isinstance(value, dict):
@@ -353,7 +371,8 @@ class LastCheckpoint(Checkpoint):
     Args:
         path: The checkpoint to write.
         every_n_steps: Optimizer steps between two checkpoints.
-        signals: Names of the signals to stop at.
+        signals: Names of the signals to stop at. Windows lacks SIGUSR1 and SIGUSR2, which are
+            ignored there.
 
     Raises:
         InputError: If `path` does not end in .ckpt, `every_n_steps` is below 1, or there is no
@@ -371,11 +390,11 @@ class LastCheckpoint(Checkpoint):
         self.path = path
         self.every_n_steps = check_positive("every_n_steps", every_n_steps)
         known = signal.Signals.__members__
-        unknown = [name for name in signals if name not in known]
+        unknown = [name for name in signals if name not in known and name not in NOT_ON_WINDOWS]
         if unknown:
             said = f"={unknown} must be names of signals, such as SIGUSR1."
             raise InputError(Key("signals"), said)
-        self.signals = [known[name] for name in signals]
+        self.signals = [known[name] for name in signals if name in known]
         self._asked = 0  # the signal's number
         self._agreed = False  # that all ranks stop now
         self._answer: Reading | None = None  # of all ranks, on its way

@@ -1,6 +1,5 @@
 """vqvae-evaluate: figures of finished checkpoints on a held-out split."""
 
-import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -81,7 +80,8 @@ def subject(cfg: Any, images: Any = None) -> Subject:
         prior = loaded.net
         vqvae_path = Path(cfg.vqvae_checkpoint or loaded.config["vqvae_checkpoint"])
     if images is None:
-        images = load_images(cfg.dataset) if cfg.dataset else images_of(vqvae, cfg.trust)
+        way_out = "restore the data, or name with dataset= those to evaluate on"
+        images = load_images(cfg.dataset) if cfg.dataset else images_of(vqvae, cfg.trust, way_out)
     if prior is not None and prior.num_classes and prior.num_classes < images.num_classes:
         raise InputError(
             f"the data have {images.num_classes} classes and the prior {prior.num_classes}: choose "
@@ -129,6 +129,18 @@ def evaluate(cfg: Any, images: Any = None) -> dict[str, Any]:
         InputError: If a checkpoint or the data cannot be used, or a prior belongs to another
             VQ-VAE.
     """
+    from vqvae_lightning.results import read_result, timed
+
+    folder = Path(cfg.folder)
+    finished = read_result(folder)
+    if finished is not None:
+        return finished
+    with timed(folder) as watch:
+        return _evaluated(cfg, images, watch)
+
+
+def _evaluated(cfg: Any, images: Any, watch: Any) -> dict[str, Any]:
+    """Do what `evaluate` does, timed by a `results.Stopwatch`."""
     import numpy as np
     import pytorch_lightning as pl
     import torch
@@ -141,13 +153,9 @@ def evaluate(cfg: Any, images: Any = None) -> dict[str, Any]:
     from vqvae_lightning.networks.autoencoder import from_uint8
     from vqvae_lightning.pictures import pairs, save_png
     from vqvae_lightning.randomness import stream_seed
-    from vqvae_lightning.results import read_result, write_config, write_result
+    from vqvae_lightning.results import write_config, write_result
 
     folder = Path(cfg.folder)
-    finished = read_result(folder)
-    if finished is not None:
-        return finished
-    start = time.perf_counter()
     check_evaluation(cfg)
     pl.seed_everything(stream_seed(cfg.seed, "judge") % 2**32, workers=True, verbose=False)
     found = subject(cfg, images)
@@ -204,7 +212,7 @@ def evaluate(cfg: Any, images: Any = None) -> dict[str, Any]:
         named,
         seed=cfg.seed,
         commit=cfg.commit,
-        seconds=time.perf_counter() - start,
+        seconds=watch.seconds,
         split=cfg.split,
         images=len(codes.datasets[cfg.split]),
         samples=0 if prior is None else cfg.num_samples,

@@ -1,7 +1,6 @@
 """vqvae-pipeline, the main job: from real images to new images, each stage resumable."""
 
 import shutil
-import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -55,7 +54,7 @@ def stage_configs(cfg: Any) -> dict[str, Any]:
         "trust",
         "foreign",
     )
-    training = ("dataset", "logger", "model", "trainer", "callbacks", "monitor")
+    training = ("dataset", "data_fingerprint", "logger", "model", "trainer", "callbacks", "monitor")
     configs: dict[str, Any] = {}
     for name in STAGES[:-1]:
         if (folder / name / "config.yaml").is_file():
@@ -71,7 +70,7 @@ def stage_configs(cfg: Any) -> dict[str, Any]:
         assert isinstance(whole, dict)
         stage = {key: whole[key] for key in common}
         if name in ("vqvae", "prior"):
-            stage |= {key: whole[key] for key in training}
+            stage |= {key: whole[key] for key in training if key in whole}
             stage |= whole["prior"] if name == "prior" else {}
         else:
             stage |= {
@@ -169,10 +168,9 @@ def run_pipeline(cfg: Any) -> dict[str, Any]:
     from vqvae_lightning.configs import note_foreign
     from vqvae_lightning.evaluate import evaluate
     from vqvae_lightning.progress import console
-    from vqvae_lightning.report import write_report
-    from vqvae_lightning.results import read_result, replacing, write_config, write_result
+    from vqvae_lightning.results import read_result, timed, write_config
     from vqvae_lightning.sample import draw
-    from vqvae_lightning.train import train
+    from vqvae_lightning.train import keep_fingerprint, train
 
     folder = Path(cfg.folder)
     note_foreign(cfg)
@@ -180,6 +178,7 @@ def run_pipeline(cfg: Any) -> dict[str, Any]:
     images = None
     if any(read_result(folder / name) is None for name in ("vqvae", "prior", "evaluation")):
         images = load_images(configs["vqvae"].dataset)
+        keep_fingerprint(cfg, images)
         surveys = check_stages(cfg, configs, images)
         if cfg.preflight:
             for name, found in surveys.items():
@@ -200,7 +199,16 @@ def run_pipeline(cfg: Any) -> dict[str, Any]:
         with keys_of(cfg, places[name]) if name in places else nullcontext():
             results[name] = run(configs[name])
         console.print(_line(name, results[name], known), highlight=False, soft_wrap=True)
-    start = time.perf_counter()
+    with timed(folder) as watch:  # its own part: the report
+        return _reported(cfg, results, watch)
+
+
+def _reported(cfg: Any, results: dict[str, dict[str, Any]], watch: Any) -> dict[str, Any]:
+    """Write the report and `result.json` out of the stages' results, timed by a `Stopwatch`."""
+    from vqvae_lightning.report import write_report
+    from vqvae_lightning.results import replacing, write_result
+
+    folder = Path(cfg.folder)
     for stage, picture in (("evaluation", "reconstructions.png"), ("samples", "samples.png")):
         with replacing(folder / picture) as partial:
             shutil.copyfile(folder / stage / picture, partial)
@@ -221,7 +229,7 @@ def run_pipeline(cfg: Any) -> dict[str, Any]:
     # Written before the report, which shows it, and again with the report's own time.
     write_result(folder, metrics, seconds=seconds, **facts)
     write_report(folder)
-    seconds["report"] = time.perf_counter() - start
+    seconds["report"] = watch.seconds
     return write_result(folder, metrics, seconds=seconds, **facts)
 
 
@@ -242,7 +250,6 @@ def _line(name: str, result: dict[str, Any], known: bool) -> str:
 @app("pipeline", parts=STAGES[:-1])
 def main(cfg: Any) -> float | None:
     """From images to new images."""
-    start = time.perf_counter()
     cfg = started("vqvae-pipeline", cfg)
     with stoppable("vqvae-pipeline", cfg):
         result = run_pipeline(cfg)
@@ -251,7 +258,7 @@ def main(cfg: Any) -> float | None:
         return None
     shown = [f"{result['split']}/{key}" for key in HEADLINES]
     short = {key: result["metrics"][key] for key in shown if key in result["metrics"]}
-    took = time.perf_counter() - start
+    took = sum(result["seconds"].values())  # of all parts, if the run was resumed
     title = f"results on {result['images']} {result['split']} images, {took:.0f} s"
     names = ("report.html", "reconstructions.png", "samples.png", "result.json")
     print_result(title, {"metrics": short}, [folder / name for name in names])

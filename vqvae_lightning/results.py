@@ -7,13 +7,18 @@ import platform
 import shlex
 import subprocess
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
+from time import perf_counter
 from typing import Any, Literal, NamedTuple
+
+from vqvae_lightning.errors import InputError
 
 FAILURE = "failure.txt"
 """What a failed job of a sweep leaves: its error, its overrides, and where the code failed."""
+SECONDS = "seconds.json"
+"""What an unfinished run or stage leaves: how long it has taken so far."""
 UNITS = {
     "accuracy": "share of codes predicted",
     "active_dims": "latent channels",
@@ -92,13 +97,57 @@ def replacing(path: Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     yield partial
-    partial.rename(path)
+    partial.replace(path)
 
 
 def write_text(path: Path, text: str) -> None:
     """Replace `path` by a file with `text`."""
     with replacing(path) as partial:
-        partial.write_text(text)
+        partial.write_text(text, encoding="utf-8")  # Windows has another, in which none reads YAML
+
+
+class Stopwatch:
+    """Seconds that a run or stage has taken, over all parts into which it was interrupted.
+
+    Args:
+        folder: Folder of the run or stage, where earlier parts have left their sum.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._path = folder / SECONDS
+        known = self._path.is_file()
+        self._before = float(json.loads(self._path.read_text())["seconds"]) if known else 0.0
+        self._start = perf_counter()
+
+    @property
+    def seconds(self) -> float:
+        """Sum of the earlier parts and of this one until now."""
+        return self._before + perf_counter() - self._start
+
+    def keep(self) -> None:
+        """Write the sum, so that it survives even if this process is killed."""
+        write_text(self._path, json.dumps({"seconds": self.seconds}))
+
+    def forget(self) -> None:
+        """Delete what was kept: the result has the sum."""
+        self._path.unlink(missing_ok=True)
+
+
+@contextmanager
+def timed(folder: Path) -> Iterator[Stopwatch]:
+    """Time the block; if it does not end, keep its seconds for the next part of the same run.
+
+    A block that refuses its input before the run has begun leaves nothing.
+    """
+    watch = Stopwatch(folder)
+    try:
+        yield watch
+    except BaseException as error:
+        if not isinstance(error, InputError) or (folder / "config.yaml").is_file():
+            with suppress(OSError):  # such as a full disk: the first error is what counts
+                watch.keep()
+        raise
+    watch.forget()
 
 
 def write_config(cfg: Any, folder: Path) -> None:
@@ -164,7 +213,7 @@ def read_failure(folder: Path) -> Failure | None:
     path = folder / FAILURE
     if not path.is_file():
         return None
-    error, overrides = path.read_text().split("\n")[:2]
+    error, overrides = path.read_text(encoding="utf-8").split("\n")[:2]
     return Failure(error, shlex.split(overrides))
 
 

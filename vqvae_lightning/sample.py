@@ -1,6 +1,5 @@
 """vqvae-sample: new images out of a prior's checkpoint."""
 
-import time
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +82,18 @@ def draw(cfg: Any) -> dict[str, Any]:
         InputError: If a checkpoint cannot be used, or an option is outside its range.
         Interrupted: After Ctrl-C; what was finished is in `samples.npz`.
     """
+    from vqvae_lightning.results import read_result, timed
+
+    folder = Path(cfg.folder)
+    finished = read_result(folder)
+    if finished is not None:
+        return finished
+    with timed(folder) as watch:
+        return _drawn(cfg, watch)
+
+
+def _drawn(cfg: Any, watch: Any) -> dict[str, Any]:
+    """Do what `draw` does, timed by a `results.Stopwatch`."""
     import numpy as np
     import torch
 
@@ -93,13 +104,9 @@ def draw(cfg: Any) -> dict[str, Any]:
     from vqvae_lightning.launch import started_outside
     from vqvae_lightning.networks.autoencoder import from_uint8
     from vqvae_lightning.pictures import grid, save_png
-    from vqvae_lightning.results import read_result, replacing, write_config, write_result
+    from vqvae_lightning.results import replacing, write_config, write_result
 
     folder = Path(cfg.folder)
-    finished = read_result(folder)
-    if finished is not None:
-        return finished
-    start = time.perf_counter()
     loaded, vqvae = load_pair(cfg.prior_checkpoint, cfg.vqvae_checkpoint, cfg.trust)
     prior = loaded.net
     check_sampling(cfg, prior.num_classes, prior.height, prior.null_label_rate)
@@ -157,7 +164,7 @@ def draw(cfg: Any) -> dict[str, Any]:
         {"images": float(count), "entropy_nats_per_code": float(samples.nats.mean()) / positions},
         seed=cfg.seed,
         commit=cfg.commit,
-        seconds=time.perf_counter() - start,
+        seconds=watch.seconds,
         prior_checkpoint=str(cfg.prior_checkpoint),
         column_classes=chosen if len(chosen) == columns <= count else [],
     )

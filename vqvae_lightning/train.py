@@ -1,6 +1,5 @@
 """vqvae-train: fit one task, test it, return the objective to the sweeper."""
 
-import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,6 +9,7 @@ from vqvae_lightning.app import (
     load_images,
     print_result,
     print_survey,
+    require_same_data,
     started,
     stoppable,
 )
@@ -37,7 +37,7 @@ def train(cfg: Any, images: Any = None) -> dict[str, Any]:
     from vqvae_lightning.configs import note_foreign
     from vqvae_lightning.launch import launched
     from vqvae_lightning.loggers import name_run
-    from vqvae_lightning.results import read_result
+    from vqvae_lightning.results import read_result, timed
 
     # Once, and not at each access: a value that is drawn at random must be the same on all ranks.
     OmegaConf.resolve(cfg)
@@ -53,8 +53,8 @@ def train(cfg: Any, images: Any = None) -> dict[str, Any]:
         print_survey(kind, prepared(cfg, images).survey)
         return {}
     name_run(cfg, kind)
-    with launched(cfg, folder, "vqvae_lightning.further_rank"):
-        return fit(cfg, images)
+    with timed(folder) as watch, launched(cfg, folder, "vqvae_lightning.further_rank"):
+        return fit(cfg, images, watch)
 
 
 def kind_of(cfg: Any) -> str:
@@ -87,6 +87,7 @@ def prepared(cfg: Any, images: Any) -> Stage:
     from vqvae_lightning.loggers import Input
     from vqvae_lightning.randomness import stream_seed
 
+    keep_fingerprint(cfg, images)
     data = images
     facts = {"data_fingerprint": images.fingerprint}
     made_from = Input(f"data-{images.fingerprint}", "dataset", facts)
@@ -140,6 +141,26 @@ def checked(cfg: Any, data: Any) -> tuple[Any, Any]:
     return task, found
 
 
+def keep_fingerprint(cfg: Any, images: Any) -> None:
+    """Fill in which data a run begins on; when it is resumed, see that they are the same.
+
+    Raises:
+        InputError: If they have changed.
+    """
+    from omegaconf import open_dict
+
+    way_out = "restore the data, or begin another run"
+    require_same_data(
+        images,
+        cfg.get("data_fingerprint"),
+        cfg.dataset,
+        f"the run in {cfg.folder} began on",
+        way_out,
+    )
+    with open_dict(cfg):  # the config of an older run lacks the key
+        cfg.data_fingerprint = images.fingerprint
+
+
 def fit_to_codes(cfg: Any, codes: Any) -> None:
     """Fill in a prior's sizes, which the VQ-VAE and the data decide.
 
@@ -172,11 +193,20 @@ def fill_in(cfg: Any, name: str, value: int) -> None:
     cfg.model.net[name] = value
 
 
-def fit(cfg: Any, images: Any = None) -> dict[str, Any]:
-    """One rank's part of `train`; the first one writes."""
+def fit(cfg: Any, images: Any = None, watch: Any = None) -> dict[str, Any]:
+    """One rank's part of `train`; rank 0 writes.
+
+    Args:
+        cfg: Resolved config of the stage.
+        images: The `PixelDataModule` of `cfg.dataset`, if it is set up already.
+        watch: The `results.Stopwatch` of the stage, on rank 0.
+
+    Returns:
+        The contents of `result.json`; empty on the other ranks.
+    """
     import torch
 
-    from vqvae_lightning.callbacks import FinalValidation, SameConfig
+    from vqvae_lightning.callbacks import FinalValidation, KeepTime, SameConfig
     from vqvae_lightning.checkpoints import load, weights_hash
     from vqvae_lightning.configs import build, plain
     from vqvae_lightning.errors import Interrupted
@@ -186,13 +216,13 @@ def fit(cfg: Any, images: Any = None) -> dict[str, Any]:
     from vqvae_lightning.results import write_config, write_result
 
     folder = Path(cfg.folder)
-    start = time.perf_counter()
     images = images or load_images(cfg.dataset)
     trainer = build(
         cfg.trainer,
         callbacks=[
             SameConfig(cfg),
             FinalValidation(),
+            *([] if watch is None else [KeepTime(watch)]),
             *[build(part) for part in cfg.callbacks.values() if part is not None],
         ],
         plugins=[environment()],
@@ -253,7 +283,7 @@ def fit(cfg: Any, images: Any = None) -> dict[str, Any]:
         folder,
         seed=cfg.seed,
         commit=cfg.commit,
-        seconds=time.perf_counter() - start,
+        seconds=watch.seconds,
         metrics={k: float(v) for k, v in scores.items()},
         split="test",
         images=len(data.datasets["test"]),

@@ -40,7 +40,16 @@ COMPARED = (
 CURVES = ("nmse", "perplexity", "codebook_use", "nats_per_code", "accuracy")
 DRAWN, PICTURED = 10, 24  # curves that have a colour, jobs that have a picture: the best ones
 # Keys that say nothing of a choice.
-OWN = ("folder", "command", "commit", "resume", "trust", "foreign", "vqvae_hash")
+OWN = (
+    "folder",
+    "command",
+    "commit",
+    "resume",
+    "trust",
+    "foreign",
+    "vqvae_hash",
+    "data_fingerprint",
+)
 
 
 class Job(NamedTuple):
