@@ -399,7 +399,7 @@ class JoblibLauncher(_JobLauncher):
         gpus = visible_gpus()
         count = self.n_jobs
         if count is None:
-            count = len(gpus) or len(os.sched_getaffinity(0))
+            count = len(gpus) or _usable_cores()
         check_positive("hydra.launcher.n_jobs", count)
         if gpus and count > len(gpus):
             raise InputError(
@@ -468,7 +468,8 @@ def _passing_on(place: Path) -> Iterator[list[int]]:
                 # Not SIGINT, which the terminal has sent to them already.
                 os.kill(int(worker.stem), signal.SIGTERM)
 
-    wanted = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
+    names = ("SIGINT", "SIGTERM", "SIGUSR2")  # Windows lacks the last one
+    wanted = [getattr(signal, name) for name in names if hasattr(signal, name)]
     before = {number: signal.signal(number, pass_on) for number in wanted}
     try:
         yield asked
@@ -492,7 +493,30 @@ def visible_gpus() -> list[str]:
     ]
 
 
+def _usable_cores() -> int:
+    """Cores that this process may use; all of them where, as on macOS, the system does not say."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 _taken: list[Any] = []
+
+
+def _lock(file: Any) -> None:
+    """Lock an open file until this process ends.
+
+    Raises:
+        OSError: If another process has locked it.
+    """
+    if sys.platform == "win32":
+        import msvcrt
+
+        msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+    else:
+        import fcntl
+
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def take_gpus(locks: str, shares: list[list[str]]) -> None:
@@ -507,13 +531,11 @@ def take_gpus(locks: str, shares: list[list[str]]) -> None:
     Raises:
         RankError: If all are taken.
     """
-    import fcntl
-
     for number, share in enumerate(shares):
         file = Path(locks, str(number)).open("w")  # noqa: SIM115  (closed with the process)
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+            _lock(file)
+        except OSError:
             file.close()
             continue
         _taken.append(file)

@@ -63,7 +63,7 @@ def make_shards(cfg: Any) -> str:
             for split in splits:
                 write_shards(split.items, unfinished, split.name, per_shard, advance)
         for path in sorted(unfinished.iterdir()):
-            path.rename(folder / path.name)
+            path.replace(folder / path.name)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
     if class_names:

@@ -279,7 +279,7 @@ def main() -> None:
     if args.markdown is not None:
         partial = args.markdown.with_suffix(".partial")
         partial.write_text("\n".join(lines) + "\n")
-        partial.rename(args.markdown)
+        partial.replace(args.markdown)
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ def main(root: str) -> None:
     names = np.array([name.replace("/Top", "") for name in full.classes])
     partial = TARGET.with_suffix(".partial.npz")
     np.savez_compressed(partial, **arrays, class_names=names)
-    partial.rename(TARGET)
+    partial.replace(TARGET)
     print(f"{TARGET}: {TARGET.stat().st_size / 1e6:.2f} MB")
 
 

@@ -356,8 +356,9 @@ def _sigterm_held() -> Iterator[None]:
 def _start_worker(number: int) -> None:
     """Leave signals to the process that trains: it may want batches until it has saved."""
     torch.set_num_threads(1)  # others that the parent had do not survive a fork
-    for name in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
-        signal.signal(name, signal.SIG_IGN)
+    for name in ("SIGINT", "SIGUSR1", "SIGUSR2"):
+        if hasattr(signal, name):  # Windows has the first one only
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
     if hasattr(signal, "sigwaitinfo"):
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         threading.Thread(target=_end_for_parent, daemon=True).start()
@@ -639,7 +640,7 @@ class ShardDataModule(PixelDataModule):
         if self.classes is None and (_is_remote(shards[0].url) or not beside.is_file()):
             return [str(number) for number in range(top + 1)]
         try:
-            names = path.read_text().split("\n")
+            names = path.read_text(encoding="utf-8").split("\n")
         except (OSError, ValueError) as error:
             raise InputError(Key("classes"), f"={path} cannot be read: {error}") from error
         names = [name.strip() for name in names if name.strip()]

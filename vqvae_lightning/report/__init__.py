@@ -53,7 +53,7 @@ def write_report(folder: Path) -> Path:
         histogram=Markup(figures.histogram(histogram)),
         code_maps=Markup(figures.code_maps(images, codes, histogram)),
         rate=Markup(figures.rate(result["metrics"], split)),
-        config=(folder / "config.yaml").read_text(),
+        config=(folder / "config.yaml").read_text(encoding="utf-8"),
         folder=str(folder),
     )
     path = folder / "report.html"

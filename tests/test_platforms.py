@@ -1,0 +1,124 @@
+"""Without what only Linux has: as far as a Linux can show what macOS and Windows lack."""
+
+import os
+import signal
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+from conftest import compose
+
+from vqvae_lightning import app, claims, launchers
+from vqvae_lightning.callbacks import LastCheckpoint
+from vqvae_lightning.claims import claimed
+from vqvae_lightning.data import shards
+from vqvae_lightning.errors import InputError, Interrupted
+from vqvae_lightning.results import write_text
+
+
+@pytest.fixture
+def _windows_signals(monkeypatch):
+    """The signals of Windows: neither SIGUSR1 and SIGUSR2, nor masks."""
+    for name in ("SIGUSR1", "SIGUSR2", "pthread_sigmask", "sigwaitinfo"):
+        monkeypatch.delattr(signal, name)
+    known = dict(signal.Signals.__members__)
+    for name in ("SIGUSR1", "SIGUSR2"):
+        known.pop(name)
+    monkeypatch.setattr(signal, "Signals", SimpleNamespace(__members__=known))
+
+
+@pytest.mark.usefixtures("_windows_signals")
+def test_commands_stop_at_the_signals_that_there_are(tmp_path):
+    cfg = compose("vqvae", folder=tmp_path)
+    last = LastCheckpoint("last.ckpt", signals=cfg.callbacks.last.signals)
+    assert last.signals == [signal.SIGINT, signal.SIGTERM]
+    with pytest.raises(InputError, match="SIGNOTHING"):
+        LastCheckpoint("last.ckpt", signals=["SIGNOTHING"])
+    before = signal.getsignal(signal.SIGTERM)
+    with app._told_to_stop():
+        assert signal.getsignal(signal.SIGTERM) != before
+    assert signal.getsignal(signal.SIGTERM) == before
+    with launchers._passing_on(tmp_path) as asked:
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert asked == [signal.SIGTERM]
+
+
+@pytest.mark.usefixtures("_windows_signals")
+def test_workers_of_shards_ignore_the_signals_that_there_are():
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        with shards._sigterm_held():
+            shards._start_worker(0)
+        assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_jobs_side_by_side_without_an_affinity(command, monkeypatch):
+    # As on macOS.
+    monkeypatch.delattr(os, "sched_getaffinity")
+    monkeypatch.setattr(launchers, "visible_gpus", list)
+    seen = []
+
+    def jobs(self, overrides, first):
+        seen.append(overrides)
+        raise Interrupted("enough")
+
+    monkeypatch.setattr(launchers.JoblibLauncher, "jobs", jobs)
+    outcome = command("vqvae-train", "hydra/launcher=joblib", "seed=0,1")
+    assert outcome.status == 130, outcome.err
+    assert len(seen[0]) == 2
+
+
+def test_gpus_are_shared_out_with_the_locks_of_windows(tmp_path, monkeypatch):
+    locked = []
+
+    def locking(file, mode, count):
+        if locked:
+            locked.clear()
+            raise PermissionError
+        locked.append((mode, count))
+
+    monkeypatch.setitem(sys.modules, "msvcrt", SimpleNamespace(LK_NBLCK=2, locking=locking))
+    monkeypatch.setattr(sys, "platform", "win32")
+    monkeypatch.setattr(launchers, "_taken", [])
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    launchers.take_gpus(str(tmp_path), [["4"], ["7"]])
+    assert (locked, os.environ["CUDA_VISIBLE_DEVICES"]) == ([(2, 1)], "4")
+    launchers.take_gpus(str(tmp_path), [["4"], ["7"]])
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "7"
+
+
+def test_on_windows_no_process_is_sent_a_signal_to_see_whether_it_lives(tmp_path, monkeypatch):
+    # There signal 0 is Ctrl-C.
+    monkeypatch.setattr(sys, "platform", "win32")
+    monkeypatch.setattr(claims.os, "kill", lambda *_: pytest.fail("it sent a signal"))
+    with (
+        claimed(tmp_path),
+        pytest.raises(InputError, match=r"if that process has ended.*delete"),
+        claimed(tmp_path),
+    ):
+        pass
+
+
+def test_a_file_that_is_there_is_replaced_without_rename(tmp_path, monkeypatch):
+    # On Windows `rename` refuses a name that exists.
+    monkeypatch.setattr("pathlib.Path.rename", lambda *_: pytest.fail("it renamed"))
+    for text in ("old", "new"):
+        write_text(tmp_path / "file", text)
+    assert (tmp_path / "file").read_text() == "new"
+
+
+def test_files_are_utf8_in_every_locale(tmp_path):
+    job = (
+        "import sys; from pathlib import Path\n"
+        "from vqvae_lightning.results import read_failure, write_failure\n"
+        "write_failure(Path(sys.argv[1]), 'no caf\\u00e9', ['study=\\u00e9'], '')\n"
+        "assert read_failure(Path(sys.argv[1])).error == 'no caf\\u00e9'\n"
+    )
+    ascii_only = {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
+    subprocess.run(
+        [sys.executable, "-c", job, str(tmp_path)], env={**os.environ, **ascii_only}, check=True
+    )
+    assert "café" in (tmp_path / "failure.txt").read_text(encoding="utf-8")
