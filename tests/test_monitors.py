@@ -9,7 +9,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import TINY_VQVAE, compose
-from rich.console import Console
 
 from vqvae_lightning import callbacks, results
 from vqvae_lightning.app import load_images
@@ -266,4 +265,3 @@ def test_without_a_terminal_each_status_is_one_line(toy, tmp_path, monkeypatch):
         ["step", "4/4"],
     ]
     assert all(line.startswith(("warning: ", "vqvae ", "step ")) for line in lines)
-    assert isinstance(callbacks.console, Console)

@@ -3,10 +3,8 @@
 from pathlib import Path
 
 import pytest
-import torch
 from conftest import TINY_VQVAE, compose
 
-from vqvae_lightning import launch
 from vqvae_lightning.app import load_images
 from vqvae_lightning.errors import InputError, Key, below, check_positive, renamed
 from vqvae_lightning.evaluate import check_evaluation, classifier_task
@@ -190,9 +188,8 @@ def test_a_folder_of_shards_may_have_any_name(toy, tmp_path, command):
 
 
 @pytest.mark.parametrize("split", ["val", "test"])
-def test_a_split_with_fewer_images_than_devices_is_refused(split, toy, tmp_path, monkeypatch):
+def test_a_split_with_fewer_images_than_devices_is_refused(split, toy, tmp_path):
     # Lightning stopped at the first validation, of a loader of length zero.
-    monkeypatch.setattr(launch, "device_for", lambda _: torch.device("cpu"), raising=False)
     cfg = compose("vqvae", *toy, *TINY_VQVAE, "trainer.devices=4", folder=tmp_path)
     images = load_images(cfg.dataset)
     few = images.datasets[split]
