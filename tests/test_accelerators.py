@@ -5,7 +5,7 @@ import torch
 from conftest import TINY_VQVAE, compose
 
 from vqvae_lightning import launch
-from vqvae_lightning.train import fit
+from vqvae_lightning.train import train
 
 
 @pytest.fixture
@@ -44,5 +44,5 @@ def test_ranks_on_the_cpu_talk_without_a_gpu(rank):
 @pytest.mark.filterwarnings("ignore:GPU available but not used")
 def test_a_training_on_the_cpu_uses_no_gpu(toy, tmp_path, monkeypatch):
     monkeypatch.setattr(launch, "local_rank", lambda: 1)
-    result = fit(compose("vqvae", *toy, *TINY_VQVAE, folder=tmp_path))
+    result = train(compose("vqvae", *toy, *TINY_VQVAE, folder=tmp_path))
     assert result["peak_gpu_bytes"] is None
