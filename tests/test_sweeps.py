@@ -62,9 +62,10 @@ def test_a_failed_job_is_told_and_stops_no_other(toy, command, tmp_path, monkeyp
         outcome = command("vqvae-train", *sweep, *values)
     assert outcome.status == 1
     told = [line for line in outcome.err.splitlines() if re.match(r"  job \d", line)]
+    refused = "model.optimizer.lr=-1: Invalid learning rate: -1; the default is 0.001."
     assert [re.match(r"  job (\d) .*commitment=(\S+)\): (.*)", line).groups() for line in told] == [
-        ("2", "0.25", "model.optimizer: Invalid learning rate: -1"),
-        ("3", "1.0", "model.optimizer: Invalid learning rate: -1"),
+        ("2", "0.25", refused),
+        ("3", "1.0", refused),
         ("4", "0.25", "RuntimeError: power cut"),
     ]
     assert "3 jobs finished, 3 failed" in outcome.err
@@ -84,7 +85,7 @@ def test_a_failed_job_is_told_and_stops_no_other(toy, command, tmp_path, monkeyp
         }
     chosen = {row["folder"]: (row["model.optimizer.lr"], row["note"]) for row in rows}
     assert chosen["5"] == ("0.002", "")
-    assert chosen["3"] == ("-1", "model.optimizer: Invalid learning rate: -1")
+    assert chosen["3"] == ("-1", refused)
     assert set(rows[0]) - set(result["metrics"]) == {
         *("folder", "state", "objective", "monitor", "seconds", "note"),
         *("model.optimizer.lr", "model.net.quantizer.commitment"),
