@@ -120,7 +120,9 @@ def test_several_nodes_need_a_launcher(toy, command):
     assert outcome.status == 1
     for part in ("trainer.num_nodes=2", "torchrun --nnodes 2", "hydra/launcher=slurm"):
         assert part in outcome.err
-    missing = command("vqvae-train", *toy, "trainer=multinode", "trainer.devices=8")
+    missing = command(
+        "vqvae-train", *toy, "trainer=multinode", "trainer.devices=8", "trainer.accelerator=cpu"
+    )
     assert missing.status == 1
     assert "trainer.num_nodes=None must be" in missing.err
 
