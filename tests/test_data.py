@@ -135,7 +135,7 @@ def test_a_batch_is_one_indexing_operation(tmp_path):
             calls.append(len(rows))
             return self.array[rows]
 
-    data.datasets["train"].data = Watched(data.datasets["train"].data)
+    data.datasets["train"].array = Watched(data.datasets["train"].array)
     next(iter(data.train_dataloader()))
     assert calls == [8]
 

@@ -283,7 +283,7 @@ def test_the_judge_learns_from_training_images_alone():
     data = evaluated.image_data()
     for split, shift in (("train", 0), ("val", 1), ("test", 1)):
         dataset = data.datasets[split]
-        dataset.data = dataset.data.clone() // 4
+        dataset.array = dataset.array.clone() // 4
         for number, label in enumerate(dataset.labels.tolist()):
             dataset.data[number, label] += 160
         dataset.labels = (dataset.labels + shift) % 3

@@ -113,6 +113,13 @@ def test_the_logits_of_a_priors_validation_are_counted(toy, tmp_path, monkeypatc
     assert any("choose a smaller dataset.eval_batch_size" in warning for warning in warnings)
 
 
+def test_mapped_images_that_memory_cannot_hold_are_a_warning(toy, tmp_path, monkeypatch):
+    monkeypatch.setattr(preflight, "_room", lambda *_: (2**40, "anywhere"))
+    monkeypatch.setattr(preflight, "available_memory", lambda: 43_000)
+    (warning,) = surveys(tmp_path, *toy)["vqvae"].warnings
+    assert "the images take 43.2 kB and this machine has 43 kB left" in warning
+
+
 def test_the_vectors_for_the_first_codebook_are_counted(toy, tmp_path, monkeypatch):
     wide = ("model.net.quantizer.code_dim=500", *toy)  # 16 codes, and 16 vectors for each
     without, counted = (
@@ -128,8 +135,12 @@ def test_the_vectors_for_the_first_codebook_are_counted(toy, tmp_path, monkeypat
 
 
 def test_the_images_are_counted_in_every_rank(toy, tmp_path, monkeypatch):
-    survey = surveys(tmp_path, *toy)["vqvae"]
     pixels = (96 + 24 + 30) * 12 * 8 * 3
+    mapped = surveys(tmp_path, *toy)["vqvae"]
+    assert f"{pixels / 1e3:.3g} kB mapped from a file" in mapped.facts["data"]
+    # Without a place for the file.
+    monkeypatch.setattr("vqvae_lightning.data.mapped._folders", lambda *_: [])
+    survey = surveys(tmp_path, *toy)["vqvae"]
     assert f"{pixels / 1e3:.3g} kB in memory" in survey.facts["data"]
     three = (*toy, "trainer.devices=3", "dataset.batch_size=33", "prior.batch_size=33")
     assert surveys(tmp_path, *three)["vqvae"].warnings == []

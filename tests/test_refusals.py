@@ -193,7 +193,7 @@ def test_a_split_with_fewer_images_than_devices_is_refused(split, toy, tmp_path)
     cfg = compose("vqvae", *toy, *TINY_VQVAE, "trainer.devices=4", folder=tmp_path)
     images = load_images(cfg.dataset)
     few = images.datasets[split]
-    few.data, few.labels = few.data[:3], few.labels[:3]
+    few.array, few.labels = few.array[:3], few.labels[:3]
     with pytest.raises(InputError, match=rf"^trainer\.devices=4: the {split} split has 3 images"):
         prepared(cfg, images)
 

@@ -162,6 +162,12 @@ def survey(cfg: Any, net: nn.Module, data: StageDataModule, optimizer_states: fl
             f"the images take {_size(held)} in each of {ranks} processes, and this machine has "
             f"{_size(free_memory)} left for them."
         )
+    mapped = images.mapped  # type: ignore[attr-defined]
+    if mapped > free_memory:
+        warnings.append(
+            f"the images take {_size(mapped)} and this machine has {_size(free_memory)} left: each "
+            "epoch reads them from the disk."
+        )
     if fixed > room:
         raise InputError(
             f"weights, gradients and optimizer take {_size(fixed)}, but {where} has "
@@ -195,7 +201,7 @@ def survey(cfg: Any, net: nn.Module, data: StageDataModule, optimizer_states: fl
         "codes": codes,
         "data": f"{sizes['train']:,} train, {sizes['val']:,} val, {sizes['test']:,} test images of "
         f"{'x'.join(map(str, shape))}, {len(images.class_names) or 'no'} classes, fingerprint "  # type: ignore[attr-defined]
-        f"{images.fingerprint}, " + (f"{_size(held)} in memory" if held else "read as a stream"),  # type: ignore[attr-defined]
+        f"{images.fingerprint}, {_kept(images)}",  # type: ignore[attr-defined]
         "length": f"{steps:,} steps, {steps * step / sizes['train']:.1f} epochs"
         if steps > 0
         else f"{cfg.trainer.max_epochs} epochs",
@@ -272,6 +278,13 @@ def _activations(net: nn.Module, data: StageDataModule, precision: str) -> int:
         output = probe(*inputs)
     del output  # kept until here, so that no storage is counted twice under one address
     return sum(kept.values()) // PROBED
+
+
+def _kept(images: Any) -> str:
+    """How the images are at hand."""
+    if images.mapped:
+        return f"{_size(images.mapped)} mapped from a file"
+    return f"{_size(images.memory)} in memory" if images.memory else "read as a stream"
 
 
 def _pool(net: nn.Module) -> int:

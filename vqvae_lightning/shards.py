@@ -78,14 +78,17 @@ def make_shards(cfg: Any) -> str:
 
 def _from_memory(images: Any) -> list[_Split]:
     """The splits of an `ImageDataModule`."""
+    import torch
+
     from vqvae_lightning.data.shards import png
 
     def items(name: str) -> Iterator[Item]:
-        data, labels = images.datasets[name].data, images.datasets[name].labels
-        for row in _order(name, len(data), images.split_seed):
-            yield "png", png(data[row]), None if labels is None else int(labels[row])
+        split = images.datasets[name]
+        for row in _order(name, len(split), images.split_seed):
+            (image,), labels = split.__getitems__(torch.tensor([row]))
+            yield "png", png(image), None if labels is None else int(labels)
 
-    return [_Split(name, len(data), items(name)) for name, data in images.datasets.items()]
+    return [_Split(name, len(split), items(name)) for name, split in images.datasets.items()]
 
 
 def _from_files(images: Any) -> tuple[list[_Split], list[str]]:

@@ -1,7 +1,8 @@
-"""The LightningDataModule of both stages: images in memory, one indexing operation per batch."""
+"""The LightningDataModule of both stages: one indexing operation per batch of an array."""
 
 from collections.abc import Iterator, Mapping
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol, cast
 
 import pytorch_lightning as pl
@@ -9,7 +10,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from vqvae_lightning.data.sources import Source, Split
+from vqvae_lightning.data import mapped
+from vqvae_lightning.data.sources import Source, rows_per_block
 from vqvae_lightning.devices import to_device
 from vqvae_lightning.distributed import rank_and_world
 from vqvae_lightning.errors import InputError, Key, below, check_positive, check_range
@@ -58,19 +60,32 @@ class SplitDataset(Protocol):
 
 
 class ArrayDataset(Dataset[Batch]):
-    """Rows of an array and their labels; a whole batch is read by one indexing operation."""
+    """Rows of an array and their labels; a whole batch is read by one indexing operation.
 
-    def __init__(self, data: Any, labels: Tensor | None) -> None:
-        self.data = data
-        self.labels = labels
+    Args:
+        array: Images (N, C, H, W) or codes (N, h, w), in memory or mapped from a file.
+        labels: (N,) int64, or None where the set has none.
+        chosen: Rows of the split (n,) int64; None for all.
+    """
+
+    def __init__(self, array: Any, labels: Tensor | None, chosen: Tensor | None = None) -> None:
+        self.array = array
+        self.chosen = chosen
+        self.labels = labels if labels is None or chosen is None else labels[chosen]
 
     def __len__(self) -> int:
-        return len(self.data)
+        return len(self.array if self.chosen is None else self.chosen)
+
+    @property
+    def data(self) -> Any:
+        """All rows; copied where the split is some rows of the array."""
+        return self.array if self.chosen is None else self.array[self.chosen.numpy()]
 
     def __getitems__(self, rows: Tensor) -> Batch:
         """The batch with these rows."""
         # As an array: numpy takes a tensor of one element for a number, and drops a dimension.
-        data = torch.as_tensor(self.data[rows.numpy()])
+        places = rows if self.chosen is None else self.chosen[rows]
+        data = torch.as_tensor(self.array[places.numpy()])
         return Batch(data, None if self.labels is None else self.labels[rows])
 
     def preview(self, count: int) -> Batch:
@@ -241,7 +256,8 @@ class PixelDataModule(StageDataModule):
         class_names: Empty without labels.
         fingerprint: 16 hexadecimal digits that change with any image, label or split.
         pixel_variance: Of all values of the training images, in [0, 1]: the divisor of NMSE.
-        memory: Bytes that the images take in each process; 0 where they are read as a stream.
+        memory: Bytes that the images take in each process.
+        mapped: Bytes of images in files that all processes of the machine share.
     """
 
     size_key = "dataset.source.size"  # in the config of a stage
@@ -250,6 +266,7 @@ class PixelDataModule(StageDataModule):
     fingerprint: str
     pixel_variance: float
     memory: int = 0
+    mapped: int = 0
 
     def __init__(
         self, batch_size: int, eval_batch_size: int, flip: bool, val_share: float, seed: int
@@ -299,7 +316,10 @@ class PixelDataModule(StageDataModule):
 
 
 class ImageDataModule(PixelDataModule):
-    """Images that are held in memory, as uint8.
+    """Images as uint8 arrays, mapped from a file that the processes of a machine share.
+
+    The file is made when a source is first read; see `data.mapped`. A source without a stamp, such
+    as a class of your own, is held in memory.
 
     Args:
         source: Where they come from.
@@ -311,6 +331,8 @@ class ImageDataModule(PixelDataModule):
             split, and for testing where it has no test split either.
         split_seed: Chooses them; not the run's seed, so that all runs see one split.
         seed: Order of the training batches and flips.
+        cache_dir: Folder to store decoded images in, where nothing can be written beside the
+            source's files; None to hold them in memory then.
     """
 
     datasets: dict[str, ArrayDataset]
@@ -324,43 +346,53 @@ class ImageDataModule(PixelDataModule):
         val_share: float = 0.05,
         split_seed: int = 0,
         seed: int = 0,
+        cache_dir: str | None = None,
     ) -> None:
         super().__init__(batch_size, eval_batch_size, flip, val_share, seed)
         self.source = source
+        self.cache_dir = None if cache_dir is None else Path(cache_dir)
         self.split_seed = split_seed
 
     def prepare_data(self) -> None:
-        """Download, in one process per node."""
+        """Download, in one process per node; not where the images are stored already."""
         with below("source"):
-            self.source.prepare()
+            if not self.datasets and not mapped.is_stored(self.source, self.cache_dir):
+                self.source.prepare()
 
     def setup(self, stage: str | None = None) -> None:
-        """Load the images and carve missing splits."""
+        """Map or load the images; missing splits are rows of the training images."""
         if self.datasets:
             return
         with below("source"):
-            splits = self.source.load()
-        train, val, test = splits.train, splits.val, splits.test
-        if test is None:
-            train, test = self._carve(train, seed=self.split_seed + 1)
-        if val is None:
-            train, val = self._carve(train, seed=self.split_seed)
-        self._check_train(len(train.images))
-        for name, split in (("train", train), ("val", val), ("test", test)):
-            self.datasets[name] = ArrayDataset(split.images, split.labels)
+            loaded = mapped.load(self.source, self.cache_dir)
+        splits = loaded.splits
+        given = dict(zip(("train", "val", "test"), splits[:3], strict=True))
+        carved: dict[str, Tensor] = {}
+        rows = torch.arange(len(splits.train.images))
+        for name, seed in (("test", self.split_seed + 1), ("val", self.split_seed)):
+            if given[name] is None:
+                rest, aside = set_aside(len(rows), self.val_share, seed)
+                carved[name], carved["train"] = rows[aside], rows[rest]
+                rows = carved["train"]
+        self._check_train(len(rows))
+        for name, split in given.items():
+            images, labels = split or splits.train
+            self.datasets[name] = ArrayDataset(images, labels, carved.get(name))
         self.class_names = splits.class_names
-        carved = f"{self.val_share} {self.split_seed}" if None in splits[:3] else ""
-        self.fingerprint = splits._replace(class_names=[*splits.class_names, carved]).fingerprint()
-        self.memory = sum(split.images.nbytes for split in (train, val, test))
-        channels, height, width = train.images.shape[1:]
+        how = f"{self.val_share} {self.split_seed}" if carved else ""
+        whole = splits._replace(class_names=[*splits.class_names, how])
+        self.fingerprint = loaded.fact(f"fingerprint {how}", whole.fingerprint)
+        size = sum(split.images.nbytes for split in given.values() if split is not None)
+        self.memory, self.mapped = (size, 0) if loaded.folder is None else (0, size)
+        channels, height, width = splits.train.images.shape[1:]
         self.image_shape = channels, height, width
-        self._take_levels(train.images.flatten().bincount(minlength=256))
+        levels = loaded.fact(f"levels {how}", partial(_levels, splits.train.images, rows))
+        self._take_levels(torch.tensor(levels))
 
-    def _carve(self, split: Split, seed: int) -> tuple[Split, Split]:
-        total = len(split.images)
-        rest, aside = set_aside(total, self.val_share, seed)
-        labels = split.labels
-        return (
-            Split(split.images[rest], None if labels is None else labels[rest]),
-            Split(split.images[aside], None if labels is None else labels[aside]),
-        )
+
+def _levels(images: Tensor, rows: Tensor) -> list[int]:
+    """How often each of the 256 values occurs in the pixels of some rows of `images`."""
+    counts = torch.zeros(256, dtype=torch.int64)
+    for part in rows.split(rows_per_block(images.shape)):  # `bincount` makes int64 of its input
+        counts += images[part].flatten().bincount(minlength=256)
+    return counts.tolist()

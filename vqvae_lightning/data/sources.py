@@ -3,9 +3,11 @@
 import gzip
 import hashlib
 import inspect
+import math
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, Protocol
@@ -22,6 +24,34 @@ from vqvae_lightning.progress import progress_bar
 # Not all that Pillow reads: it runs Ghostscript on an EPS, whatever the file's name.
 FORMATS = ("PNG", "JPEG", "BMP", "WEBP", "TIFF", "GIF", "PPM")
 SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".ppm", ".pgm"}
+
+
+Array = np.ndarray[Any, np.dtype[np.uint8]]
+Allocate = Callable[[str, tuple[int, ...]], Array]
+"""Gives the array that the images of a split are read into, by the split's name and its shape."""
+BLOCK = 2**20  # bytes of images that are handled at a time, where it makes copies
+
+
+class StorageError(OSError):
+    """An `Allocate` cannot give the array."""
+
+
+def in_memory(split: str, shape: tuple[int, ...]) -> Array:
+    """An `Allocate` of arrays that only this process has."""
+    return np.empty(shape, np.uint8)
+
+
+class Stamp(NamedTuple):
+    """What tells one state of a source's files, and one way to read them, from all others."""
+
+    place: Path
+    """Folder of the files."""
+    name: str
+    """What people call the source."""
+    view: str
+    """Options that change the images."""
+    files: list[tuple[str, int, int]]
+    """Name within `place`, bytes and time of the last change in nanoseconds."""
 
 
 class Split(NamedTuple):
@@ -58,8 +88,11 @@ class Source(Protocol):
     def prepare(self) -> None:
         """Download what is missing; called by one process per node."""
 
-    def load(self) -> Splits:
-        """Read everything.
+    def load(self, allocate: Allocate = in_memory) -> Splits:
+        """Read everything, into arrays from `allocate`.
+
+        A source that has a method `stamp` besides is read once and then mapped from a file; see
+        `data.mapped`. One that has none may leave `allocate` out.
 
         Raises:
             InputError: If something is missing or malformed, with what to do about it.
@@ -116,15 +149,33 @@ class TorchvisionSource:
                     "them."
                 ) from error
 
-    def load(self) -> Splits:
+    def stamp(self) -> Stamp | None:
+        """Of the files below `root`; None of a class that is not torchvision's own, or of none."""
+        options = getattr(self.dataset, "keywords", {})
+        known = self.type.__module__.startswith("torchvision.datasets.")
+        if not known or not all(isinstance(v, str | int | None) for v in options.values()):
+            return None
+        if hasattr(self.type, "split_list"):  # its files lie among those of other sets
+            paths = [self.root / entry[1] for entry in self.type.split_list.values()]
+        else:
+            paths = sorted(self._unpacked().rglob("*"))
+        paths = [path for path in paths if path.is_file()]
+        if not paths:
+            return None
+        view = f"{_view(self.size)} {sorted(options.items())} {self.val_split}"
+        return _stamp(self.root, self.type.__name__, view, paths)
+
+    def load(self, allocate: Allocate = in_memory) -> Splits:
         """The train and test split, and the validation split where the set has one."""
-        train, test = self._open("train"), self._open("test")
-        val = self._read(self._open(self.val_split)) if self.val_split else None
-        names = [str(name) for name in getattr(train, "classes", [])]
-        read = self._read(train)
-        if not names and read.labels is not None:
-            names = [str(number) for number in range(int(read.labels.max()) + 1)]
-        return Splits(read, val, self._read(test), names)
+        opened = self._open("train")
+        names = [str(name) for name in getattr(opened, "classes", [])]
+        train = self._read(opened, "train", allocate)
+        del opened  # one at a time in the library's memory
+        val = self._read(self._open(self.val_split), "val", allocate) if self.val_split else None
+        test = self._read(self._open("test"), "test", allocate)
+        if not names and train.labels is not None:
+            names = [str(number) for number in range(int(train.labels.max()) + 1)]
+        return Splits(train, val, test, names)
 
     def _open(self, split: str, download: bool = False) -> Any:
         key: dict[str, Any] = {"split": split}
@@ -132,26 +183,38 @@ class TorchvisionSource:
             key = {"train": split == "train"}
         return self.dataset(root=str(self.root), download=download, **key)
 
-    def _read(self, opened: Any) -> Split:
+    def _read(self, opened: Any, split: str, allocate: Allocate) -> Split:
         found = getattr(opened, "labels", getattr(opened, "targets", None))
         labels = None if found is None else torch.as_tensor(found).long()
-        if hasattr(opened, "data"):
-            array = torch.as_tensor(opened.data)
-            if array.ndim == 3:
-                array = array[:, None]
-            elif array.shape[-1] in (1, 3):
-                array = array.movedim(-1, 1)
-            return Split(resize(array.contiguous(), self.size), labels)
-        arrays = []
-        with progress_bar(f"reading {self.type.__name__}", len(opened)) as advance:
-            for index in range(len(opened)):
-                image = torch.from_numpy(np.array(opened[index][0])).movedim(-1, 0)
-                arrays.append(resize(image[None], self.size))
-                advance(1)
-        return Split(torch.cat(arrays), None)
+        if not hasattr(opened, "data"):
+            with progress_bar(f"reading {self.type.__name__}", len(opened)) as advance:
+                read = _filled(split, len(opened), self._singles(opened, advance), allocate)
+            return Split(read, None)
+        images = torch.as_tensor(opened.data)
+        if images.ndim == 3:
+            images = images[:, None]
+        elif images.shape[-1] in (1, 3):
+            images = images.movedim(-1, 1)
+        as_it_is = self.size in (None, tuple(images.shape[2:])) and images.is_contiguous()
+        if as_it_is and allocate is in_memory:
+            return Split(images, labels)
+        blocks = images.split(rows_per_block(images.shape))
+        resized = (resize(block, self.size) for block in blocks)
+        return Split(_filled(split, len(images), resized, allocate), labels)
+
+    def _singles(self, opened: Any, advance: Callable[[int], None]) -> Iterator[Tensor]:
+        for index in range(len(opened)):
+            yield resize(
+                torch.from_numpy(np.array(opened[index][0])).movedim(-1, 0)[None], self.size
+            )
+            advance(1)
+
+    def _unpacked(self) -> Path:
+        """Folder of the unpacked files."""
+        return self.root / getattr(self.type, "base_folder", f"{self.type.__name__}/raw")
 
     def _wanted(self) -> str:
-        folder = self.root / getattr(self.type, "base_folder", f"{self.type.__name__}/raw")
+        folder = self._unpacked()
         if hasattr(self.type, "resources"):
             names = [name for name, _ in self.type.resources]
         elif hasattr(self.type, "split_list"):
@@ -182,71 +245,128 @@ class NpzSource:
     def prepare(self) -> None:
         """Nothing to download."""
 
-    def load(self) -> Splits:
+    def stamp(self) -> Stamp | None:
+        """Of the file; None if it is missing."""
+        if not self.path.is_file():
+            return None
+        return _stamp(self.path.parent, self.path.name, _view(self.size), [self.path])
+
+    def load(self, allocate: Allocate = in_memory) -> Splits:
         """All splits of the file."""
         if not self.path.is_file():
             raise InputError(Key("path"), f"={self.path} is not a file: give an .npz file.")
         try:
             with np.load(self.path, allow_pickle=False) as archive:
-                arrays = {name: archive[name] for name in archive.files}
+                return self._splits(archive, allocate)
+        except (InputError, StorageError):
+            raise
         except Exception as error:  # numpy raises half a dozen types for a broken archive
             raise InputError(
                 Key("path"), f"={self.path} is not a readable .npz: {error}"
             ) from error
-        splits = {}
-        for name in ("train", "val", "test"):
-            if f"{name}_images" in arrays:
-                splits[name] = self._split(arrays, name)
-            elif name != "val":
+
+    def _splits(self, archive: Any, allocate: Allocate) -> Splits:
+        names = [name for name in ("train", "val", "test") if f"{name}_images" in archive.files]
+        for name in ("train", "test"):
+            if name not in names:
                 raise InputError(
                     f"{self.path} has no array {name}_images; it has "
-                    f"{', '.join(sorted(arrays)) or 'none'}."
+                    f"{', '.join(sorted(archive.files)) or 'none'}."
                 )
-        shapes = {name: tuple(split.images.shape[1:]) for name, split in splits.items()}
-        if len(set(shapes.values())) > 1:
-            raise InputError(f"{self.path}: the splits' images differ in shape: {shapes}.")
-        if len({split.labels is None for split in splits.values()}) > 1:
+        # What is wrong with a later split is found before the first one's images are read.
+        shapes = {name: self._shape(archive, name) for name in names}
+        kinds = {
+            name: (shape[3:] or (1,)) + (self.size or shape[1:3]) for name, shape in shapes.items()
+        }
+        if len(set(kinds.values())) > 1:
+            raise InputError(f"{self.path}: the splits' images differ in shape: {kinds}.")
+        labels = {name: self._labels(archive, name, shapes[name][0]) for name in names}
+        if len({numbers is None for numbers in labels.values()}) > 1:
             raise InputError(f"{self.path}: some splits have labels and others have none.")
-        names = [str(name) for name in arrays.get("class_names", [])]
-        top = max(
-            (int(s.labels.max()) for s in splits.values() if s.labels is not None), default=-1
-        )
-        if names and top >= len(names):
+        found = archive["class_names"] if "class_names" in archive.files else ()
+        class_names = [str(name) for name in found]
+        top = max((int(n.max()) for n in labels.values() if n is not None), default=-1)
+        if class_names and top >= len(class_names):
             raise InputError(
-                f"{self.path}: label {top} has no entry in class_names ({len(names)})."
+                f"{self.path}: label {top} has no entry in class_names ({len(class_names)})."
             )
-        if top >= len(splits["train"].images):
+        if top >= shapes["train"][0]:
             raise InputError(
                 f"{self.path}: label {top} is above the number of training images: labels count "
                 "classes from 0."
             )
-        names = names or [str(number) for number in range(top + 1)]
-        return Splits(splits["train"], splits.get("val"), splits["test"], names)
+        class_names = class_names or [str(number) for number in range(top + 1)]
+        read = {
+            name: Split(
+                _filled(name, shapes[name][0], self._blocks(archive, name), allocate), labels[name]
+            )
+            for name in names
+        }
+        return Splits(read["train"], read.get("val"), read["test"], class_names)
 
-    def _split(self, arrays: dict[str, np.ndarray], name: str) -> Split:
-        images = arrays[f"{name}_images"]
-        if images.dtype != np.uint8:
-            raise InputError(f"{self.path}: {name}_images is {images.dtype}, it must be uint8.")
-        if images.ndim not in (3, 4) or (images.ndim == 4 and images.shape[-1] not in (1, 3)):
+    def _shape(self, archive: Any, name: str) -> tuple[int, ...]:
+        with _member(archive, f"{name}_images") as (_, shape, dtype, _):
+            pass
+        if dtype.hasobject:
+            archive[f"{name}_images"]  # numpy's error
+        if dtype != np.uint8:
+            raise InputError(f"{self.path}: {name}_images is {dtype}, it must be uint8.")
+        if len(shape) not in (3, 4) or (len(shape) == 4 and shape[-1] not in (1, 3)):
             raise InputError(
-                f"{self.path}: {name}_images has shape {images.shape}, it must be (N, H, W) or "
+                f"{self.path}: {name}_images has shape {shape}, it must be (N, H, W) or "
                 "(N, H, W, 1 or 3)."
             )
-        if not len(images):
+        if not shape[0]:
             raise InputError(f"{self.path}: {name}_images is empty.")
-        tensor = torch.from_numpy(images if images.ndim == 4 else images[..., None]).movedim(-1, 1)
-        labels = arrays.get(f"{name}_labels")
-        if labels is None:
-            return Split(resize(tensor.contiguous(), self.size), None)
-        if labels.shape not in ((len(images),), (len(images), 1)):
+        return shape
+
+    def _blocks(self, archive: Any, name: str) -> Iterator[Tensor]:
+        """The images (n, C, H, W) of a split, resized; unpacked a block at a time."""
+        with _member(archive, f"{name}_images") as (file, shape, _, by_columns):
+            total, each = shape[0], math.prod(shape[1:])
+            rows = rows_per_block(shape)
+            # By columns, every image is scattered over the whole file.
+            whole = archive[f"{name}_images"] if by_columns else None
+            for start in range(0, total, rows):
+                count = min(rows, total - start)
+                if whole is None:
+                    block = np.frombuffer(bytearray(file.read(count * each)), np.uint8)
+                else:
+                    block = whole[start : start + count]
+                images = torch.from_numpy(block.reshape(count, *shape[1:3], -1)).movedim(-1, 1)
+                yield resize(images.contiguous(), self.size)
+
+    def _labels(self, archive: Any, name: str, total: int) -> Tensor | None:
+        if f"{name}_labels" not in archive.files:
+            return None
+        labels = archive[f"{name}_labels"]
+        if labels.shape not in ((total,), (total, 1)):
             raise InputError(
-                f"{self.path}: {name}_labels has shape {labels.shape} for {len(images)} images, "
-                f"it must be ({len(images)},) or ({len(images)}, 1)."
+                f"{self.path}: {name}_labels has shape {labels.shape} for {total} images, "
+                f"it must be ({total},) or ({total}, 1)."
             )
         if not np.issubdtype(labels.dtype, np.integer) or labels.min() < 0:
             raise InputError(f"{self.path}: {name}_labels must be integers of at least 0.")
-        numbers = torch.from_numpy(labels.reshape(-1).astype(np.int64))
-        return Split(resize(tensor.contiguous(), self.size), numbers)
+        return torch.from_numpy(labels.reshape(-1).astype(np.int64))
+
+
+@contextmanager
+def _member(archive: Any, name: str) -> Iterator[tuple[Any, tuple[int, ...], np.dtype[Any], bool]]:
+    """An array of an .npz: its open file, at the first value; shape, type, and whether by columns.
+
+    Raises:
+        ValueError: If it is not an array.
+    """
+    with archive.zip.open(f"{name}.npy") as file:
+        version = np.lib.format.read_magic(file)
+        read = {
+            (1, 0): np.lib.format.read_array_header_1_0,
+            (2, 0): np.lib.format.read_array_header_2_0,
+        }.get(version)
+        if read is None:  # used for names of fields only, which images have none of
+            raise ValueError(f"{name} has the format {version}, which no array of numbers needs")
+        shape, by_columns, dtype = read(file)
+        yield file, shape, dtype, by_columns
 
 
 class BundledSource(NpzSource):
@@ -255,6 +375,9 @@ class BundledSource(NpzSource):
     def __init__(self, size: int | Sequence[int] | None = None) -> None:
         inside = files("vqvae_lightning.data") / "bundled" / "fashion_mnist_mini.npz"
         super().__init__(str(inside), size)
+
+    def stamp(self) -> None:
+        """None: 9 MB need not be shared, and the package's folder not be written to."""
 
 
 class ImageFolderSource:
@@ -281,10 +404,22 @@ class ImageFolderSource:
     def prepare(self) -> None:
         """Nothing to download."""
 
-    def load(self) -> Splits:
+    def stamp(self) -> Stamp:
+        """Of all files of images."""
+        paths = [path for listed, _ in self.files()[0].values() for path in listed]
+        view = f"{_view(self.size)}-{'grey' if self.grey else 'rgb'}"
+        return _stamp(self.root, self.root.resolve().name, view, paths)
+
+    def load(self, allocate: Allocate = in_memory) -> Splits:
         """Decode all images."""
         found, classes = self.files()
-        splits = {name: self._read(name, *listed) for name, listed in found.items()}
+        splits = {
+            name: Split(
+                self._read(name, paths, allocate),
+                None if labels is None else torch.tensor(labels),
+            )
+            for name, (paths, labels) in found.items()
+        }
         return Splits(splits["train"], splits.get("val"), splits.get("test"), classes)
 
     def files(self) -> tuple[dict[str, tuple[list[Path], list[int] | None]], list[str]]:
@@ -325,21 +460,52 @@ class ImageFolderSource:
             raise InputError(f"{stray} lies beside class folders: move it into one of them.")
         return paths, [classes.index(part) for part in inside] if classes else None
 
-    def _read(self, name: str, paths: list[Path], labels: list[int] | None) -> Split:
-        arrays: list[Tensor] = []
+    def _read(self, name: str, paths: list[Path], allocate: Allocate) -> Tensor:
         with progress_bar(f"reading {name}", len(paths)) as advance:
-            for path in paths:
-                image = resize(decode(path, self.grey, str(path)), self.size)
-                if arrays and image.shape != arrays[0].shape:
-                    raise InputError(
-                        f"{path} is {tuple(image.shape[2:])} and the first image "
-                        f"{tuple(arrays[0].shape[2:])} pixels: set ",
-                        Key("size"),
-                        " to bring them to one size.",
-                    )
-                arrays.append(image)
-                advance(1)
-        return Split(torch.cat(arrays), None if labels is None else torch.tensor(labels))
+            return _filled(name, len(paths), self._singles(paths, advance), allocate)
+
+    def _singles(self, paths: list[Path], advance: Callable[[int], None]) -> Iterator[Tensor]:
+        first: tuple[int, ...] | None = None
+        for path in paths:
+            image = resize(decode(path, self.grey, str(path)), self.size)
+            first = first or tuple(image.shape)
+            if image.shape != first:
+                raise InputError(
+                    f"{path} is {tuple(image.shape[2:])} and the first image {first[2:]} pixels: "
+                    "set ",
+                    Key("size"),
+                    " to bring them to one size.",
+                )
+            yield image
+            advance(1)
+
+
+def _filled(split: str, total: int, parts: Iterable[Tensor], allocate: Allocate) -> Tensor:
+    """The images of `parts`, each (n, C, H, W) uint8, in one array (total, C, H, W)."""
+    array: Array | None = None
+    row = 0
+    for part in parts:
+        if array is None:
+            array = allocate(split, (total, *part.shape[1:]))
+        array[row : row + len(part)] = part.numpy()
+        row += len(part)
+    assert array is not None
+    return torch.from_numpy(array)
+
+
+def rows_per_block(shape: Sequence[int]) -> int:
+    """Images of an array (N, ...) uint8 that a block of `BLOCK` bytes has."""
+    return max(1, BLOCK // math.prod(shape[1:]))
+
+
+def _stamp(place: Path, name: str, view: str, paths: list[Path]) -> Stamp:
+    status = [(path, path.stat()) for path in paths]
+    files = [(str(p.relative_to(place)), s.st_size, s.st_mtime_ns) for p, s in status]
+    return Stamp(place, name, view, files)
+
+
+def _view(size: tuple[int, int] | None) -> str:
+    return "whole" if size is None else f"{size[0]}x{size[1]}"
 
 
 def decode(file: Path | BinaryIO, grey: bool, name: str) -> Tensor:
