@@ -413,8 +413,8 @@ MUTATIONS = (
         "test_data.py",
         (
             "variance of test images",
-            "self._take_levels(train.images",
-            "self._take_levels(test.images",
+            "partial(_levels, splits.train.images, rows)",
+            "partial(_levels, splits.test.images, torch.arange(len(splits.test.images)))",
             ERRORS,
         ),
         (
@@ -443,8 +443,8 @@ MUTATIONS = (
         ),
         (
             "a batch of one is none",
-            "self.data[rows.numpy()]",
-            "self.data[rows]",
+            "self.array[places.numpy()]",
+            "self.array[places]",
             "test_a_batch_of_one_row_is_a_batch",
         ),
     ),
