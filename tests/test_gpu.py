@@ -348,6 +348,9 @@ class WithinSteps(pl.Callback):
     def on_train_end(self, trainer, pl_module):
         self.context.__exit__(None, None, None)
 
+    def on_exception(self, trainer, pl_module, exception):
+        self.context.__exit__(None, None, None)  # or the tests that follow would be within it
+
 
 class Unread(Reading):
     """Numbers whose time of reading is kept; all are finite."""

@@ -253,7 +253,7 @@ def test_a_resumed_run_validates_its_last_step_too(toy, tmp_path, command, monke
 def test_without_a_terminal_each_status_is_one_line(toy, tmp_path, monkeypatch):
     # rich breaks at 80 columns where it finds no terminal.
     file = io.StringIO()
-    monkeypatch.setattr(callbacks.console, "file", file)
+    monkeypatch.setattr(callbacks.console, "_file", file)  # `file` would stay what it is now
     long = f"warning: {'word ' * 60}end"
     callbacks.console.print(long)
     steps = ("trainer.max_steps=4", "trainer.val_check_interval=2")

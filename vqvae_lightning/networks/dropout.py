@@ -41,15 +41,8 @@ class BatchDropout(nn.Module):
             """(count, channels, ...) int16, uniform; in memory the channels are innermost."""
             shape = (count, *grid, channels)
             values = math.prod(shape)
-            # Drawn on a CPU or a CUDA GPU: other devices may not fill all 64 bits.
-            device = x.device if x.is_cuda else torch.device("cpu")
-            bits = torch.randint(-(2**63), 2**63 - 1, (-(-values // 4),), device=device)
-            return (
-                bits.view(torch.int16)[:values]
-                .view(shape)
-                .movedim(-1, 1)
-                .to(x.device, non_blocking=True)
-            )
+            bits = torch.randint(-(2**63), 2**63 - 1, (-(-values // 4),), device=x.device)
+            return bits.view(torch.int16)[:values].view(shape).movedim(-1, 1)
 
         keep = draw_for_batch(levels, images) < self.kept - LEVELS // 2
         return x * (keep.to(x.dtype) * (LEVELS / max(1, self.kept)))
