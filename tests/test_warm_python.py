@@ -22,6 +22,8 @@ while True:
 
 
 def start(folder):
+    # In the background of a shell it would be ignored, by what is started too.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     (folder / "script.py").write_text(SCRIPT)
     pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
     command = [sys.executable, "-u", str(folder / "script.py"), "a b", "ü"]

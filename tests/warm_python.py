@@ -79,6 +79,7 @@ def run(address, arguments):
             raise ConnectionRefusedError
         server.connect(address)
         request |= {"env": dict(os.environ), "cwd": os.getcwd(), "files": files}
+        request["ignoring"] = signal.getsignal(signal.SIGINT) == signal.SIG_IGN  # as in a shell's &
         text = json.dumps(request).encode()
         socket.send_fds(server, [struct.pack("I", len(text))], files)
         server.sendall(text)
@@ -233,6 +234,8 @@ def become(request):
     import torch
 
     os.setsid()
+    ignoring = signal.SIG_IGN if request["ignoring"] else signal.default_int_handler
+    signal.signal(signal.SIGINT, ignoring)
     os.chdir(request["cwd"])
     os.environ.clear()
     os.environ.update(request["env"])
