@@ -28,8 +28,8 @@ from rich.table import Table
 ROOT = Path(__file__).parents[1]
 PACKAGE = "vqvae_lightning"
 MOST_SURVIVORS = 3
-SECONDS = 300  # for the tests of a mutation; a mutation that makes them hang longer is caught
-
+SECONDS = 300  # for the tests of a mutation; one that makes them hang longer is caught
+WHOLE = 3600  # for all tests before any mutation
 
 # Torch and Lightning are imported once, in the process that all runs of pytest are forked from.
 PROCESSES = multiprocessing.get_context("forkserver")
@@ -671,7 +671,7 @@ def copied(target: Path) -> None:
             shutil.copy2(ROOT / name, target / name)
 
 
-def run_tests(tree: Path, tests: tuple[str, ...]) -> tuple[bool, str]:
+def run_tests(tree: Path, tests: tuple[str, ...], seconds: int = SECONDS) -> tuple[bool, str]:
     """Run the named tests in `tree`, in a process of their own.
 
     Returns:
@@ -683,10 +683,10 @@ def run_tests(tree: Path, tests: tuple[str, ...]) -> tuple[bool, str]:
     with tempfile.NamedTemporaryFile("r", errors="replace") as log:
         process = PROCESSES.Process(target=pytest_in, args=(str(tree), tests, log.name))
         process.start()
-        process.join(SECONDS)
+        process.join(seconds)
         if process.is_alive():
             process.kill()
-            return False, f"more than {SECONDS} s"
+            return False, f"more than {seconds} s"
         said = "\n".join(log.read().strip().splitlines()[-15:])
     if process.exitcode not in (0, 1):
         raise RuntimeError(f"pytest cannot run {' '.join(tests)}:\n{said}")
@@ -717,7 +717,7 @@ def survivors(mutations: list[Mutation], tree: Path, console: Console) -> list[M
         RuntimeError: If the tests fail without any mutation.
     """
     tests = tuple(dict.fromkeys(test for mutation in mutations for test in mutation.tests))
-    passed, said = run_tests(tree, tests)
+    passed, said = run_tests(tree, tests, WHOLE)
     if not passed:
         raise RuntimeError(f"the tests fail before any mutation:\n{said}")
     table = Table("mutation", "outcome", "seconds", "tests")
@@ -726,11 +726,13 @@ def survivors(mutations: list[Mutation], tree: Path, console: Console) -> list[M
         start = time.perf_counter()
         text = mutation.apply(tree)
         try:
-            passed, _ = run_tests(tree, mutation.tests)
+            passed, said = run_tests(tree, mutation.tests)
         finally:
             (tree / PACKAGE / mutation.file).write_text(text)
         seconds = f"{time.perf_counter() - start:.0f}"
         outcome = "survived" if passed else "caught"
+        if said.startswith("more than"):
+            outcome = f"caught: {said}"
         console.print(f"{mutation.name}: {outcome} ({seconds} s)", highlight=False)
         if passed:
             found.append(mutation)
