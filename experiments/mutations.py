@@ -67,18 +67,19 @@ class Mutation(NamedTuple):
         return text
 
 
-def mutations_of(file: str, tests: str, *edits: tuple[str, str, str, str]) -> list[Mutation]:
+def mutations_of(file: str, tests: str, *edits: tuple[str, ...]) -> list[Mutation]:
     """Mutations of one file.
 
     Args:
         file: Path below `vqvae_lightning`.
         tests: The test file that should notice.
-        *edits: Name, text to replace, new text, and test in `tests`; or another file's node id.
+        *edits: Name, text to replace, new text, and test in `tests` or another file's node id; then
+            why no test can notice, if none can.
     """
     found = []
-    for name, old, new, test in edits:
+    for name, old, new, test, *why in edits:
         node = test if "::" in test else f"{tests}::{test}"
-        found.append(Mutation(f"{Path(file).stem}: {name}", file, old, new, (node,)))
+        found.append(Mutation(f"{Path(file).stem}: {name}", file, old, new, (node,), *why))
     return found
 
 
@@ -126,6 +127,13 @@ MUTATIONS = (
             "enabled=False), exact_products():",
             "enabled=False):",
             "test_gpu.py::test_codes_are_exact_where_products_may_be_rounded",
+        ),
+        (
+            "look-up under autocast",
+            "with torch.autocast(vectors.device.type, enabled=False), exact_products():",
+            "with exact_products():",
+            "test_codes_under_autocast_are_those_of_float32",
+            "autocast leaves `addmm` with `out` alone; the guard is for a product without it",
         ),
         (
             "gradient halved",
@@ -287,7 +295,7 @@ MUTATIONS = (
             "temperature the wrong way",
             "(logits.double() / temperature)",
             "(logits.double() * temperature)",
-            "test_options_leave_the_likeliest_codes_in_proportion",
+            "test_temperature_is_a_power_of_the_probabilities",
         ),
         (
             "top_p leaves one code less",

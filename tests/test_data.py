@@ -341,6 +341,7 @@ def codes(toy_npz, tmp_path):
 
 def test_stored_codes_are_the_encoders_in_order(codes):
     data = codes()
+    data.images.eval_batch_size = 7  # many batches, the last one smaller
     data.encode(torch.device("cpu"))
     data.setup()
     for split in ("train", "val", "test"):

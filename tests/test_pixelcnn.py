@@ -237,6 +237,14 @@ def test_options_leave_the_likeliest_codes_in_proportion(options, allowed):
     assert left.sum().item() == pytest.approx(1)
 
 
+@pytest.mark.parametrize("temperature", [0.5, 2.0])
+def test_temperature_is_a_power_of_the_probabilities(temperature):
+    share = torch.tensor([[0.3, 0.2, 0.1, 0.4]], dtype=torch.float64)
+    expected = share ** (1 / temperature)
+    left = distribution(share.log(), temperature=temperature)
+    torch.testing.assert_close(left, expected / expected.sum())
+
+
 def test_equal_codes_at_the_edge_go_by_their_number():
     left = distribution(torch.zeros(1, 5), top_k=2)
     assert left[0].tolist() == [0.5, 0.5, 0, 0, 0]
