@@ -96,7 +96,7 @@ VQVAE_STEP = "test_evaluation.py::test_a_step_of_the_vqvae_logs_its_terms_and_th
 
 MUTATIONS = (
     *mutations_of(
-        "quantizers/base.py",
+        "quantizers/lookup.py",
         "test_quantizers.py",
         (
             "rows not moved with the vectors",
@@ -135,6 +135,10 @@ MUTATIONS = (
             "test_codes_under_autocast_are_those_of_float32",
             "autocast leaves `addmm` with `out` alone; the guard is for a product without it",
         ),
+    ),
+    *mutations_of(
+        "quantizers/gradients.py",
+        "test_quantizers.py",
         (
             "gradient halved",
             "return gradients[0], None",
@@ -147,6 +151,10 @@ MUTATIONS = (
             "return turned, None",
             "test_rotation_turns_the_gradient_as_its_paper_says",
         ),
+    ),
+    *mutations_of(
+        "quantizers/codebook.py",
+        "test_quantizers.py",
         (
             "threshold in hits",
             "dead = self.counts < self.revive_below * share",
@@ -160,12 +168,6 @@ MUTATIONS = (
             "test_revival_stops_for_the_last_share_of_training",
         ),
         (
-            "centres are sums",
-            "sums / counts.clamp(min=1)[:, None]",
-            "sums",
-            "test_kmeans_finds_separate_clusters",
-        ),
-        (
             "warm-up of any length",
             " or progress >= WARMUP_SHARE",
             "",
@@ -176,6 +178,16 @@ MUTATIONS = (
             "            if self.training:\n                self.observe(flat, codes)",
             "            self.observe(flat, codes)",
             "test_only_training_calls_move_anything",
+        ),
+    ),
+    *mutations_of(
+        "quantizers/rows.py",
+        "test_quantizers.py",
+        (
+            "centres are sums",
+            "sums / counts.clamp(min=1)[:, None]",
+            "sums",
+            "test_kmeans_finds_separate_clusters",
         ),
     ),
     *mutations_of(
@@ -239,7 +251,7 @@ MUTATIONS = (
         ),
     ),
     *mutations_of(
-        "networks/autoencoder.py",
+        "pixels.py",
         "test_autoencoder.py",
         (
             "levels cut off, not rounded",
@@ -247,6 +259,10 @@ MUTATIONS = (
             ".mul(127.5)",
             "test_pixels_survive_the_way_to_the_network_and_back",
         ),
+    ),
+    *mutations_of(
+        "networks/autoencoder.py",
+        "test_autoencoder.py",
         (
             "blocks without their short cut",
             "x = x + block(x)",
@@ -479,7 +495,7 @@ MUTATIONS = (
         ),
     ),
     *mutations_of(
-        "evaluation.py",
+        "evaluation/reconstruction.py",
         "test_evaluation.py",
         ("constant ssim", "cast(Tensor, ssim.compute()).item()", "0.9", ERRORS),
         (
@@ -524,6 +540,10 @@ MUTATIONS = (
             "entropy_nats(usage.counts).item()",
             USE,
         ),
+    ),
+    *mutations_of(
+        "evaluation/likelihood.py",
+        "test_evaluation.py",
         (
             "scale fitted on test images",
             '_pairs(codes, "val", device, "fitting the scale", limit)',
@@ -549,6 +569,10 @@ MUTATIONS = (
             '"total_bits_per_dim"] = pixels',
             BITS,
         ),
+    ),
+    *mutations_of(
+        "evaluation/classifier.py",
+        "test_evaluation.py",
         (
             "judge trained on test images",
             "    data = copy.copy(images)\n",
@@ -581,6 +605,10 @@ MUTATIONS = (
             JUDGE,
         ),
         ("samples judged with the reconstructions", "    distance.reset()\n", "", JUDGE),
+    ),
+    *mutations_of(
+        "evaluation/drawing.py",
+        "test_evaluation.py",
         (
             "nearest image of the last batch",
             "closer = distance < best",
@@ -589,7 +617,7 @@ MUTATIONS = (
         ),
     ),
     *mutations_of(
-        "evaluate.py",
+        "stages/evaluating.py",
         "test_evaluation.py",
         (
             "errors of another split",
@@ -605,7 +633,7 @@ MUTATIONS = (
         ),
     ),
     *mutations_of(
-        "callbacks.py",
+        "callbacks/codebook.py",
         "test_callbacks.py",
         (
             "always warned of collapse",
@@ -613,21 +641,29 @@ MUTATIONS = (
             "self._below + 1",
             "test_collapse_is_told_once_after_patience_with_what_to_change",
         ),
+    ),
+    *mutations_of(
+        "callbacks/reproducibility.py",
+        "test_callbacks.py",
         (
             "configs never differ",
             "            if differing:",
             "            if not first:",
             "test_ranks.py::test_a_rank_with_another_config_is_named",
         ),
+    ),
+    *mutations_of(
+        "callbacks/codebook.py",
+        "test_callbacks.py",
         (
             "codebooks never differ",
-            "if len(set(gathered(digest))) > 1:",
-            "if len(set(gathered(digest))) > 2:",
+            "if len(set(gather(digest))) > 1:",
+            "if len(set(gather(digest))) > 2:",
             "test_ranks.py::test_ranks_with_different_codebooks_stop_the_run",
         ),
     ),
     *mutations_of(
-        "train.py",
+        "stages/training.py",
         "test_tasks.py",
         (
             "a resumed run starts over",
@@ -647,7 +683,7 @@ MUTATIONS = (
         ),
     ),
     *mutations_of(
-        "launch.py",
+        "jobs/ranks.py",
         "test_launchers.py",
         (
             "any number of ranks",

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import warm_python
 
-from vqvae_lightning import evaluate, pipeline, reconstruct, sample, shards, train
+from vqvae_lightning.commands import evaluate, pipeline, reconstruct, sample, shards, train
 from vqvae_lightning.configs import CONF_DIR, register_resolvers
 
 COMMANDS = {
@@ -54,6 +54,10 @@ def keep_bytecode(config):
 
 def pytest_configure(config):
     keep_bytecode(config)
+    if config.getoption("numprocesses", None):
+        # Each process would start a thread per core, and threads that outnumber the cores wait for
+        # each other by spinning: the tests would take twice as long.
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
     if sys.platform != "linux" or "COLD_PYTHON" in os.environ:
         return
     if FOLDER not in os.environ:
@@ -141,7 +145,14 @@ def compose(config_name: str, *overrides: str, folder: Path | None = None) -> An
 
 
 @pytest.fixture(autouse=True)
-def _seeded() -> None:
+def _isolated():
+    """Seed each test, and refuse one that changes the number of threads for those that follow.
+
+    A sum over two threads differs from a sum over one in its last bits.
+    """
     import torch  # not by the process that only deals out the tests
 
     torch.manual_seed(0)
+    threads = torch.get_num_threads()
+    yield
+    assert torch.get_num_threads() == threads

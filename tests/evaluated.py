@@ -5,11 +5,13 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 
-from vqvae_lightning import evaluation
 from vqvae_lightning.data import CodesDataModule, ImageDataModule
-from vqvae_lightning.data.sources import Split, Splits
-from vqvae_lightning.networks.autoencoder import VQVAE, from_uint8
+from vqvae_lightning.data.sources.arrays import Split, Splits
+from vqvae_lightning.evaluation.likelihood import likelihood_metrics
+from vqvae_lightning.evaluation.reconstruction import reconstruction_metrics
+from vqvae_lightning.networks.autoencoder import VQVAE
 from vqvae_lightning.networks.pixelcnn import PixelCNN
+from vqvae_lightning.pixels import from_uint8
 from vqvae_lightning.quantizers import EMAQuantizer
 
 CPU = torch.device("cpu")
@@ -79,6 +81,6 @@ def measured(folder, split="test"):
     """All that `evaluation` measures on a split without drawing samples."""
     codes = codes_data(folder)
     return {
-        **evaluation.reconstruction_metrics(codes, split, CPU),
-        **evaluation.likelihood_metrics(codes, prior_of(codes), split, CPU),
+        **reconstruction_metrics(codes, split, CPU),
+        **likelihood_metrics(codes, prior_of(codes), split, CPU),
     }

@@ -4,8 +4,8 @@ import pytest
 import torch
 from conftest import TINY_VQVAE, compose
 
-from vqvae_lightning import launch
-from vqvae_lightning.train import train
+from vqvae_lightning.jobs import ranks as launch
+from vqvae_lightning.stages.training import train
 
 
 @pytest.fixture

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from vqvae_lightning.errors import InputError
-from vqvae_lightning.networks.autoencoder import VQVAE, ResidualStack, from_uint8, to_uint8
+from vqvae_lightning.networks.autoencoder import VQVAE, ResidualStack
+from vqvae_lightning.pixels import from_uint8, to_uint8
 from vqvae_lightning.quantizers import EMAQuantizer
 
 

@@ -92,7 +92,7 @@ def checkpoints(toy_npz, tmp_path_factory):
     """Two VQ-VAEs and a prior of the first."""
     from conftest import compose
 
-    from vqvae_lightning.train import train
+    from vqvae_lightning.stages.training import train
 
     folder = tmp_path_factory.mktemp("checkpoints")
     toy = ("dataset=npz", f"dataset.source.path={toy_npz}")
@@ -273,8 +273,8 @@ def test_resume_with_the_wrong_command_is_refused(toy, command, tmp_path):
 @pytest.mark.parametrize(
     "target",
     [
-        "vqvae_lightning.app.os.getcwd",
-        "vqvae_lightning.results.write_text",
+        "vqvae_lightning.commands.app.os.getcwd",
+        "vqvae_lightning.files.write_text",
         "vqvae_lightning.configs.Path",
         "${oc.create:'{_target_: pathlib.PurePath}'}",
     ],

@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import TINY_VQVAE
 
-from vqvae_lightning.callbacks import CodebookDrift, CollapseWarning
+from vqvae_lightning.callbacks.codebook import CodebookDrift, CollapseWarning
 from vqvae_lightning.quantizers import EMAQuantizer, GaussianBottleneck
 
 

@@ -16,10 +16,10 @@ from pathlib import Path
 import pytest
 from conftest import COMMANDS
 
-from vqvae_lightning import claims
-from vqvae_lightning.claims import CLAIM, SWEEP_CLAIM, claimed, new_folder
 from vqvae_lightning.errors import InputError
-from vqvae_lightning.results import write_text
+from vqvae_lightning.files import write_text
+from vqvae_lightning.runs import claims
+from vqvae_lightning.runs.claims import CLAIM, SWEEP_CLAIM, claim_folder, new_folder
 
 RACERS = 8
 
@@ -55,7 +55,7 @@ def test_of_many_at_once_exactly_one_has_the_folder(left, tmp_path):
         if left:
             stale(folder)
         with ExitStack() as held:
-            got = race(lambda _, folder=folder: held.enter_context(claimed(folder)))
+            got = race(lambda _, folder=folder: held.enter_context(claim_folder(folder)))
             refused = [error for error in got if isinstance(error, InputError)]
             assert len(refused) == RACERS - 1
             assert all(f"process {os.getpid()}" in str(error) for error in refused)
@@ -74,12 +74,12 @@ def test_processes_that_race_for_a_dead_claim_have_it_one_after_the_other(tmp_pa
     stale(tmp_path)
     job = (
         "import sys, time; from pathlib import Path\n"
-        "from vqvae_lightning.claims import claimed\n"
+        "from vqvae_lightning.runs.claims import claim_folder\n"
         "from vqvae_lightning.errors import InputError\n"
         "folder, done = Path(sys.argv[1]), 0\n"
         "while done < 20:\n"
         "    try:\n"
-        "        with claimed(folder):\n"
+        "        with claim_folder(folder):\n"
         "            path = folder / 'count'\n"
         "            count = int(path.read_text()) if path.is_file() else 0\n"
         "            time.sleep(0.001)\n"
@@ -96,8 +96,8 @@ def test_processes_that_race_for_a_dead_claim_have_it_one_after_the_other(tmp_pa
 def test_a_killed_process_leaves_a_claim_that_the_next_takes_over(tmp_path):
     job = (
         "import sys, time; from pathlib import Path\n"
-        "from vqvae_lightning.claims import claimed\n"
-        "with claimed(Path(sys.argv[1])):\n"
+        "from vqvae_lightning.runs.claims import claim_folder\n"
+        "with claim_folder(Path(sys.argv[1])):\n"
         "    print('held', flush=True)\n"
         "    time.sleep(60)\n"
     )
@@ -156,25 +156,25 @@ def test_without_proc_ps_knows_when_a_process_started(tmp_path, monkeypatch):
     # As on macOS.
     monkeypatch.setattr(claims, "PROC", tmp_path / "nowhere")
     assert claims._namespace() is None
-    with claimed(tmp_path / "run"), pytest.raises(InputError, match=str(os.getpid())):
+    with claim_folder(tmp_path / "run"), pytest.raises(InputError, match=str(os.getpid())):
         _hold(tmp_path / "run")
     stale(tmp_path / "run", pid=os.getpid())
     _hold(tmp_path / "run")
 
 
 def test_a_stage_of_a_running_pipeline_is_in_use_too(tmp_path):
-    with claimed(tmp_path, parts=["vqvae"]):
+    with claim_folder(tmp_path, parts=["vqvae"]):
         with pytest.raises(InputError, match=f"{tmp_path} is in use"):
             _hold(tmp_path / "vqvae")
         _hold(tmp_path / "an evaluation")
-    with claimed(tmp_path / "vqvae"):
+    with claim_folder(tmp_path / "vqvae"):
         with pytest.raises(InputError, match="vqvae is in use"):
             _hold(tmp_path, ["vqvae"])
         assert not (tmp_path / CLAIM).exists()
 
 
 def _hold(folder, parts=()):
-    with claimed(folder, parts):
+    with claim_folder(folder, parts):
         pass
 
 
@@ -186,7 +186,7 @@ def held(command, tmp_path, monkeypatch):
         for place in ("configs.build", "checkpoints.load", "checkpoints.load_pair"):
             monkeypatch.setattr(f"vqvae_lightning.{place}", lambda *_: pytest.fail("it read"))
         folder = options.get("folder") or tmp_path / "run"
-        with claimed(folder):
+        with claim_folder(folder):
             before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
             outcome = command(*arguments, **options)
             assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
@@ -214,7 +214,7 @@ def test_every_command_is_refused_where_another_works(name, held, tmp_path):
 @pytest.fixture
 def trained(monkeypatch):
     """Folder, seed and hidden files beside it of each run that vqvae-train was to train."""
-    from vqvae_lightning import train
+    from vqvae_lightning.commands import train
 
     seen = []
 
@@ -232,7 +232,7 @@ def trained(monkeypatch):
 def test_a_sweep_has_its_folder_and_its_jobs_have_theirs(trained, command, tmp_path):
     jobs = tmp_path / "jobs"
     sweep = ("vqvae-train", "-m", "seed=0,1", f"hydra.sweep.dir={jobs}")
-    with claimed(jobs / "0"):  # as a job that Slurm still runs
+    with claim_folder(jobs / "0"):  # as a job that Slurm still runs
         outcome = command(*sweep)
     assert outcome.status == 1
     assert f"{jobs}/0 is in use" in outcome.err
@@ -243,7 +243,7 @@ def test_a_sweep_has_its_folder_and_its_jobs_have_theirs(trained, command, tmp_p
     assert outcome.status == 0, outcome.err
     assert [hidden for _, _, hidden in trained] == [[SWEEP_CLAIM, f"{job}/{CLAIM}"] for job in "01"]
     assert not list(jobs.rglob(".*"))
-    with claimed(jobs, name=SWEEP_CLAIM):
+    with claim_folder(jobs, name=SWEEP_CLAIM):
         outcome = command(*sweep, "resume=auto")
     assert outcome.status == 1
     assert outcome.err.startswith(f"error: {jobs} is in use")

@@ -4,7 +4,7 @@ import pytest
 from conftest import TINY_VQVAE, compose
 from omegaconf import OmegaConf
 
-from vqvae_lightning.configs import CONF_DIR, build, plain
+from vqvae_lightning.configs import CONF_DIR, build, to_plain
 from vqvae_lightning.errors import InputError
 
 
@@ -24,7 +24,7 @@ def test_every_dataset_builds(dataset, tmp_path):
     cfg = compose("vqvae", f"dataset={dataset}", *GIVEN.get(dataset, []), folder=tmp_path)
     data = build(cfg.dataset)
     assert data.batch_size == 32
-    plain(cfg.dataset)
+    to_plain(cfg.dataset)
 
 
 @pytest.mark.parametrize("quantizer", options("quantizer"))
@@ -89,7 +89,7 @@ def test_stage_two_follows_the_devices_of_stage_one(tmp_path):
 
 
 def test_the_pipelines_stages_are_configured_as_their_own_commands_would(tmp_path):
-    from vqvae_lightning.pipeline import stage_configs
+    from vqvae_lightning.stages.pipeline import stage_configs
 
     stages = stage_configs(compose("pipeline", folder=tmp_path))
     for name in ("vqvae", "prior"):
@@ -120,7 +120,7 @@ def test_configs_hold_plain_data_once_resolved(tmp_path):
         ):
             walk(child)
 
-    walk(plain(cfg))
+    walk(to_plain(cfg))
 
 
 @pytest.mark.parametrize(

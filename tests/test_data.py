@@ -22,7 +22,8 @@ from vqvae_lightning.data import (
 )
 from vqvae_lightning.data.images import EpochBatches
 from vqvae_lightning.errors import InputError
-from vqvae_lightning.networks.autoencoder import VQVAE, from_uint8
+from vqvae_lightning.networks.autoencoder import VQVAE
+from vqvae_lightning.pixels import from_uint8
 from vqvae_lightning.quantizers import EMAQuantizer
 
 

@@ -9,12 +9,15 @@ import pytest
 import torch
 from evaluated import CPU, NUM_CODES, SIZES
 
-from vqvae_lightning import evaluation
 from vqvae_lightning.data import Batch
-from vqvae_lightning.evaluate import Subject
-from vqvae_lightning.evaluate import measured as measured_by_the_command
-from vqvae_lightning.networks.autoencoder import from_uint8
+from vqvae_lightning.evaluation import likelihood
+from vqvae_lightning.evaluation.classifier import classifier_metrics, train_classifier
+from vqvae_lightning.evaluation.drawing import nearest_training_images
+from vqvae_lightning.evaluation.reconstruction import reconstruction_metrics
 from vqvae_lightning.networks.classifier import Classifier
+from vqvae_lightning.pixels import from_uint8
+from vqvae_lightning.stages.evaluating import Subject
+from vqvae_lightning.stages.evaluating import measure as measured_by_the_command
 from vqvae_lightning.tasks import ClassifierTask, PriorTask, VQVAETask, WarmupCosine
 
 DIMS = 3 * 16 * 20
@@ -32,12 +35,12 @@ def prior(codes):
 
 
 @pytest.fixture(scope="module")
-def measured(codes, prior):
+def measure(codes, prior):
     """What `evaluation` says of the validation and of the test images."""
     return {
         split: {
-            **evaluation.reconstruction_metrics(codes, split, CPU),
-            **evaluation.likelihood_metrics(codes, prior, split, CPU),
+            **reconstruction_metrics(codes, split, CPU),
+            **likelihood.likelihood_metrics(codes, prior, split, CPU),
         }
         for split in ("val", "test")
     }
@@ -124,7 +127,7 @@ def nats_by_position(prior, grid, labels):
 
 
 @pytest.mark.parametrize("split", ["val", "test"])
-def test_errors_are_those_of_the_rounded_images(split, codes, measured):
+def test_errors_are_those_of_the_rounded_images(split, codes, measure):
     images, _, decoded = arrays(codes, split)
     squared = ((rounded(decoded) - images) / 255) ** 2
     train = evaluated.images_of("train").images.numpy() / 255
@@ -140,11 +143,11 @@ def test_errors_are_those_of_the_rounded_images(split, codes, measured):
     for name, value in expected.items():
         # In float32 the variances of nearly even patches have three digits.
         tolerance = 1e-3 if name == "ssim" else 2e-5
-        assert measured[split][name] == pytest.approx(value, rel=tolerance), name
+        assert measure[split][name] == pytest.approx(value, rel=tolerance), name
 
 
 @pytest.mark.parametrize("split", ["val", "test"])
-def test_use_of_the_codebook_is_that_of_the_histograms(split, codes, measured):
+def test_use_of_the_codebook_is_that_of_the_histograms(split, codes, measure):
     _, grid, _ = arrays(codes, split)
     _, train, _ = arrays(codes, "train")
     counts, trained = (np.bincount(part.ravel(), minlength=NUM_CODES) for part in (grid, train))
@@ -159,13 +162,13 @@ def test_use_of_the_codebook_is_that_of_the_histograms(split, codes, measured):
     if whole:  # 70 test images are two batches and a rest that does not count
         each = [np.exp(entropy(np.bincount(part.ravel()))) for part in whole]
         expected["perplexity_batch32"] = np.mean(each)
-    assert ("perplexity_batch32" in measured[split]) == (split == "test")
+    assert ("perplexity_batch32" in measure[split]) == (split == "test")
     for name, value in expected.items():
-        assert measured[split][name] == pytest.approx(value, rel=1e-5), name
+        assert measure[split][name] == pytest.approx(value, rel=1e-5), name
 
 
 @pytest.mark.parametrize("split", ["val", "test"])
-def test_bits_per_dim_are_summed_from_masses_and_softmaxes(split, codes, prior, measured):
+def test_bits_per_dim_are_summed_from_masses_and_softmaxes(split, codes, prior, measure):
     images, grid, decoded = arrays(codes, split)
     _, train, _ = arrays(codes, "train")
     # The scale is fitted on validation images whatever is scored: test images would choose another.
@@ -191,39 +194,39 @@ def test_bits_per_dim_are_summed_from_masses_and_softmaxes(split, codes, prior, 
         "total_bits_per_dim": pixels + rate * nats,
     }
     for name, value in expected.items():
-        assert measured[split][name] == pytest.approx(value, rel=2e-5), name
+        assert measure[split][name] == pytest.approx(value, rel=2e-5), name
     # Nothing is measured that is not recomputed in this file.
     names = set(expected) | {"mse", "mse_unrounded", "nmse", "psnr_db", "psnr_per_image_db", "ssim"}
     names |= {"perplexity", "perplexity_batch32", "code_entropy_bits", "codebook_use", "dead_codes"}
-    assert set(measured["test"]) == names
+    assert set(measure["test"]) == names
 
 
-def test_a_scale_fitted_on_test_images_would_be_another(codes, measured):
+def test_a_scale_fitted_on_test_images_would_be_another(codes, measure):
     images, _, decoded = arrays(codes, "test")
     own = -log_mass(images, decoded, fitted_scale(images, decoded)).mean() / np.log(2)
-    assert own < 0.9998 * measured["test"]["reconstruction_bits_per_dim"]
+    assert own < 0.9998 * measure["test"]["reconstruction_bits_per_dim"]
 
 
 def test_the_scale_is_fitted_on_the_first_values_up_to_a_limit(codes, monkeypatch):
-    monkeypatch.setattr(evaluation, "SCALE_VALUES", 9 * DIMS - 1)
+    monkeypatch.setattr(likelihood, "SCALE_VALUES", 9 * DIMS - 1)
     images, _, decoded = arrays(codes, "val")
-    found = evaluation._scale(codes, CPU).exp().numpy()
+    found = likelihood._scale(codes, CPU).exp().numpy()
     np.testing.assert_allclose(found, fitted_scale(images[:9], decoded[:9]), rtol=5e-3)
 
 
-def test_without_a_prior_there_are_no_metrics_of_one(codes, measured):
-    alone = evaluation.likelihood_metrics(codes, None, "test", CPU)
+def test_without_a_prior_there_are_no_metrics_of_one(codes, measure):
+    alone = likelihood.likelihood_metrics(codes, None, "test", CPU)
     of_a_prior = ("nats_per_code", "bits_per_code", "prior_bits_per_dim", "total_bits_per_dim")
-    expected = {name: measured["test"][name] for name in measured["test"] if name in alone}
+    expected = {name: measure["test"][name] for name in measure["test"] if name in alone}
     assert alone == expected
     assert not set(alone) & set(of_a_prior)
 
 
-def test_the_command_measures_the_split_it_names(codes, prior, measured):
+def test_the_command_measures_the_split_it_names(codes, prior, measure):
     trainer = SimpleNamespace(accelerator="cpu", devices=1, num_nodes=1)
     for split in ("val", "test"):
         cfg = SimpleNamespace(trainer=trainer, split=split)
-        assert measured_by_the_command(cfg, Subject(codes, prior, None)) == measured[split]
+        assert measured_by_the_command(cfg, Subject(codes, prior, None)) == measure[split]
 
 
 def frechet_distance(one, other):
@@ -252,7 +255,7 @@ def test_the_judges_shares_and_distances_are_those_of_its_logits_and_features(co
     samples = torch.from_numpy(generator.integers(0, 256, (300, 3, 16, 20), dtype=np.uint8))
     samples[::2] = samples[::2] // 4  # two sorts, in two batches of at most 256
     labels = torch.arange(300) % 3
-    found = evaluation.classifier_metrics(judge, codes, "test", samples, labels, CPU)
+    found = classifier_metrics(judge, codes, "test", samples, labels, CPU)
     levels = {
         "real": torch.from_numpy(images),
         "reconstruction": torch.from_numpy(rounded(decoded)),
@@ -273,7 +276,7 @@ def test_the_judges_shares_and_distances_are_those_of_its_logits_and_features(co
     assert set(found) == set(expected)
     for name, value in expected.items():
         assert found[name] == pytest.approx(float(value), rel=1e-3), name
-    unconditional = evaluation.classifier_metrics(judge, codes, "test", samples, None, CPU)
+    unconditional = classifier_metrics(judge, codes, "test", samples, None, CPU)
     del expected["sample_accuracy"]
     assert set(unconditional) == set(expected)
 
@@ -289,7 +292,7 @@ def test_the_judge_learns_from_training_images_alone():
         dataset.labels = (dataset.labels + shift) % 3
     task = ClassifierTask(Classifier(3, 3, hidden=4), lambda p: torch.optim.Adam(p, 0.02))
     options = {"accelerator": "cpu", "max_steps": 30}
-    judge = evaluation.train_classifier(task, data, options, batch_size=20)
+    judge = train_classifier(task, data, options, batch_size=20)
     assert not judge.training
     assert not any(parameter.requires_grad for parameter in judge.parameters())
     right = {}
@@ -309,7 +312,7 @@ def test_the_nearest_image_is_that_of_a_full_search():
     samples = np.concatenate([noisy, evaluated.images_of("test").images.numpy()[:9]])
     samples = samples.clip(0, 255).astype(np.uint8)
     distances = ((samples[:, None].astype(np.float64) - train[None]) ** 2).sum((2, 3, 4))
-    found = evaluation.nearest_training_images(data, torch.from_numpy(samples))
+    found = nearest_training_images(data, torch.from_numpy(samples))
     assert (found.numpy() == train[distances.argmin(1)]).all()
     assert distances.argmin(1)[:3].tolist() == [59, 3, 17]
 

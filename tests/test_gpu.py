@@ -15,17 +15,21 @@ from pytorch_lightning.accelerators import CPUAccelerator
 from pytorch_lightning.strategies import SingleDeviceStrategy
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from vqvae_lightning import callbacks, evaluation
-from vqvae_lightning.callbacks import AveragedWeights, LastCheckpoint, SeedSteps, StepProgress
+from vqvae_lightning.callbacks import checkpoints
+from vqvae_lightning.callbacks.averaging import AveragedWeights
+from vqvae_lightning.callbacks.checkpoints import LastCheckpoint
+from vqvae_lightning.callbacks.progress import StepProgress
+from vqvae_lightning.callbacks.reproducibility import SeedSteps
 from vqvae_lightning.data import ImageDataModule
 from vqvae_lightning.data.images import ArrayDataset, StageDataModule
-from vqvae_lightning.data.sources import Split, Splits
+from vqvae_lightning.data.sources.arrays import Split, Splits
 from vqvae_lightning.devices import Reading, exact_products
 from vqvae_lightning.errors import DivergenceError
+from vqvae_lightning.evaluation import drawing
 from vqvae_lightning.networks.autoencoder import VQVAE
 from vqvae_lightning.networks.pixelcnn import PixelCNN
 from vqvae_lightning.quantizers import EMAQuantizer, LossQuantizer, base
-from vqvae_lightning.quantizers.base import nearest_codes
+from vqvae_lightning.quantizers.lookup import nearest_codes
 from vqvae_lightning.tasks import PriorTask, VQVAETask, optimization
 from vqvae_lightning.tasks.optimization import WarmupCosine
 
@@ -91,16 +95,16 @@ class HereAndNow:
 
 
 def test_a_prior_is_sent_to_other_processes_from_the_cpu(monkeypatch):
-    monkeypatch.setattr(evaluation, "ProcessPoolExecutor", HereAndNow)
-    monkeypatch.setattr(evaluation.signal, "signal", lambda *_: None)
-    monkeypatch.setattr(evaluation.torch, "set_num_threads", lambda _: None)
+    monkeypatch.setattr(drawing, "ProcessPoolExecutor", HereAndNow)
+    monkeypatch.setattr(drawing.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(drawing.torch, "set_num_threads", lambda _: None)
     prior = Travelling(5, 2, 2, channels=4, layers=1, first_kernel=3).eval()
-    draw = evaluation._Draw(prior, (3, 2, 2), None, 0, {"batch_size": 2})
+    draw = drawing._Draw(prior, (3, 2, 2), None, 0, {"batch_size": 2})
     drawn = list(draw.shared([torch.device("meta"), torch.device("meta")]))
     assert sum(len(batch.codes) for batch in drawn) == 3
     assert prior.journey[:3] == ("cuda:0", "cpu", "sent")
     # Each process then moves it to its own device.
-    assert evaluation._drawing[0].prior.journey[-1] == "meta"
+    assert drawing._drawing[0].prior.journey[-1] == "meta"
 
 
 def test_all_that_is_sent_of_a_draw_comes_from_the_cpu():
@@ -110,7 +114,7 @@ def test_all_that_is_sent_of_a_draw_comes_from_the_cpu():
 
     labels, known = (torch.zeros(3).as_subclass(Elsewhere) for _ in range(2))
     prior = PixelCNN(5, 2, 2, channels=4, layers=1, first_kernel=3)
-    draw = evaluation._Draw(prior, (3, 2, 2), labels, 0, {"known": known, "top_k": 2})
+    draw = drawing._Draw(prior, (3, 2, 2), labels, 0, {"known": known, "top_k": 2})
     sent = draw.on_cpu()
     assert [type(part) for part in (sent.labels, sent.options["known"])] == [torch.Tensor] * 2
     assert sent.options["top_k"] == 2
@@ -443,7 +447,7 @@ def test_ranks_of_gpus_read_their_agreement_to_stop_one_step_late(monkeypatch):
     strategy = SimpleNamespace(root_device=torch.device("cpu"))
     agreed = {}
     for late in (False, True):
-        monkeypatch.setattr(callbacks, "reads_late", lambda device, late=late: late)
+        monkeypatch.setattr(checkpoints, "reads_late", lambda device, late=late: late)
         callback._agreed = False
         agreed[late] = []
         for step in range(8, 13):

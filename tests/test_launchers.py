@@ -15,9 +15,10 @@ import pytest
 import torch
 from conftest import TINY_VQVAE, compose
 
-from vqvae_lightning import launchers
 from vqvae_lightning.errors import Interrupted, RankError
-from vqvae_lightning.launch import started_outside
+from vqvae_lightning.jobs import parallel
+from vqvae_lightning.jobs.launcher import resources
+from vqvae_lightning.jobs.ranks import detect_launcher
 
 RANKS = (
     *[option for option in TINY_VQVAE if not option.startswith("trainer=")],
@@ -78,7 +79,14 @@ def test_a_rank_that_fails_ends_a_torchrun(toy, tmp_path):
         "        raise OSError('no such disk')\n"
         "    numpy.load = broken\n"
     )
-    command = [*torchrun, "--nproc-per-node=2", "-m", "vqvae_lightning.train", "-m", "seed=1,2"]
+    command = [
+        *torchrun,
+        "--nproc-per-node=2",
+        "-m",
+        "vqvae_lightning.train",
+        "-m",
+        "seed=1,2",
+    ]
     outcome = run(
         [*command, *SHORT, *toy, "hydra.sweep.dir=sweep"], tmp_path, PYTHONPATH=str(tmp_path)
     )
@@ -131,7 +139,7 @@ def test_a_job_script_without_srun_waits_for_nobody(monkeypatch):
     # sbatch sets these for tasks that a script could start; srun adds SLURM_STEP_NUM_TASKS.
     for name, value in (("NTASKS", "8"), ("PROCID", "0"), ("JOB_NAME", "mine")):
         monkeypatch.setenv(f"SLURM_{name}", value)
-    assert started_outside() is None
+    assert detect_launcher() is None
 
 
 def test_a_launcher_does_not_resume_a_single_run(toy, command):
@@ -160,7 +168,14 @@ SLURM = ("hydra/launcher=slurm", "hydra.sweep.dir=sweep")
 
 def test_the_local_executor_runs_the_pipeline_in_two_tasks(toy, tmp_path):
     options = ["trainer.devices=2", "evaluation.num_samples=12", "sampling.num_samples=6"]
-    command = [sys.executable, "-m", "vqvae_lightning.pipeline", "experiment=smoke", *toy, *options]
+    command = [
+        sys.executable,
+        "-m",
+        "vqvae_lightning.commands.pipeline",
+        "experiment=smoke",
+        *toy,
+        *options,
+    ]
     outcome = run([*command, *SLURM, "hydra.launcher.executor=local"], tmp_path)
     assert outcome.returncode == 0, outcome.stderr
     folder = tmp_path / "sweep/0"
@@ -276,22 +291,22 @@ def test_joblib_runs_each_job_with_its_own_values(toy, command, tmp_path):
 
 
 def test_a_job_of_joblib_has_gpus_of_its_own(tmp_path, monkeypatch):
-    monkeypatch.setattr(launchers, "_taken", [])
+    monkeypatch.setattr(parallel, "_taken", [])
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     seen = []
     for _ in range(2):
-        launchers.take_gpus(str(tmp_path), [["3"], ["GPU-a", "5"]])
+        parallel.take_gpus(str(tmp_path), [["3"], ["GPU-a", "5"]])
         seen.append(os.environ["CUDA_VISIBLE_DEVICES"])
     assert seen == ["3", "GPU-a,5"]
     with pytest.raises(RankError, match="taken"):
-        launchers.take_gpus(str(tmp_path), [["3"], ["GPU-a", "5"]])
-    launchers._taken.pop(0).close()  # a worker ends, another takes its place
-    launchers.take_gpus(str(tmp_path), [["3"], ["GPU-a", "5"]])
+        parallel.take_gpus(str(tmp_path), [["3"], ["GPU-a", "5"]])
+    parallel._taken.pop(0).close()  # a worker ends, another takes its place
+    parallel.take_gpus(str(tmp_path), [["3"], ["GPU-a", "5"]])
     assert os.environ["CUDA_VISIBLE_DEVICES"] == "3"
 
 
 def test_more_jobs_than_gpus_are_refused(toy, command, monkeypatch):
-    monkeypatch.setattr(launchers, "visible_gpus", lambda: ["0", "1"])
+    monkeypatch.setattr(parallel, "visible_gpus", lambda: ["0", "1"])
     places = ("hydra/launcher=joblib", "hydra.launcher.n_jobs=3", "hydra.sweep.dir=sweep")
     outcome = command("vqvae-train", *TINY_VQVAE, *toy, *places)
     assert outcome.status == 1
@@ -300,9 +315,9 @@ def test_more_jobs_than_gpus_are_refused(toy, command, monkeypatch):
 
 def test_a_pipelines_resources_are_its_trainers(tmp_path):
     cfg = compose("pipeline", "trainer=ddp_cpu", "trainer.num_nodes=3", folder=tmp_path)
-    assert launchers.resources(cfg) == (3, 2, 0)
+    assert resources(cfg) == (3, 2, 0)
     cfg = compose("sample", "prior_checkpoint=x", "accelerator=gpu", "devices=4", folder=tmp_path)
-    assert launchers.resources(cfg) == (1, 1, 4)
+    assert resources(cfg) == (1, 1, 4)
 
 
 def test_an_interruption_keeps_its_status_between_processes():

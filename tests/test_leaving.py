@@ -9,10 +9,12 @@ import torch
 import torch.distributed as dist
 from omegaconf import OmegaConf
 
-from vqvae_lightning import configs, further_rank, launch
-from vqvae_lightning.callbacks import LastCheckpoint
+from vqvae_lightning import configs
+from vqvae_lightning.callbacks.checkpoints import LastCheckpoint
+from vqvae_lightning.commands import worker
 from vqvae_lightning.distributed import leave
 from vqvae_lightning.errors import DivergenceError, InputError, Interrupted, RankError
+from vqvae_lightning.jobs import ranks as launch
 
 
 @pytest.fixture
@@ -71,7 +73,7 @@ def test_rank_0_leaves_before_it_waits_for_the_others(end, events, tmp_path):
     cfg = OmegaConf.create({"trainer": {"devices": 3}, "trust": []})
     caught = None
     try:
-        with launch._started_here(cfg, tmp_path, "module", 3):
+        with launch._start_here(cfg, tmp_path, "module", 3):
             if error is not None:
                 raise error
     except BaseException as raised:
@@ -92,7 +94,7 @@ def test_a_rank_that_does_not_end_is_an_error_of_one_line(events, tmp_path, monk
     expected = rf"rank 1 still ran 30 s after the job had ended \(its output: {tmp_path}/ranks/"
     with (
         pytest.raises(RankError, match=expected),
-        launch._started_here(cfg, tmp_path, "module", 2),
+        launch._start_here(cfg, tmp_path, "module", 2),
     ):
         pass
     assert events.seen == ["destroy", "kill"]
@@ -154,12 +156,12 @@ def test_a_further_rank_leaves_as_the_first_does(end, events, monkeypatch):
         if error is not None:
             raise error
 
-    monkeypatch.setattr(further_rank, "run", run)
-    monkeypatch.setattr(further_rank.sys, "argv", ["further_rank", "config.yaml"])
+    monkeypatch.setattr(worker, "run", run)
+    monkeypatch.setattr(worker.sys, "argv", ["further_rank", "config.yaml"])
     monkeypatch.setattr(configs, "read_trusted", lambda path, trusted: {})
     caught = None
     try:
-        further_rank.main()
+        worker.main()
     except BaseException as raised:
         caught = raised
     assert caught is (None if end == "agreed" else error)

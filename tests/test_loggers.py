@@ -14,8 +14,9 @@ from omegaconf import OmegaConf
 
 from vqvae_lightning.checkpoints import load, weights_hash
 from vqvae_lightning.errors import InputError
-from vqvae_lightning.loggers import Input, WandbRun, log_histogram
-from vqvae_lightning.results import UNITS
+from vqvae_lightning.loggers.media import log_histogram
+from vqvae_lightning.loggers.wandb import Input, WandbRun
+from vqvae_lightning.units import UNITS
 
 TINY = [option for option in TINY_VQVAE if not option.startswith("trainer=")]
 sys.path.append(str(Path(__file__).parents[1] / "experiments"))

@@ -19,7 +19,7 @@ from test_data import idx_files
 
 from vqvae_lightning.data import ImageDataModule, ImageFolderSource, NpzSource, TorchvisionSource
 from vqvae_lightning.data.mapped import BESIDE
-from vqvae_lightning.data.sources import Split, Splits
+from vqvae_lightning.data.sources.arrays import Split, Splits
 from vqvae_lightning.errors import InputError
 
 LINUX = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
@@ -49,7 +49,11 @@ def photos(tmp_path):
 def without_reading(monkeypatch):
     """A part of a test in which no image is decoded, and not all bytes are read."""
     with monkeypatch.context() as patch:
-        for name in ("sources.decode", "sources.NpzSource.load", "sources.TorchvisionSource._open"):
+        for name in (
+            "sources.folder.decode",
+            "sources.npz.NpzSource.load",
+            "sources.torchvision.TorchvisionSource._open",
+        ):
             patch.setattr(f"vqvae_lightning.data.{name}", lambda *_, **__: pytest.fail("read"))
         patch.setattr(Splits, "fingerprint", lambda _: pytest.fail("all bytes were read"))
         patch.setattr(
@@ -255,7 +259,7 @@ def test_an_interrupted_reading_leaves_nothing_behind(photos, monkeypatch):
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("vqvae_lightning.data.sources.decode", interrupt)
+    monkeypatch.setattr("vqvae_lightning.data.sources.folder.decode", interrupt)
     with pytest.raises(KeyboardInterrupt):
         module(ImageFolderSource(str(photos)))
     assert stored(photos / BESIDE) == []
@@ -309,7 +313,7 @@ def test_a_source_of_ones_own_needs_no_stamp():
 def test_an_npz_that_is_unpacked_in_blocks_is_what_numpy_reads(
     order, save, toy_npz, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr("vqvae_lightning.data.sources.BLOCK", 7 * 12 * 8 * 3)
+    monkeypatch.setattr("vqvae_lightning.data.sources.arrays.BLOCK", 7 * 12 * 8 * 3)
     with np.load(toy_npz) as archive:
         arrays = {name: np.asarray(archive[name], order=order) for name in archive.files}
     save(tmp_path / "a.npz", **arrays)

@@ -5,11 +5,11 @@ from types import SimpleNamespace
 import pytest
 from conftest import TINY_VQVAE, compose
 
-from vqvae_lightning import preflight
-from vqvae_lightning.app import load_images
 from vqvae_lightning.devices import available_memory
 from vqvae_lightning.errors import InputError
-from vqvae_lightning.pipeline import check_stages, stage_configs
+from vqvae_lightning.stages import preflight
+from vqvae_lightning.stages.inputs import load_images
+from vqvae_lightning.stages.pipeline import check_stages, stage_configs
 
 GIB = 2**30
 

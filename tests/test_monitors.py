@@ -10,14 +10,15 @@ import pytest
 import torch
 from conftest import TINY_VQVAE, compose
 
-from vqvae_lightning import callbacks, results
-from vqvae_lightning.app import load_images
-from vqvae_lightning.callbacks import BestCheckpoint, MedianPruning
+from vqvae_lightning import callbacks, console, units
+from vqvae_lightning.callbacks.checkpoints import BestCheckpoint
+from vqvae_lightning.callbacks.pruning import MedianPruning
 from vqvae_lightning.checkpoints import load
 from vqvae_lightning.errors import InputError
 from vqvae_lightning.report.sweep import read_jobs
-from vqvae_lightning.results import direction
-from vqvae_lightning.train import prepared, train
+from vqvae_lightning.stages.inputs import load_images
+from vqvae_lightning.stages.training import prepare, train
+from vqvae_lightning.units import direction
 
 NETWORK = [text for text in TINY_VQVAE if ".quantizer." not in text]
 CODES = ["model.net.quantizer.code_dim=4"]
@@ -54,7 +55,7 @@ def test_a_vqvae_says_what_its_validation_logs(quantizer, extra, toy, tmp_path):
     options = [f"quantizer={quantizer}", *NETWORK, *QUANTIZERS[quantizer], *extra, *steps]
     cfg = compose("vqvae", *toy, *options, folder=tmp_path)
     images = load_images(cfg.dataset)
-    task = prepared(cfg.copy(), images).task
+    task = prepare(cfg.copy(), images).task
     said = task.validated(task.net.grid(*images.image_shape[1:]))
     train(cfg, images)
     assert said == logged(tmp_path)
@@ -75,14 +76,14 @@ def test_a_prior_says_what_its_validation_logs(vqvae, toy, tmp_path):
     steps = ("trainer.val_check_interval=1", "model.optimizer.lr=0.1")
     cfg = compose("prior", *toy, *PRIOR, *steps, f"vqvae_checkpoint={vqvae}", folder=tmp_path)
     images = load_images(cfg.dataset)
-    task = prepared(cfg.copy(), images).task
+    task = prepare(cfg.copy(), images).task
     train(cfg, images)
     assert task.validated((3, 2)) == logged(tmp_path)
 
 
 def test_every_name_with_a_direction_has_a_unit():
-    assert set(results.UNITS) >= results.HIGHER | results.LOWER
-    assert not results.HIGHER & results.LOWER
+    assert set(units.UNITS) >= units.HIGHER | units.LOWER
+    assert not units.HIGHER & units.LOWER
 
 
 @pytest.mark.parametrize(
@@ -98,7 +99,7 @@ def test_every_name_with_a_direction_has_a_unit():
 def test_a_name_that_this_stage_does_not_log_is_refused(overrides, names, missing, toy, tmp_path):
     cfg = compose("vqvae", *toy, "trainer=debug", *overrides, folder=tmp_path)
     with pytest.raises(InputError, match=r"^monitor=") as caught:
-        prepared(cfg, load_images(cfg.dataset))
+        prepare(cfg, load_images(cfg.dataset))
     assert all(name in str(caught.value) for name in names)
     assert missing not in str(caught.value)
 
@@ -253,9 +254,9 @@ def test_a_resumed_run_validates_its_last_step_too(toy, tmp_path, command, monke
 def test_without_a_terminal_each_status_is_one_line(toy, tmp_path, monkeypatch):
     # rich breaks at 80 columns where it finds no terminal.
     file = io.StringIO()
-    monkeypatch.setattr(callbacks.console, "_file", file)  # `file` would stay what it is now
+    monkeypatch.setattr(console.console, "_file", file)  # `file` would stay what it is now
     long = f"warning: {'word ' * 60}end"
-    callbacks.console.print(long)
+    console.console.print(long)
     steps = ("trainer.max_steps=4", "trainer.val_check_interval=2")
     train(compose("vqvae", *toy, *TINY_VQVAE, *steps, folder=tmp_path / ("deep/" * 20)))
     lines = file.getvalue().splitlines()

@@ -15,39 +15,33 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "vqvae_lightning"
 # Each file imports only from lower levels; a folder's files may import each other.
 LEVELS = {
-    "errors": 0,
+    "console": 0,
     "distributed": 0,
+    "errors": 0,
+    "files": 0,
     "metrics": 0,
-    "progress": 0,
+    "pixels": 0,
+    "units": 0,
     "checks": 1,
-    "claims": 1,
     "devices": 1,
+    "pictures": 1,
     "randomness": 1,
-    "results": 1,
     "trust": 1,
     "configs": 2,
-    "launch": 2,
+    "loggers": 2,
     "quantizers": 2,
-    "launchers": 3,
     "networks": 3,
-    "report": 3,
+    "runs": 3,
     "checkpoints": 4,
-    "data": 4,
-    "pictures": 4,
-    "sweeps": 4,
-    "app": 5,
-    "loggers": 5,
-    "preflight": 5,
-    "tasks": 5,
-    "callbacks": 6,
-    "reconstruct": 6,
-    "shards": 6,
-    "evaluation": 7,
-    "train": 7,
-    "evaluate": 8,
-    "sample": 8,
-    "further_rank": 9,
-    "pipeline": 9,
+    "report": 4,
+    "jobs": 5,
+    "data": 6,
+    "callbacks": 7,
+    "tasks": 7,
+    "evaluation": 8,
+    "stages": 9,
+    "commands": 10,
+    "train": 11,
 }
 COMMANDS = (
     "vqvae-train",
@@ -57,8 +51,8 @@ COMMANDS = (
     "vqvae-reconstruct",
     "vqvae-shards",
 )
-MODULES = {name: name.replace("vqvae-", "vqvae_lightning.") for name in COMMANDS}
-MODULES["vqvae-report"] = "vqvae_lightning.report.__main__"  # takes a folder, no overrides
+MODULES = {name: name.replace("vqvae-", "vqvae_lightning.commands.") for name in COMMANDS}
+MODULES["vqvae-report"] = "vqvae_lightning.commands.report"  # takes a folder, no overrides
 
 
 def imported(path):
@@ -110,7 +104,7 @@ def test_importing_the_package_is_light():
 
 @pytest.mark.parametrize("name", MODULES)
 def test_each_command_is_a_module_whose_help_is_light(name):
-    module = name.replace("vqvae-", "vqvae_lightning.")
+    module = name.replace("vqvae-", "vqvae_lightning.commands.")
     code = f"""
 import runpy, sys
 sys.argv = ["{name}", "--help"]
@@ -167,7 +161,7 @@ def test_the_wheel_runs_the_pipeline_outside_the_checkout(tmp_path):
     python = tmp_path / "venv/bin/python"
     environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "VIRTUAL_ENV")}
     run = subprocess.run(
-        [python, "-m", "vqvae_lightning.pipeline", "experiment=smoke"],
+        [python, "-m", "vqvae_lightning.commands.pipeline", "experiment=smoke"],
         cwd=tmp_path,
         env=environment,
         capture_output=True,

@@ -10,11 +10,12 @@ import pytest
 import torch
 from PIL import Image
 
-from vqvae_lightning import pipeline
 from vqvae_lightning.checkpoints import load_pair
+from vqvae_lightning.commands import pipeline
 from vqvae_lightning.configs import build
-from vqvae_lightning.networks.autoencoder import from_uint8, to_uint8
-from vqvae_lightning.results import UNITS
+from vqvae_lightning.pixels import from_uint8, to_uint8
+from vqvae_lightning.stages.pipeline import STAGES
+from vqvae_lightning.units import UNITS
 
 SMOKE = ("experiment=smoke", "evaluation.num_samples=12", "sampling.num_samples=6")
 
@@ -58,7 +59,7 @@ def test_a_run_leaves_what_it_promises(finished):
 def test_result_has_units_seed_split_versions_and_times(finished):
     result = json.loads((finished / "result.json").read_text())
     assert all(entry["unit"] for entry in result["metrics"].values())
-    assert set(result["seconds"]) == set(pipeline.STAGES)
+    assert set(result["seconds"]) == set(STAGES)
     assert (result["seed"], result["split"], result["images"]) == (0, "test", 30)
     assert torch.__version__.startswith(result["versions"]["torch"].split("+")[0])
     assert result["command"].startswith("vqvae-pipeline experiment=smoke")
@@ -152,9 +153,9 @@ def test_a_broken_run_goes_on_after_its_last_finished_stage(
 ):
     places = {
         "prior": "vqvae_lightning.tasks.PriorTask.training_step",
-        "evaluation": "vqvae_lightning.evaluation.reconstruction_metrics",
-        "samples": "vqvae_lightning.sample.draw",
-        "report": "vqvae_lightning.report.write_report",
+        "evaluation": "vqvae_lightning.evaluation.reconstruction.reconstruction_metrics",
+        "samples": "vqvae_lightning.stages.sampling.draw_samples",
+        "report": "vqvae_lightning.report.run.write_report",
     }
 
     def fail(*arguments, **options):
@@ -168,7 +169,7 @@ def test_a_broken_run_goes_on_after_its_last_finished_stage(
     moved = folder.rename(tmp_path / "moved")
     outcome = command("vqvae-pipeline", f"resume={moved}")
     assert outcome.status == 0, outcome.err
-    order = [name for name in pipeline.STAGES if name != "report"]
+    order = [name for name in STAGES if name != "report"]
     done = order.index(stage) if stage in order else len(order)
     assert outcome.out.count("done before") == done
     assert (moved / "report.html").is_file()
@@ -252,9 +253,9 @@ def test_a_folder_of_images_is_completed(finished, command, tmp_path):
 
 
 def test_ctrl_c_keeps_finished_samples(finished, command, monkeypatch):
-    from vqvae_lightning import evaluation
+    from vqvae_lightning.evaluation import drawing
 
-    whole = evaluation.sample_batches
+    whole = drawing.sample_batches
 
     def interrupted(*arguments, **options):
         for number, batch in enumerate(whole(*arguments, **options)):
@@ -262,7 +263,7 @@ def test_ctrl_c_keeps_finished_samples(finished, command, monkeypatch):
                 raise KeyboardInterrupt
             yield batch
 
-    monkeypatch.setattr(evaluation, "sample_batches", interrupted)
+    monkeypatch.setattr(drawing, "sample_batches", interrupted)
     prior = f"prior_checkpoint={finished}/prior/checkpoints/best.ckpt"
     outcome = command("vqvae-sample", prior, "num_samples=20", "batch_size=4")
     assert outcome.status == 130

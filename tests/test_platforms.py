@@ -9,12 +9,13 @@ from types import SimpleNamespace
 import pytest
 from conftest import compose
 
-from vqvae_lightning import app, claims, launchers
-from vqvae_lightning.callbacks import LastCheckpoint
-from vqvae_lightning.claims import claimed
-from vqvae_lightning.data import shards
+from vqvae_lightning.callbacks.checkpoints import LastCheckpoint
+from vqvae_lightning.data.shards import workers
 from vqvae_lightning.errors import InputError, Interrupted
-from vqvae_lightning.results import write_text
+from vqvae_lightning.files import write_text
+from vqvae_lightning.jobs import parallel, signals
+from vqvae_lightning.runs import claims
+from vqvae_lightning.runs.claims import claim_folder
 
 
 @pytest.fixture
@@ -36,20 +37,21 @@ def test_commands_stop_at_the_signals_that_there_are(tmp_path):
     with pytest.raises(InputError, match="SIGNOTHING"):
         LastCheckpoint("last.ckpt", signals=["SIGNOTHING"])
     before = signal.getsignal(signal.SIGTERM)
-    with app._told_to_stop():
+    with signals._interrupt_on_signals():
         assert signal.getsignal(signal.SIGTERM) != before
     assert signal.getsignal(signal.SIGTERM) == before
-    with launchers._passing_on(tmp_path) as asked:
+    with parallel._pass_signals_on(tmp_path) as asked:
         os.kill(os.getpid(), signal.SIGTERM)
         assert asked == [signal.SIGTERM]
 
 
 @pytest.mark.usefixtures("_windows_signals")
-def test_workers_of_shards_ignore_the_signals_that_there_are():
+def test_workers_of_shards_ignore_the_signals_that_there_are(monkeypatch):
     before = signal.getsignal(signal.SIGINT)
+    monkeypatch.setattr(workers.torch, "set_num_threads", lambda _: None)  # of this process
     try:
-        with shards._sigterm_held():
-            shards._start_worker(0)
+        with workers._sigterm_held():
+            workers._start_worker(0)
         assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
     finally:
         signal.signal(signal.SIGINT, before)
@@ -58,14 +60,14 @@ def test_workers_of_shards_ignore_the_signals_that_there_are():
 def test_jobs_side_by_side_without_an_affinity(command, monkeypatch):
     # As on macOS.
     monkeypatch.delattr(os, "sched_getaffinity")
-    monkeypatch.setattr(launchers, "visible_gpus", list)
+    monkeypatch.setattr(parallel, "visible_gpus", list)
     seen = []
 
     def jobs(self, overrides, first):
         seen.append(overrides)
         raise Interrupted("enough")
 
-    monkeypatch.setattr(launchers.JoblibLauncher, "jobs", jobs)
+    monkeypatch.setattr(parallel.JoblibLauncher, "jobs", jobs)
     outcome = command("vqvae-train", "hydra/launcher=joblib", "seed=0,1")
     assert outcome.status == 130, outcome.err
     assert len(seen[0]) == 2
@@ -82,11 +84,11 @@ def test_gpus_are_shared_out_with_the_locks_of_windows(tmp_path, monkeypatch):
 
     monkeypatch.setitem(sys.modules, "msvcrt", SimpleNamespace(LK_NBLCK=2, locking=locking))
     monkeypatch.setattr(sys, "platform", "win32")
-    monkeypatch.setattr(launchers, "_taken", [])
+    monkeypatch.setattr(parallel, "_taken", [])
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    launchers.take_gpus(str(tmp_path), [["4"], ["7"]])
+    parallel.take_gpus(str(tmp_path), [["4"], ["7"]])
     assert (locked, os.environ["CUDA_VISIBLE_DEVICES"]) == ([(2, 1)], "4")
-    launchers.take_gpus(str(tmp_path), [["4"], ["7"]])
+    parallel.take_gpus(str(tmp_path), [["4"], ["7"]])
     assert os.environ["CUDA_VISIBLE_DEVICES"] == "7"
 
 
@@ -95,9 +97,9 @@ def test_on_windows_no_process_is_sent_a_signal_to_see_whether_it_lives(tmp_path
     monkeypatch.setattr(sys, "platform", "win32")
     monkeypatch.setattr(claims.os, "kill", lambda *_: pytest.fail("it sent a signal"))
     with (
-        claimed(tmp_path),
+        claim_folder(tmp_path),
         pytest.raises(InputError, match=r"if that process has ended.*delete"),
-        claimed(tmp_path),
+        claim_folder(tmp_path),
     ):
         pass
 
@@ -113,7 +115,7 @@ def test_a_file_that_is_there_is_replaced_without_rename(tmp_path, monkeypatch):
 def test_files_are_utf8_in_every_locale(tmp_path):
     job = (
         "import sys; from pathlib import Path\n"
-        "from vqvae_lightning.results import read_failure, write_failure\n"
+        "from vqvae_lightning.runs.failures import read_failure, write_failure\n"
         "write_failure(Path(sys.argv[1]), 'no caf\\u00e9', ['study=\\u00e9'], '')\n"
         "assert read_failure(Path(sys.argv[1])).error == 'no caf\\u00e9'\n"
     )

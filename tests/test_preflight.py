@@ -8,19 +8,19 @@ import torch
 from conftest import TINY_VQVAE, compose
 from torch import nn
 
-from vqvae_lightning import preflight
-from vqvae_lightning.app import load_images
 from vqvae_lightning.errors import InputError
 from vqvae_lightning.networks.autoencoder import Encoder
+from vqvae_lightning.stages import preflight
+from vqvae_lightning.stages.inputs import load_images
+from vqvae_lightning.stages.training import prepare
 from vqvae_lightning.tasks.optimization import check_optimizer
-from vqvae_lightning.train import prepared
 
 SMALL = [option for option in TINY_VQVAE if not option.startswith("trainer=")]
 
 
 def surveyed(folder, *overrides):
     cfg = compose("vqvae", *overrides, folder=folder)
-    return prepared(cfg, load_images(cfg.dataset)).survey
+    return prepare(cfg, load_images(cfg.dataset)).survey
 
 
 def bytes_of(text):
@@ -57,7 +57,7 @@ def test_activations_are_the_bytes_kept_for_the_backward_pass():
 def test_looking_over_changes_nothing_of_the_network(toy, tmp_path):
     cfg = compose("vqvae", *SMALL, *toy, folder=tmp_path)
     images = load_images(cfg.dataset)
-    task = prepared(cfg, images).task
+    task = prepare(cfg, images).task
     before = {name: value.clone() for name, value in task.net.state_dict().items()}
     state = torch.get_rng_state()
     preflight.survey(cfg, task.net, images, 2.0)

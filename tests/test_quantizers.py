@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from vqvae_lightning.errors import InputError
 from vqvae_lightning.quantizers import EMAQuantizer, LossQuantizer
-from vqvae_lightning.quantizers.base import kmeans, nearest_codes
+from vqvae_lightning.quantizers.lookup import nearest_codes
+from vqvae_lightning.quantizers.rows import kmeans
 
 BOTH = pytest.mark.parametrize("make", [EMAQuantizer, LossQuantizer])
 
@@ -53,8 +54,8 @@ def test_codes_are_the_nearest_codebook_rows(
 def test_look_up_in_several_blocks_equals_one(monkeypatch):
     vectors, codebook = torch.randn(1000, 5), torch.randn(600, 5)
     whole = nearest_codes(vectors, codebook)
-    monkeypatch.setattr("vqvae_lightning.quantizers.base.COLUMNS", 128)
-    monkeypatch.setattr("vqvae_lightning.quantizers.base.SCORES", 128 * 7)
+    monkeypatch.setattr("vqvae_lightning.quantizers.lookup.COLUMNS", 128)
+    monkeypatch.setattr("vqvae_lightning.quantizers.lookup.SCORES", 128 * 7)
     assert torch.equal(nearest_codes(vectors, codebook), whole)
 
 

@@ -8,9 +8,9 @@ import torch
 from torch import nn
 
 from vqvae_lightning import randomness
-from vqvae_lightning.callbacks import SeedSteps
+from vqvae_lightning.callbacks.reproducibility import SeedSteps
 from vqvae_lightning.data.images import Batch, ImageDataModule, set_aside
-from vqvae_lightning.data.sources import NpzSource
+from vqvae_lightning.data.sources.npz import NpzSource
 from vqvae_lightning.networks.dropout import BatchDropout
 from vqvae_lightning.networks.pixelcnn import PixelCNN
 from vqvae_lightning.quantizers import GaussianBottleneck

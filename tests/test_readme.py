@@ -12,9 +12,8 @@ import pytest
 from conftest import COMMANDS, TINY_VQVAE, compose
 from PIL import Image
 
-from vqvae_lightning import pipeline, shards
-from vqvae_lightning.report import __main__ as report
-from vqvae_lightning.results import UNITS
+from vqvae_lightning.commands import pipeline, report, shards
+from vqvae_lightning.units import UNITS
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()

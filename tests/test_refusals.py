@@ -5,20 +5,20 @@ from pathlib import Path
 import pytest
 from conftest import TINY_VQVAE, compose
 
-from vqvae_lightning.app import load_images
-from vqvae_lightning.errors import InputError, Key, below, check_positive, renamed
-from vqvae_lightning.evaluate import check_evaluation, classifier_task
-from vqvae_lightning.pipeline import check_stages, stage_configs
-from vqvae_lightning.train import prepared, train
+from vqvae_lightning.errors import InputError, Key, check_positive, prefix_keys, rename_keys
+from vqvae_lightning.stages.evaluating import build_classifier, check_evaluation
+from vqvae_lightning.stages.inputs import load_images
+from vqvae_lightning.stages.pipeline import check_stages, stage_configs
+from vqvae_lightning.stages.training import prepare, train
 
 
 def test_keys_of_an_error_grow_on_its_way_up():
-    with pytest.raises(InputError) as caught, below("model"), below("net"):
+    with pytest.raises(InputError) as caught, prefix_keys("model"), prefix_keys("net"):
         check_positive("hidden", 0)
     assert str(caught.value) == "model.net.hidden=0 must be an integer of at least 1."
     with (
         pytest.raises(InputError, match=r"^a\.labels=5: drop a\.labels, not labels\.$"),
-        renamed(lambda key: f"a.{key}"),
+        rename_keys(lambda key: f"a.{key}"),
     ):
         raise InputError(Key("labels"), "=5: drop ", Key("labels"), ", not labels.")
 
@@ -27,7 +27,7 @@ def test_an_error_with_keys_can_be_sent_to_another_process():
     import pickle
 
     error = pickle.loads(pickle.dumps(InputError(Key("size"), "=0 is bad.")))
-    with pytest.raises(InputError, match=r"^dataset\.size=0 is bad\.$"), below("dataset"):
+    with pytest.raises(InputError, match=r"^dataset\.size=0 is bad\.$"), prefix_keys("dataset"):
         raise error
 
 
@@ -79,7 +79,7 @@ VQVAE = [
 def test_a_bad_value_of_a_vqvae_is_named(override, begins, says, toy, tmp_path):
     cfg = compose("vqvae", *toy, *TINY_VQVAE, override, folder=tmp_path)
     with pytest.raises(InputError) as caught:
-        prepared(cfg, load_images(cfg.dataset))
+        prepare(cfg, load_images(cfg.dataset))
     line = str(caught.value)
     assert line.startswith(begins), line
     assert says in line, line
@@ -132,7 +132,7 @@ def test_an_evaluation_checks_its_classifier_with_its_own_keys(toy, tmp_path):
     cfg = compose("evaluate", *toy, "classifier.optimizer.lr=x", folder=tmp_path)
     check_evaluation(cfg)
     with pytest.raises(InputError, match=r"^classifier\.optimizer\.lr=x"):
-        classifier_task(cfg, load_images(cfg.dataset))
+        build_classifier(cfg, load_images(cfg.dataset))
 
 
 def test_a_prior_without_a_vqvae_asks_for_one(command):
@@ -145,12 +145,12 @@ def test_the_size_of_shards_is_named_by_their_own_key(toy, tmp_path):
     cfg = compose("vqvae", *toy, "trainer=debug", "model.net.downsamplings=3", folder=tmp_path)
     images = load_images(cfg.dataset)
     with pytest.raises(InputError, match=r"set dataset\.source\.size=\[16,8\]"):
-        prepared(cfg.copy(), images)
+        prepare(cfg.copy(), images)
     from vqvae_lightning.data import ShardDataModule
 
     images.size_key = ShardDataModule.size_key
     with pytest.raises(InputError, match=r"set dataset\.size=\[16,8\]"):
-        prepared(cfg.copy(), images)
+        prepare(cfg.copy(), images)
 
 
 def test_reconstruct_and_sample_name_the_keys_that_they_have(toy, tmp_path, command, monkeypatch):
@@ -164,7 +164,7 @@ def test_reconstruct_and_sample_name_the_keys_that_they_have(toy, tmp_path, comm
 
 def prepared_net(toy, folder: Path):
     cfg = compose("vqvae", *toy, *TINY_VQVAE, folder=folder)
-    return prepared(cfg, load_images(cfg.dataset)).task.net
+    return prepare(cfg, load_images(cfg.dataset)).task.net
 
 
 def test_a_folder_of_shards_may_have_any_name(toy, tmp_path, command):
@@ -195,7 +195,7 @@ def test_a_split_with_fewer_images_than_devices_is_refused(split, toy, tmp_path)
     few = images.datasets[split]
     few.array, few.labels = few.array[:3], few.labels[:3]
     with pytest.raises(InputError, match=rf"^trainer\.devices=4: the {split} split has 3 images"):
-        prepared(cfg, images)
+        prepare(cfg, images)
 
 
 def test_labelled_data_may_have_a_prior_without_classes(toy, tmp_path, command):
@@ -207,7 +207,7 @@ def test_labelled_data_may_have_a_prior_without_classes(toy, tmp_path, command):
     outcome = command("vqvae-pipeline", *toy, *options)
     assert outcome.status == 0, outcome.err
     from vqvae_lightning import load
-    from vqvae_lightning.results import read_result
+    from vqvae_lightning.runs.results import read_result
 
     prior = outcome.folder / "prior/checkpoints/best.ckpt"
     assert load(prior).net.num_classes == 0
@@ -231,7 +231,7 @@ def test_labelled_data_may_have_a_prior_without_classes(toy, tmp_path, command):
 def test_a_resumed_prior_keeps_what_was_filled_in(toy, tmp_path):
     cfg = compose("vqvae", *toy, *TINY_VQVAE, folder=tmp_path)
     images = load_images(cfg.dataset)
-    prepared(cfg, images)
+    prepare(cfg, images)
     assert cfg.model.net.channels == 3
-    prepared(cfg, images)
+    prepare(cfg, images)
     assert train(cfg, images)["steps"] == 2

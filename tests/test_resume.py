@@ -4,12 +4,13 @@ import numpy as np
 import pytest
 from conftest import TINY_VQVAE, compose
 
-from vqvae_lightning import results
-from vqvae_lightning.app import load_images
 from vqvae_lightning.errors import InputError, Interrupted
-from vqvae_lightning.results import SECONDS, Stopwatch, read_result, timed
+from vqvae_lightning.runs import stopwatch
+from vqvae_lightning.runs.results import read_result
+from vqvae_lightning.runs.stopwatch import SECONDS, Stopwatch, time_stage
+from vqvae_lightning.stages.inputs import load_images
+from vqvae_lightning.stages.training import train
 from vqvae_lightning.tasks import PriorTask, VQVAETask
-from vqvae_lightning.train import train
 
 SMOKE = ("experiment=smoke", "evaluation.num_samples=12", "sampling.num_samples=6")
 
@@ -91,21 +92,21 @@ def clock(monkeypatch):
     class Clock:
         now = 1000.0
 
-    monkeypatch.setattr(results, "perf_counter", lambda: Clock.now)
+    monkeypatch.setattr(stopwatch, "perf_counter", lambda: Clock.now)
     return Clock
 
 
 @pytest.mark.parametrize("error", [OSError, KeyboardInterrupt, Interrupted, SystemExit])
 def test_the_parts_of_a_run_add_up(error, clock, tmp_path):
     def part():
-        with timed(tmp_path):
+        with time_stage(tmp_path):
             clock.now += 5
             raise error("stopped")
 
     for _ in range(2):
         with pytest.raises(error):
             part()
-    with timed(tmp_path) as watch:
+    with time_stage(tmp_path) as watch:
         clock.now += 2.5
         assert watch.seconds == 12.5
     assert not (tmp_path / SECONDS).exists()
@@ -113,7 +114,7 @@ def test_the_parts_of_a_run_add_up(error, clock, tmp_path):
 
 def test_refused_input_leaves_no_time(clock, tmp_path):
     def part():
-        with timed(tmp_path):
+        with time_stage(tmp_path):
             clock.now += 3
             raise InputError("no")
 
@@ -167,13 +168,14 @@ def test_a_resumed_stage_counts_the_seconds_of_all_its_parts(end, toy, clock, tm
 
 
 def test_a_pipeline_adds_up_the_parts_of_its_stages(toy, clock, command, tmp_path):
-    from vqvae_lightning import evaluation, report
+    from vqvae_lightning.evaluation import drawing
+    from vqvae_lightning.report import run as report
 
     def stopped(*_, **__):
         clock.now += 100
         raise KeyboardInterrupt
 
-    places = [(PriorTask, "training_step"), (evaluation, "draw_images"), (report, "write_report")]
+    places = [(PriorTask, "training_step"), (drawing, "draw_images"), (report, "write_report")]
     overrides = [*SMOKE, *toy]
     for place, name in places:
         with pytest.MonkeyPatch.context() as patch:

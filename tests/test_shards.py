@@ -19,18 +19,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from vqvae_lightning import evaluation
 from vqvae_lightning.configs import build
 from vqvae_lightning.data import CodesDataModule, ImageDataModule, NpzSource, ShardDataModule
 from vqvae_lightning.data import images as images_module
-from vqvae_lightning.data import shards as shards_module
 from vqvae_lightning.data.images import EpochBatches
-from vqvae_lightning.data.shards import ShardBatches, png, write_shards
+from vqvae_lightning.data.shards import index, stream
+from vqvae_lightning.data.shards.stream import ShardBatches
+from vqvae_lightning.data.shards.write import png, write_shards
 from vqvae_lightning.errors import InputError
-from vqvae_lightning.networks.autoencoder import VQVAE, from_uint8
+from vqvae_lightning.evaluation.drawing import nearest_training_images
+from vqvae_lightning.evaluation.likelihood import likelihood_metrics
+from vqvae_lightning.evaluation.reconstruction import _pairs, reconstruction_metrics
+from vqvae_lightning.networks.autoencoder import VQVAE
+from vqvae_lightning.pixels import from_uint8
 from vqvae_lightning.quantizers import EMAQuantizer
+from vqvae_lightning.stages.training import train
 from vqvae_lightning.tasks import VQVAETask
-from vqvae_lightning.train import train
 
 SPLITS = ("train", "val", "test")
 
@@ -60,8 +64,7 @@ def values(batch):
 
 def on_ranks(monkeypatch, count):
     for rank in range(count):
-        for part in (images_module, shards_module):
-            monkeypatch.setattr(part, "rank_and_world", lambda r=rank: (r, count), raising=False)
+        monkeypatch.setattr(images_module, "rank_and_world", lambda r=rank: (r, count))
         yield rank
 
 
@@ -149,8 +152,8 @@ def test_a_resumed_epoch_goes_on_where_it_was(workers, tmp_path, monkeypatch):
     resumed.batch_sampler.set_epoch(5)
     assert len([values(batch) for batch in resumed]) == 12, "the next epoch is whole"
     opened = []
-    read = shards_module.read_shard
-    monkeypatch.setattr(shards_module, "read_shard", lambda url: opened.append(url) or read(url))
+    read = stream.read_shard
+    monkeypatch.setattr(stream, "read_shard", lambda url: opened.append(url) or read(url))
     late = module(str(tmp_path), shuffle=1).train_dataloader()
     late.load_state_dict({"batches": 11})
     assert len(list(late)) == 1
@@ -221,10 +224,10 @@ def test_codes_and_figures_of_shards_are_those_from_memory(toy_npz, toy_shards, 
         codes = CodesDataModule(images, net, "hash", str(tmp_path / name), 8)
         codes.encode(device)
         codes.setup()
-        figures = evaluation.reconstruction_metrics(codes, "train", device)
-        figures |= evaluation.likelihood_metrics(codes, None, "train", device)
+        figures = reconstruction_metrics(codes, "train", device)
+        figures |= likelihood_metrics(codes, None, "train", device)
         seen = 0
-        for levels, labels, grid in evaluation._pairs(codes, "train", device, "pairing"):
+        for levels, labels, grid in _pairs(codes, "train", device, "pairing"):
             with torch.no_grad():
                 assert torch.equal(net.encode(from_uint8(levels)), grid)
             # The class is the place of a bright bar.
@@ -233,7 +236,7 @@ def test_codes_and_figures_of_shards_are_those_from_memory(toy_npz, toy_shards, 
             seen += len(levels)
         assert seen == 96
         samples = images.datasets["test"].preview(5).data
-        found[name] = images, codes, figures, evaluation.nearest_training_images(images, samples)
+        found[name] = images, codes, figures, nearest_training_images(images, samples)
     (memory, one, figures, nearest), (shards, other, figures_, nearest_) = found.values()
     for split in SPLITS:
         assert np.array_equal(one.datasets[split].data, other.datasets[split].data), split
@@ -381,9 +384,9 @@ def test_ranges_lists_and_patterns_of_shards(tmp_path):
 def test_the_index_is_made_once_and_anew_for_what_changed(tmp_path, monkeypatch):
     root = numbered(tmp_path)
     scanned = []
-    scan = shards_module.scan_shard
+    scan = index.scan_shard
     monkeypatch.setattr(
-        shards_module, "scan_shard", lambda url, view: scanned.append(url) or scan(url, view)
+        index, "scan_shard", lambda url, view: scanned.append(url) or scan(url, view)
     )
     first = module(root)
     assert len(scanned) == 9

@@ -13,12 +13,12 @@ import pytest
 from conftest import TINY_VQVAE, compose
 from omegaconf import OmegaConf
 
-from vqvae_lightning import train as training
+from vqvae_lightning.commands import train as training
+from vqvae_lightning.commands.report import main as report_command
 from vqvae_lightning.configs import CONF_DIR
 from vqvae_lightning.errors import Interrupted
-from vqvae_lightning.report.__main__ import main as report_command
 from vqvae_lightning.report.sweep import job_folders, read_jobs, write_sweep_report
-from vqvae_lightning.results import read_curves, read_result, write_config
+from vqvae_lightning.runs.results import read_curves, read_result, write_config
 
 OPTUNA = ("-m", "hydra/sweeper=optuna", "hydra.sweep.dir=study")
 LEARNING = (
@@ -233,7 +233,7 @@ def test_a_study_goes_on_with_what_is_missing(toy, command, tmp_path, monkeypatc
 
 
 def test_an_interrupted_trial_goes_on_from_its_checkpoint(toy, command, tmp_path, monkeypatch):
-    from vqvae_lightning.callbacks import LastCheckpoint
+    from vqvae_lightning.callbacks.checkpoints import LastCheckpoint
 
     options = (*OPTUNA, "hydra.sweeper.n_trials=1", *LEARNING, *toy)
     options = [text for text in options if "num_codes" not in text]  # so that three are drawn
@@ -324,7 +324,15 @@ def test_two_ranks_stop_together_with_the_values_that_were_drawn(toy, command, t
     assert command("vqvae-train", "-m", *LEARNING, *toy, rates, *others).status == 0
     run = subprocess.run(
         [
-            *(sys.executable, "-m", "vqvae_lightning.train", *OPTUNA, *LEARNING, *toy, *PRUNING),
+            *(
+                sys.executable,
+                "-m",
+                "vqvae_lightning.train",
+                *OPTUNA,
+                *LEARNING,
+                *toy,
+                *PRUNING,
+            ),
             *("trainer=ddp_cpu", "trainer.devices=2", "trainer.precision=32-true"),
             *("hydra/sweeper/space=given", "model.optimizer.lr=interval(1e-6,1e-5)"),
             *("hydra.sweeper.n_trials=1", "trainer.log_every_n_steps=1"),

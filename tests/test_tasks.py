@@ -18,8 +18,8 @@ from vqvae_lightning.data import Batch
 from vqvae_lightning.networks.autoencoder import VQVAE
 from vqvae_lightning.networks.pixelcnn import PixelCNN
 from vqvae_lightning.quantizers import EMAQuantizer, LossQuantizer
+from vqvae_lightning.stages.training import train
 from vqvae_lightning.tasks import PriorTask, VQVAETask, WarmupCosine
-from vqvae_lightning.train import train
 
 TINY_PRIOR = (
     "trainer=debug",
@@ -167,8 +167,8 @@ def test_a_prior_is_tested_with_the_averaged_weights_it_saves(trained):
     assert not torch.equal(prior.net.embedding.weight, last)
     task = build(prior.config["model"])
     task.load_state_dict(raw["state_dict"])
-    from vqvae_lightning.app import codes_of
-    from vqvae_lightning.results import read_result
+    from vqvae_lightning.runs.results import read_result
+    from vqvae_lightning.stages.inputs import build_codes
 
     cfg = compose(
         "prior",
@@ -179,7 +179,7 @@ def test_a_prior_is_tested_with_the_averaged_weights_it_saves(trained):
     images = build(cfg.dataset)
     images.setup()
     path = trained / "vqvae/checkpoints/best.ckpt"
-    codes = codes_of(images, load(path).net, path, cfg, cfg.batch_size)
+    codes = build_codes(images, load(path).net, path, cfg, cfg.batch_size)
     codes.setup()
     rows = torch.tensor(codes.datasets["test"].data).long()
     nats = torch.nn.functional.cross_entropy(prior.net(rows, codes.datasets["test"].labels), rows)
@@ -298,7 +298,13 @@ def test_a_killed_run_goes_on_by_itself_with_resume_auto(toy, tmp_path, command,
     whole = command("vqvae-train", *options, folder=tmp_path / "whole")
     assert whole.status == 0, whole.err
     folder = tmp_path / "killed"
-    process = [sys.executable, "-m", "vqvae_lightning.train", *options, f"hydra.run.dir={folder}"]
+    process = [
+        sys.executable,
+        "-m",
+        "vqvae_lightning.train",
+        *options,
+        f"hydra.run.dir={folder}",
+    ]
     with subprocess.Popen(process, stdout=subprocess.DEVNULL, cwd=tmp_path) as running:
         last, end = folder / "checkpoints/last.ckpt", time.monotonic() + 300
         while not last.is_file() and time.monotonic() < end:
@@ -415,7 +421,7 @@ def test_validation_and_pictures_change_no_weight(toy, tmp_path):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR2])
 def test_a_schedulers_signal_counts_in_every_phase(number, toy, tmp_path, command, monkeypatch):
-    import vqvae_lightning.evaluation as evaluation
+    import vqvae_lightning.evaluation.drawing as evaluation
 
     def stopped(*arguments):
         os.kill(os.getpid(), number)

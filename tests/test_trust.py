@@ -15,13 +15,14 @@ from conftest import TINY_VQVAE, compose
 from omegaconf import OmegaConf
 from PIL import Image
 
-from vqvae_lightning import callbacks
+from vqvae_lightning.callbacks import checkpoints as callbacks
 from vqvae_lightning.checkpoints import load
 from vqvae_lightning.configs import CONF_DIR, read_trusted
-from vqvae_lightning.data.shards import View, read_shard, scan_shard
-from vqvae_lightning.data.sources import ImageFolderSource, NpzSource
+from vqvae_lightning.data.shards.index import View, read_shard, scan_shard
+from vqvae_lightning.data.sources.folder import ImageFolderSource
+from vqvae_lightning.data.sources.npz import NpzSource
 from vqvae_lightning.errors import InputError
-from vqvae_lightning.train import train
+from vqvae_lightning.stages.training import train
 from vqvae_lightning.trust import RUNS, Trust, foreign
 
 
@@ -47,18 +48,18 @@ def attack(tmp_path, monkeypatch):
     (place / "payload.pkl").write_bytes(pickle.dumps(Payload(ran)))
     np.save(place / "payload.npy", np.array([Payload(ran)]), allow_pickle=True)
     monkeypatch.syspath_prepend(place)
-    monkeypatch.setenv("EVIL", "vqvae_lightning.app.os.system")
-    run = {"_target_": "vqvae_lightning.launch.subprocess.run", "args": ["touch", str(ran)]}
+    monkeypatch.setenv("EVIL", "vqvae_lightning.commands.app.os.system")
+    run = {"_target_": "vqvae_lightning.jobs.ranks.subprocess.run", "args": ["touch", str(ran)]}
     configs = {
         "torch.load": {"f": str(place / "payload.pkl"), "weights_only": False},
         "torch.hub.load": {"repo_or_dir": str(place), "model": "made", "source": "local"},
-        "vqvae_lightning.results.write_text": {
-            "path": {"_target_": "vqvae_lightning.results.Path", "_args_": [str(ran)]},
+        "vqvae_lightning.files.write_text": {
+            "path": {"_target_": "vqvae_lightning.runs.results.Path", "_args_": [str(ran)]},
             "text": "",
         },
-        "vqvae_lightning.launch.subprocess.run": run,
-        "vqvae_lightning.shards.shutil.rmtree": {"path": str(place / "victim")},
-        "vqvae_lightning.app.os.system": {"command": f"touch {ran}"},
+        "vqvae_lightning.jobs.ranks.subprocess.run": run,
+        "vqvae_lightning.stages.sharding.shutil.rmtree": {"path": str(place / "victim")},
+        "vqvae_lightning.commands.app.os.system": {"command": f"touch {ran}"},
         # An import that is enough, an unsuspected library, arguments without names, a target that
         # only a resolver spells out, one that is hidden in an argument of an allowed class.
         "evil_package.made": {},
@@ -79,10 +80,10 @@ def attack(tmp_path, monkeypatch):
 ATTACKS = (
     "torch.load",
     "torch.hub.load",
-    "vqvae_lightning.results.write_text",
-    "vqvae_lightning.launch.subprocess.run",
-    "vqvae_lightning.shards.shutil.rmtree",
-    "vqvae_lightning.app.os.system",
+    "vqvae_lightning.files.write_text",
+    "vqvae_lightning.jobs.ranks.subprocess.run",
+    "vqvae_lightning.stages.sharding.shutil.rmtree",
+    "vqvae_lightning.commands.app.os.system",
     "evil_package.made",
     "numpy.load",
     "runpy.run_path",
@@ -197,14 +198,14 @@ def test_every_part_of_a_stored_config_is_read(attack, toy, tmp_path):
         node = evil
         for key in above:
             node = node[key]
-        node[last] = attack("vqvae_lightning.app.os.system")
+        node[last] = attack("vqvae_lightning.commands.app.os.system")
         with pytest.raises(InputError, match=r"app\.os\.system"):
             Trust("it").read(evil)
 
 
 @pytest.mark.parametrize("door", ["vqvae-train", "vqvae-pipeline", "vqvae-report"])
 def test_a_yaml_tag_is_refused_in_one_line(door, tmp_path, command, monkeypatch):
-    from vqvae_lightning.report.__main__ import main as report
+    from vqvae_lightning.commands.report import main as report
 
     ran = tmp_path / "ran"
     (tmp_path / "sweep/0").mkdir(parents=True)
@@ -427,7 +428,7 @@ def test_a_file_cannot_trust_itself(my_package, toy, tmp_path):
 
 
 def test_a_command_trusts_in_its_ranks_what_it_was_told(my_package, toy, tmp_path, monkeypatch):
-    from vqvae_lightning import further_rank
+    from vqvae_lightning.commands import worker as further_rank
 
     cfg = compose("vqvae", *toy, *TINY_VQVAE, MINE, folder=tmp_path)
     path = evil_run(tmp_path, "vqvae", lambda config: None, toy, *TINY_VQVAE, MINE) / "config.yaml"

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from vqvae_lightning.quantizers import EMAQuantizer, LossQuantizer
-from vqvae_lightning.quantizers.base import POOL_STEPS
+from vqvae_lightning.quantizers.codebook import POOL_STEPS
 
 
 def warmed(quantizer, steps, make=lambda step: torch.randn(8, 3, 8, 8)):

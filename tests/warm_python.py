@@ -24,8 +24,9 @@ WARM = ("vqvae_lightning.", "torch.distributed.run", "submitit.core.", "joblib.e
 SPAWNED = "from multiprocessing.spawn import spawn_main"
 PRELOADED = (
     *("hydra", "pytorch_lightning", "matplotlib.backends.backend_agg", "multiprocessing.spawn"),
-    *(f"vqvae_lightning.{name}" for name in ("further_rank", "pipeline", "sample", "report")),
-    *(f"vqvae_lightning.{name}" for name in ("callbacks", "data", "evaluation", "tasks", "train")),
+    *(f"vqvae_lightning.commands.{name}" for name in ("worker", "pipeline", "sample", "train")),
+    *(f"vqvae_lightning.{name}" for name in ("callbacks", "data", "tasks", "report.run")),
+    *(f"vqvae_lightning.evaluation.{name}" for name in ("classifier", "drawing", "likelihood")),
 )
 PASSED_ON = ("SIGHUP", "SIGINT", "SIGQUIT", "SIGTERM", "SIGUSR1", "SIGUSR2")
 

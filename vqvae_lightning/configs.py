@@ -7,8 +7,8 @@ from typing import Any
 
 from vqvae_lightning.checks import check_types
 from vqvae_lightning.errors import InputError, Key
-from vqvae_lightning.results import direction
 from vqvae_lightning.trust import Trust, foreign, names
+from vqvae_lightning.units import direction
 
 _PACKAGE = Path(__file__).parent
 CONF_DIR = _PACKAGE / "conf" if (_PACKAGE / "conf").is_dir() else _PACKAGE.parent / "conf"
@@ -38,7 +38,7 @@ def build(config: Any, **arguments: Any) -> Any:
         cause = error.__cause__
         if isinstance(cause, InputError):
             # Made again: `cause` raised from `error` would have itself for a cause.
-            raise cause.renamed(lambda key: f"{place}.{key}" if place else key) from error
+            raise cause.rename_keys(lambda key: f"{place}.{key}" if place else key) from error
         if cause is None:  # Hydra's own refusal, in several lines
             said = " ".join(str(error).partition("full_key:")[0].split())
         else:
@@ -81,17 +81,17 @@ def read_trusted(path: Path, trust: Iterable[str]) -> dict[str, Any]:
     return {**config, "trust": sorted(trust), "foreign": foreign(config)}
 
 
-def note_foreign(cfg: Any) -> None:
+def record_foreign(cfg: Any) -> None:
     """Trust what the user has typed, and name it in `cfg` for those who will load the run.
 
     Args:
         cfg: A composed config, or one that `read_trusted` has read; changed in place.
     """
-    cfg.foreign = foreign(plain(cfg, missing=True))
+    cfg.foreign = foreign(to_plain(cfg, missing=True))
     cfg.trust = sorted({*names(cfg.trust), *cfg.foreign})
 
 
-def plain(config: Any, missing: bool = False) -> dict[str, Any]:
+def to_plain(config: Any, missing: bool = False) -> dict[str, Any]:
     """`config` resolved, as plain Python data that a checkpoint may hold.
 
     Args:

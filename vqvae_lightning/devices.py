@@ -12,7 +12,7 @@ from torch import Tensor
 from vqvae_lightning.errors import InputError, Key, check_positive
 
 
-def device_for(accelerator: str) -> torch.device:
+def choose_device(accelerator: str) -> torch.device:
     """The device that `accelerator` (cpu, gpu or cuda) stands for here.
 
     Raises:
@@ -27,17 +27,17 @@ def device_for(accelerator: str) -> torch.device:
     return torch.device("cpu" if accelerator == "cpu" else "cuda")
 
 
-def devices_for(accelerator: str, count: int | str) -> list[torch.device]:
+def choose_devices(accelerator: str, count: int | str) -> list[torch.device]:
     """`count` devices to share work between; on a CPU that many processes.
 
     Args:
-        accelerator: As `device_for`.
+        accelerator: As `choose_device`.
         count: How many; `auto` for all GPUs, or one process on a CPU.
 
     Raises:
-        InputError: As `device_for`, and if there are fewer GPUs than asked for.
+        InputError: As `choose_device`, and if there are fewer GPUs than asked for.
     """
-    device = device_for(accelerator)
+    device = choose_device(accelerator)
     if count == "auto":
         count = torch.cuda.device_count() if device.type == "cuda" else 1
     count = check_positive("devices", count)

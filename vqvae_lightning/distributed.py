@@ -38,7 +38,7 @@ def all_reduce(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def agreed(value: T) -> T:
+def broadcast(value: T) -> T:
     """The first rank's `value`, on all of them."""
     if rank_and_world()[1] == 1:
         return value
@@ -47,7 +47,7 @@ def agreed(value: T) -> T:
     return values[0]
 
 
-def gathered(value: T) -> list[T]:
+def gather(value: T) -> list[T]:
     """The `value` of each rank, on all of them; all ranks wait for each other here."""
     world = rank_and_world()[1]
     if world == 1:

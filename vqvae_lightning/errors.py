@@ -15,8 +15,8 @@ class InputError(ValueError):
 
     The message names the config key, the bad value and the accepted ones. A constructor knows only
     the names of its own arguments, such as `num_codes`. It passes them as `Key`s, and its callers,
-    which know where the constructor stands in the config, complete them with `below` and `renamed`
-    on the error's way up, here to `model.net.quantizer.num_codes`.
+    which know where the constructor stands in the config, complete them with `prefix_keys` and
+    `rename_keys` on the error's way up, here to `model.net.quantizer.num_codes`.
 
     Args:
         *parts: Text and `Key`s, which are joined as they are.
@@ -28,23 +28,23 @@ class InputError(ValueError):
     def __str__(self) -> str:
         return "".join(self.args)
 
-    def renamed(self, rename: Callable[[str], str]) -> "InputError":
+    def rename_keys(self, rename: Callable[[str], str]) -> "InputError":
         """The same error with `rename` applied to each of its keys."""
         return InputError(*(Key(rename(p)) if isinstance(p, Key) else p for p in self.args))
 
 
 @contextmanager
-def renamed(rename: Callable[[str], str]) -> Iterator[None]:
+def rename_keys(rename: Callable[[str], str]) -> Iterator[None]:
     """Apply `rename` to the keys of an `InputError` that the block raises."""
     try:
         yield
     except InputError as error:
-        raise error.renamed(rename) from error
+        raise error.rename_keys(rename) from error
 
 
-def below(place: str) -> AbstractContextManager[None]:
+def prefix_keys(place: str) -> AbstractContextManager[None]:
     """Put `place.` before the keys of an `InputError` that the block raises."""
-    return renamed(lambda key: f"{place}.{key}")
+    return rename_keys(lambda key: f"{place}.{key}")
 
 
 class DivergenceError(RuntimeError):

@@ -10,8 +10,8 @@ from PIL import Image
 from torch import Tensor
 from torchvision.utils import make_grid
 
-from vqvae_lightning.networks.autoencoder import to_uint8
-from vqvae_lightning.results import replacing
+from vqvae_lightning.files import replace_file
+from vqvae_lightning.pixels import to_uint8
 
 
 def pairs(originals: Tensor, reconstructions: Tensor, columns: int = 10) -> Tensor:
@@ -62,6 +62,6 @@ def code_maps(images: Tensor, codes: Tensor, columns: int = 10) -> Tensor:
 
 def save_png(picture: Tensor, path: Path) -> None:
     """Replace `path` by a PNG of (3, H, W) uint8, so that no half picture is ever seen."""
-    with replacing(path) as partial:
+    with replace_file(path) as partial:
         image = Image.fromarray(picture.movedim(0, -1).numpy())
         image.save(partial, format="PNG", optimize=True)

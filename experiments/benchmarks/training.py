@@ -38,12 +38,14 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
-from vqvae_lightning.app import load_images, quiet
+from vqvae_lightning.commands.app import silence_warnings
 from vqvae_lightning.configs import CONF_DIR, build, register_resolvers
 from vqvae_lightning.data import ImageDataModule
-from vqvae_lightning.networks.autoencoder import VQVAE, from_uint8
+from vqvae_lightning.networks.autoencoder import VQVAE
+from vqvae_lightning.pixels import from_uint8
 from vqvae_lightning.quantizers import EMAQuantizer, QuantizerOutput
-from vqvae_lightning.train import prepared
+from vqvae_lightning.stages.inputs import load_images
+from vqvae_lightning.stages.training import prepare
 
 IMAGES = 10_240
 CODES, DIM, HIDDEN, RESIDUAL = 512, 64, 128, 32
@@ -193,7 +195,7 @@ class Command:
         with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
             self.cfg = compose("vqvae", overrides)
         self.images = images
-        self.task = prepared(self.cfg, images).task
+        self.task = prepare(self.cfg, images).task
 
     def run(self, steps: int) -> float:
         """Seconds of `steps` steps."""
@@ -272,7 +274,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     register_resolvers()
-    quiet()
+    silence_warnings()
     console = Console()
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)

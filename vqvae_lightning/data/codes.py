@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 
 import vqvae_lightning
+from vqvae_lightning.console import progress_bar
 from vqvae_lightning.data.images import ArrayDataset, Batch, PixelDataModule, StageDataModule
-from vqvae_lightning.distributed import agreed, gathered, rank_and_world
-from vqvae_lightning.errors import InputError, Key, renamed
-from vqvae_lightning.networks.autoencoder import VQVAE, from_uint8
-from vqvae_lightning.progress import progress_bar
+from vqvae_lightning.distributed import broadcast, gather, rank_and_world
+from vqvae_lightning.errors import InputError, Key, rename_keys
+from vqvae_lightning.networks.autoencoder import VQVAE
+from vqvae_lightning.pixels import from_uint8
 
 SPLITS = ("train", "val", "test")
 
@@ -76,7 +77,7 @@ class CodesDataModule(StageDataModule):
         self.images = images
         self.vqvae = vqvae
         self.vqvae_hash = vqvae_hash
-        with renamed(lambda key: {"size": images.size_key}.get(key, key)):
+        with rename_keys(lambda key: {"size": images.size_key}.get(key, key)):
             self.grid = vqvae.grid(*images.image_shape[1:])
         self.folder = Path(folder) / f"{vqvae_hash}-{images.fingerprint}"
         if self.batch_size > len(images.datasets["train"]):
@@ -116,16 +117,16 @@ class CodesDataModule(StageDataModule):
             InputError: If the folder cannot be written.
         """
         # The first rank decides for all, so that none waits for another.
-        if agreed(self.folder.is_dir()):
+        if broadcast(self.folder.is_dir()):
             return
-        partial = agreed(self.folder.with_name(f"{self.folder.name}.{uuid.uuid4().hex[:8]}"))
+        partial = broadcast(self.folder.with_name(f"{self.folder.name}.{uuid.uuid4().hex[:8]}"))
         rank, world = rank_and_world()
         try:
             # An error of one rank is every rank's, or the others would wait for it for ever.
-            said = gathered(_said(lambda: self._encode_part(partial, rank, world, device)))
+            said = gather(_said(lambda: self._encode_part(partial, rank, world, device)))
             if rank == 0 and not any(said):
                 said = [_said(lambda: self._join(partial, world))]
-            error = next((text for text in agreed(said) if text), None)
+            error = next((text for text in broadcast(said) if text), None)
         finally:
             if rank == 0:
                 shutil.rmtree(partial, ignore_errors=True)

@@ -11,11 +11,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from vqvae_lightning.data import mapped
-from vqvae_lightning.data.sources import Source, rows_per_block
+from vqvae_lightning.data.sources.arrays import Source, rows_per_block
 from vqvae_lightning.devices import to_device
 from vqvae_lightning.distributed import rank_and_world
-from vqvae_lightning.errors import InputError, Key, below, check_positive, check_range
-from vqvae_lightning.networks.autoencoder import from_uint8
+from vqvae_lightning.errors import InputError, Key, check_positive, check_range, prefix_keys
+from vqvae_lightning.pixels import from_uint8
 from vqvae_lightning.randomness import draw_for_batch, stream_seed
 
 SplitName = Literal["train", "val", "test"]
@@ -355,7 +355,7 @@ class ImageDataModule(PixelDataModule):
 
     def prepare_data(self) -> None:
         """Download, in one process per node; not where the images are stored already."""
-        with below("source"):
+        with prefix_keys("source"):
             if not self.datasets and not mapped.is_stored(self.source, self.cache_dir):
                 self.source.prepare()
 
@@ -363,7 +363,7 @@ class ImageDataModule(PixelDataModule):
         """Map or load the images; missing splits are rows of the training images."""
         if self.datasets:
             return
-        with below("source"):
+        with prefix_keys("source"):
             loaded = mapped.load(self.source, self.cache_dir)
         splits = loaded.splits
         given = dict(zip(("train", "val", "test"), splits[:3], strict=True))

@@ -20,11 +20,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from vqvae_lightning.data.sources import Array, Source, Split, Splits, Stamp, StorageError
+from vqvae_lightning.console import console
+from vqvae_lightning.data.sources.arrays import Array, Source, Split, Splits, Stamp, StorageError
 from vqvae_lightning.errors import InputError
-from vqvae_lightning.launch import local_rank
-from vqvae_lightning.progress import console
-from vqvae_lightning.results import write_text
+from vqvae_lightning.files import write_text
+from vqvae_lightning.jobs.ranks import local_rank
 
 BESIDE = ".vqvae_lightning"
 LAYOUT = 1  # increased when an older version's files must not be used

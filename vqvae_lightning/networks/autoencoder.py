@@ -1,14 +1,13 @@
-"""Encoder, decoder and the VQ-VAE that joins them to a quantizer."""
+"""The VQ-VAE's networks: encoder, decoder and the autoencoder around a quantizer."""
 
 import itertools
 from typing import NamedTuple
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vqvae_lightning.errors import InputError, Key, check_positive, check_range
-from vqvae_lightning.quantizers.base import Quantizer, QuantizerOutput
+from vqvae_lightning.quantizers.protocol import Quantizer, QuantizerOutput
 
 
 class ResidualStack(nn.Module):
@@ -208,14 +207,3 @@ class VQVAE(nn.Module):
                 f"=[{near[0]},{near[1]}]{fewer}.",
             )
         return height // factor, width // factor
-
-
-def to_uint8(images: Tensor) -> Tensor:
-    """Images in about [-1, 1] as uint8, rounded and clipped: what is seen and what is scored."""
-    levels = images.float().add(1).mul(127.5).round().clamp(0, 255)
-    return levels.to(torch.uint8, memory_format=torch.contiguous_format)
-
-
-def from_uint8(images: Tensor) -> Tensor:
-    """Images of 0 to 255 as float32 in [-1, 1], the networks' range."""
-    return images.float().div(127.5).sub(1)

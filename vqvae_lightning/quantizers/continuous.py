@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from vqvae_lightning.errors import InputError, check_positive, check_range
-from vqvae_lightning.quantizers.base import Posterior, QuantizerOutput
+from vqvae_lightning.quantizers.protocol import Posterior, QuantizerOutput
 from vqvae_lightning.randomness import draw_for_batch
 
 

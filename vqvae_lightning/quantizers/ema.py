@@ -9,7 +9,7 @@ from torch import Tensor
 
 from vqvae_lightning.distributed import all_reduce
 from vqvae_lightning.errors import check_range
-from vqvae_lightning.quantizers.base import VectorQuantizer
+from vqvae_lightning.quantizers.codebook import VectorQuantizer
 
 
 class EMAQuantizer(VectorQuantizer):

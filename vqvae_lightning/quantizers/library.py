@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from vqvae_lightning.devices import exact_products
 from vqvae_lightning.distributed import rank_and_world
 from vqvae_lightning.errors import InputError, Key, check_positive, check_range
-from vqvae_lightning.quantizers.base import QuantizerOutput
+from vqvae_lightning.quantizers.protocol import QuantizerOutput
 
 
 class LibraryQuantizer(nn.Module):

@@ -12,16 +12,11 @@ from markupsafe import Markup
 
 from vqvae_lightning.configs import read_config
 from vqvae_lightning.errors import InputError
-from vqvae_lightning.report import inline_png, template
-from vqvae_lightning.results import (
-    FAILURE,
-    direction,
-    read_curves,
-    read_failure,
-    read_result,
-    unit,
-    write_text,
-)
+from vqvae_lightning.files import write_text
+from vqvae_lightning.report.run import inline_png, template
+from vqvae_lightning.runs.failures import FAILURE, read_failure
+from vqvae_lightning.runs.results import read_curves, read_result
+from vqvae_lightning.units import direction, unit
 
 COMPARED = (
     "mse",
@@ -96,7 +91,7 @@ def write_sweep_report(folder: Path) -> list[Path]:
     Raises:
         InputError: If there is no job in `folder`.
     """
-    from vqvae_lightning.report import figures
+    from vqvae_lightning.report import plots
 
     jobs = read_jobs(folder)
     keys = differing(jobs)
@@ -123,7 +118,7 @@ def write_sweep_report(folder: Path) -> list[Path]:
         labels=labels,
         best=finished[0] if finished else None,
         curves=Markup(
-            figures.overlaid(
+            plots.overlaid(
                 [(labels[job.name], job.curves) for job in drawn],
                 [job.curves for job in others],
                 [(name, unit(name)) for name in panels],

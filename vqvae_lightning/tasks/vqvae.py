@@ -11,7 +11,8 @@ from torchmetrics import MeanSquaredError
 from vqvae_lightning.data.images import Batch, PixelDataModule
 from vqvae_lightning.distributed import all_reduce
 from vqvae_lightning.metrics import CodebookUsage, LatentUsage
-from vqvae_lightning.networks.autoencoder import VQVAE, to_uint8
+from vqvae_lightning.networks.autoencoder import VQVAE
+from vqvae_lightning.pixels import to_uint8
 from vqvae_lightning.quantizers import GaussianBottleneck, QuantizerOutput
 from vqvae_lightning.tasks.optimization import (
     OptimizerFactory,

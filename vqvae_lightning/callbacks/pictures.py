@@ -1,0 +1,78 @@
+"""Pictures while a run trains: reconstructions and samples."""
+
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.callbacks import Callback
+
+from vqvae_lightning.data.codes import CodesDataModule
+from vqvae_lightning.data.images import PixelDataModule
+from vqvae_lightning.loggers.media import log_histogram, log_picture
+from vqvae_lightning.networks.sampling import sample
+from vqvae_lightning.pictures import code_maps, grid, pairs
+from vqvae_lightning.pixels import from_uint8
+from vqvae_lightning.randomness import stream_seed
+
+PICTURED = 20  # images in a picture of reconstructions
+
+
+class ReconstructionPictures(Callback):
+    """Validation images above their reconstructions and above their codes, after each validation.
+
+    Loggers that take histograms also get the hits of each code in the validation split.
+
+    Args:
+        folder: Where the PNGs go; every logger gets them too.
+    """
+
+    def __init__(self, folder: str) -> None:
+        self.folder = Path(folder)
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        """Draw; in evaluation mode, so the codebook does not move."""
+        if trainer.sanity_checking or not trainer.is_global_zero:
+            return
+        data: PixelDataModule = trainer.datamodule  # type: ignore[attr-defined]
+        images = from_uint8(data.datasets["val"].preview(PICTURED).data.to(pl_module.device))
+        with torch.no_grad():
+            output = pl_module.net(images)
+        log_picture(trainer, "reconstructions", pairs(images, output.reconstruction), self.folder)
+        codes = output.quantized.codes
+        if codes is not None:
+            log_picture(trainer, "codes", code_maps(images, codes), self.folder)
+        if pl_module.code_counts is not None:
+            log_histogram(trainer, "val/codebook_histogram", pl_module.code_counts)
+
+
+class SamplePictures(Callback):
+    """Samples of the prior, decoded, after each validation; a column per class if there are any.
+
+    Args:
+        folder: Where the PNGs go; every logger gets them too.
+        seed: Of the samples, the same each time, so that pictures can be compared.
+        rows: Samples per class.
+    """
+
+    def __init__(self, folder: str, seed: int, rows: int = 4) -> None:
+        self.folder = Path(folder)
+        self.seed = seed
+        self.rows = rows
+
+    def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        """Draw; before the averaged weights are swapped out again."""
+        if trainer.sanity_checking or not trainer.is_global_zero:
+            return
+        net, data = pl_module.net, trainer.datamodule  # type: ignore[attr-defined]
+        assert isinstance(data, CodesDataModule)
+        columns = min(net.num_classes or 10, 10)
+        count = columns * self.rows
+        labels = torch.arange(count) % columns if net.num_classes else None
+        generator = torch.Generator().manual_seed(stream_seed(self.seed, "pictures"))
+        codes = sample(net, (count, *data.grid), labels, generator=generator)
+        with torch.no_grad():
+            images = data.vqvae.to(codes.device).decode(codes)
+        names = data.images.class_names[:columns] if net.num_classes else []
+        parts = {name: grid(images[row::columns], 1) for row, name in enumerate(names)}
+        log_picture(trainer, "samples", grid(images, columns), self.folder, parts)

@@ -1,0 +1,157 @@
+"""Data sets of torchvision."""
+
+import gzip
+import inspect
+import os
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vqvae_lightning.console import progress_bar
+from vqvae_lightning.data.sources.arrays import (
+    Allocate,
+    Split,
+    Splits,
+    Stamp,
+    _filled,
+    _stamp,
+    _view,
+    check_size,
+    in_memory,
+    resize,
+    rows_per_block,
+)
+from vqvae_lightning.errors import InputError
+
+
+class TorchvisionSource:
+    """A data set of torchvision, downloaded on first use.
+
+    Args:
+        dataset: A class of `torchvision.datasets` (or a partial of it) that takes `root`,
+            `download` and either `train` or `split`.
+        root: Folder under which torchvision keeps its files.
+        mirror: Folder that may hold the packed files already, such as the one of Debian's package
+            dataset-fashion-mnist; they are unpacked from there instead of being downloaded.
+        val_split: The name of its validation split, where it has one.
+        size: Side, or [height, width], to resize (shorter side) and centre-crop to; None keeps the
+            images.
+    """
+
+    def __init__(
+        self,
+        dataset: Callable[..., Any],
+        root: str,
+        mirror: str | None = None,
+        val_split: str | None = None,
+        size: int | Sequence[int] | None = None,
+    ) -> None:
+        self.dataset = dataset
+        self.type: Any = getattr(dataset, "func", dataset)
+        self.root = Path(root)
+        self.mirror = mirror
+        self.val_split = val_split
+        self.size = check_size(size)
+
+    def prepare(self) -> None:
+        """Unpack from the mirror or download."""
+        raw = self.root / self.type.__name__ / "raw"
+        if self.mirror and Path(self.mirror).is_dir() and not raw.is_dir():
+            partial = raw.with_name(f"raw.{os.getpid()}")
+            partial.mkdir(parents=True)
+            for packed in Path(self.mirror).glob("*.gz"):
+                with gzip.open(packed) as inside, open(partial / packed.stem, "wb") as out:
+                    shutil.copyfileobj(inside, out)
+            partial.rename(raw)
+        for name in ("train", "test"):
+            try:
+                self._open(name, download=True)
+            except (OSError, RuntimeError) as error:
+                raise InputError(
+                    f"{self.type.__name__} is not in {self.root} and cannot be downloaded "
+                    f"({error}): put "
+                    f"{self._wanted()}, or set data_dir (or VQVAE_DATA_DIR) to the folder that has "
+                    "them."
+                ) from error
+
+    def stamp(self) -> Stamp | None:
+        """Of the files below `root`; None of a class that is not torchvision's own, or of none."""
+        options = getattr(self.dataset, "keywords", {})
+        known = self.type.__module__.startswith("torchvision.datasets.")
+        if not known or not all(isinstance(v, str | int | None) for v in options.values()):
+            return None
+        if hasattr(self.type, "split_list"):  # its files lie among those of other sets
+            paths = [self.root / entry[1] for entry in self.type.split_list.values()]
+        else:
+            paths = sorted(self._unpacked().rglob("*"))
+        paths = [path for path in paths if path.is_file()]
+        if not paths:
+            return None
+        view = f"{_view(self.size)} {sorted(options.items())} {self.val_split}"
+        return _stamp(self.root, self.type.__name__, view, paths)
+
+    def load(self, allocate: Allocate = in_memory) -> Splits:
+        """The train and test split, and the validation split where the set has one."""
+        opened = self._open("train")
+        names = [str(name) for name in getattr(opened, "classes", [])]
+        train = self._read(opened, "train", allocate)
+        del opened  # one at a time in the library's memory
+        val = self._read(self._open(self.val_split), "val", allocate) if self.val_split else None
+        test = self._read(self._open("test"), "test", allocate)
+        if not names and train.labels is not None:
+            names = [str(number) for number in range(int(train.labels.max()) + 1)]
+        return Splits(train, val, test, names)
+
+    def _open(self, split: str, download: bool = False) -> Any:
+        key: dict[str, Any] = {"split": split}
+        if "train" in inspect.signature(self.type).parameters:
+            key = {"train": split == "train"}
+        return self.dataset(root=str(self.root), download=download, **key)
+
+    def _read(self, opened: Any, split: str, allocate: Allocate) -> Split:
+        found = getattr(opened, "labels", getattr(opened, "targets", None))
+        labels = None if found is None else torch.as_tensor(found).long()
+        if not hasattr(opened, "data"):
+            with progress_bar(f"reading {self.type.__name__}", len(opened)) as advance:
+                read = _filled(split, len(opened), self._singles(opened, advance), allocate)
+            return Split(read, None)
+        images = torch.as_tensor(opened.data)
+        if images.ndim == 3:
+            images = images[:, None]
+        elif images.shape[-1] in (1, 3):
+            images = images.movedim(-1, 1)
+        as_it_is = self.size in (None, tuple(images.shape[2:])) and images.is_contiguous()
+        if as_it_is and allocate is in_memory:
+            return Split(images, labels)
+        blocks = images.split(rows_per_block(images.shape))
+        resized = (resize(block, self.size) for block in blocks)
+        return Split(_filled(split, len(images), resized, allocate), labels)
+
+    def _singles(self, opened: Any, advance: Callable[[int], None]) -> Iterator[Tensor]:
+        for index in range(len(opened)):
+            yield resize(
+                torch.from_numpy(np.array(opened[index][0])).movedim(-1, 0)[None], self.size
+            )
+            advance(1)
+
+    def _unpacked(self) -> Path:
+        """Folder of the unpacked files."""
+        return self.root / getattr(self.type, "base_folder", f"{self.type.__name__}/raw")
+
+    def _wanted(self) -> str:
+        folder = self._unpacked()
+        if hasattr(self.type, "resources"):
+            names = [name for name, _ in self.type.resources]
+        elif hasattr(self.type, "split_list"):
+            folder = self.root
+            names = [self.type.split_list[key][1] for key in ("train", "test")]
+        elif hasattr(self.type, "file_list"):
+            names = [entry[2] for entry in self.type.file_list]
+        else:
+            folder, names = self.root, [self.type.filename]
+        return f"{', '.join(names)} into {folder}"

@@ -1,0 +1,90 @@
+"""Likelihoods on a split: nats per code and bits/dim."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from vqvae_lightning.data.codes import CodesDataModule
+from vqvae_lightning.data.images import SplitName
+from vqvae_lightning.distributed import all_reduce, gather
+from vqvae_lightning.evaluation.reconstruction import _pairs
+from vqvae_lightning.metrics import unigram_log_probabilities
+from vqvae_lightning.networks.likelihoods import discretised_logistic, fit_log_scale
+from vqvae_lightning.networks.pixelcnn import PixelCNN
+from vqvae_lightning.networks.sampling import score
+
+SCALE_VALUES = 2**23  # pixel values of validation images that the decoder's scale is fitted on
+LN2 = math.log(2)
+
+
+@torch.inference_mode()
+def likelihood_metrics(
+    codes: CodesDataModule, prior: PixelCNN | None, split: SplitName, device: torch.device
+) -> dict[str, float]:
+    """An upper bound on bits per dimension, term by term: -log2 p(x | z) - log2 p(z).
+
+    p(x | z) is a discretised logistic around the reconstruction with one scale per channel, fitted
+    on validation images; the bound holds because the encoder is deterministic. p(z) is uniform, the
+    histogram of the training codes, or the prior; given the label where the prior is conditional,
+    so the total is then -log2 p(x | y).
+    """
+    dims = math.prod(codes.images.image_shape)
+    positions = math.prod(codes.grid)
+    unigram = unigram_log_probabilities(codes.histogram()).to(device)
+    by_position = _position_log_probabilities(codes).to(device)
+    log_scale = _scale(codes, device)
+    sums = {
+        name: torch.zeros((), dtype=torch.float64)
+        for name in ("pixels", "unigram", "position", "prior")
+    }
+    total = len(codes.datasets[split])
+    for levels, labels, grid in _pairs(codes, split, device, "scoring"):
+        mean = (codes.vqvae.decode(grid).float() + 1) * 127.5
+        sums["pixels"] -= discretised_logistic(levels, mean, log_scale).double().sum().cpu()
+        sums["unigram"] -= unigram[grid].double().sum().cpu()
+        chosen = by_position.expand(len(grid), -1, -1, -1).gather(1, grid[:, None])
+        sums["position"] -= chosen.double().sum().cpu()
+        if prior is not None:
+            own = labels if prior.num_classes else None
+            sums["prior"] -= score(prior, grid, own).double().sum().cpu()
+    summed = {name: float(all_reduce(value)) for name, value in sums.items()}
+    per_code = {name: value / (total * positions) for name, value in summed.items()}
+    pixels = summed["pixels"] / (LN2 * total * dims)
+    rate = positions / (LN2 * dims)
+    metrics = {
+        "unigram_nats_per_code": per_code["unigram"],
+        "position_nats_per_code": per_code["position"],
+        "reconstruction_bits_per_dim": pixels,
+        "uniform_bits_per_dim": rate * math.log(codes.num_codes),
+        "histogram_bits_per_dim": rate * per_code["unigram"],
+    }
+    if prior is not None:
+        nats = per_code["prior"]
+        metrics = {"nats_per_code": nats, "bits_per_code": nats / LN2, **metrics}
+        metrics["prior_bits_per_dim"] = rate * nats
+        metrics["total_bits_per_dim"] = pixels + rate * nats
+    return metrics
+
+
+def _scale(codes: CodesDataModule, device: torch.device) -> Tensor:
+    limit = -(-SCALE_VALUES // math.prod(codes.images.image_shape))
+    means, levels = [], []
+    for images, _, grid in _pairs(codes, "val", device, "fitting the scale", limit):
+        means.append(((codes.vqvae.decode(grid).float() + 1) * 127.5).cpu())
+        levels.append(images.cpu())
+    # Each rank fits to the images of all, and finds the same.
+    parts = [part for rank in gather((levels, means)) for part in zip(*rank, strict=True)]
+    every = [torch.cat(column).to(device) for column in zip(*parts, strict=True)]
+    return fit_log_scale(*every)
+
+
+def _position_log_probabilities(codes: CodesDataModule) -> Tensor:
+    """(1, K, h, w) log p of each code at each position: the training histogram, one added."""
+    counts = torch.zeros(math.prod(codes.grid), codes.num_codes)
+    for batch in codes.batches("train"):
+        flat = batch.data.long().flatten(1).t()
+        counts.scatter_add_(1, flat, torch.ones_like(flat, dtype=torch.float32))
+    counts = all_reduce(counts) + 1
+    shares = torch.log(counts / counts.sum(1, keepdim=True))
+    return shares.t().reshape(1, codes.num_codes, *codes.grid)

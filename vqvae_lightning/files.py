@@ -1,0 +1,21 @@
+"""Files that no reader ever sees half-written."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def replace_file(path: Path) -> Iterator[Path]:
+    """A path beside `path` to write to, then renamed: a reader sees the old file or the new."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    yield partial
+    partial.replace(path)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace `path` by a file with `text`."""
+    with replace_file(path) as partial:
+        partial.write_text(text, encoding="utf-8")  # Windows has another, in which none reads YAML

@@ -1,0 +1,41 @@
+"""`metrics.csv`: one row per logged step."""
+
+import csv
+from pathlib import Path
+from typing import Any
+
+from pytorch_lightning.loggers import CSVLogger
+
+
+class MetricsFile(CSVLogger):
+    """Lightning's CSV logger, with `metrics.csv` in the run folder itself and kept on resume.
+
+    Args:
+        save_dir: The run folder.
+        flush_logs_every_n_steps: As in `CSVLogger`.
+    """
+
+    def __init__(self, save_dir: str, flush_logs_every_n_steps: int = 100) -> None:
+        super().__init__(
+            save_dir, name="", version="", flush_logs_every_n_steps=flush_logs_every_n_steps
+        )
+        path = Path(save_dir) / "metrics.csv"
+        self._earlier: list[dict[str, Any]] = []
+        if path.is_file():
+            with path.open(newline="") as file:
+                self._earlier = [
+                    {key: value for key, value in row.items() if value}
+                    for row in csv.DictReader(file)
+                ]
+
+    def log_metrics(self, metrics: Any, step: int | None = None) -> None:
+        """Log; before the first row of a resumed run, put back the rows of the steps before it."""
+        if self._earlier and step is not None:
+            rows = [row for row in self._earlier if int(row["step"]) < step]
+            self._earlier = []
+            self.experiment.metrics = rows
+            self.save()
+        super().log_metrics(metrics, step)
+
+    def log_hyperparams(self, params: Any = None) -> None:
+        """Nothing: `config.yaml` has them already."""

@@ -1,0 +1,86 @@
+"""Encoder vectors that become codebook rows: random draws over all ranks, and k-means."""
+
+import torch
+from torch import Tensor
+
+from vqvae_lightning.distributed import all_reduce, rank_and_world
+from vqvae_lightning.quantizers.lookup import nearest_codes
+
+KMEANS_STEPS = 10
+
+
+def kmeans(vectors: Tensor, num_codes: int, generator: torch.Generator) -> Tensor:
+    """Centres (K, D) of `vectors` (N, D) by Lloyd's algorithm from K random vectors.
+
+    A centre without vectors is moved onto a random vector. The same input and generator give the
+    same centres.
+    """
+    centres = vectors[random_rows(len(vectors), num_codes, generator)].clone()
+    for _ in range(KMEANS_STEPS):
+        codes = nearest_codes(vectors, centres)
+        counts = torch.zeros(num_codes, dtype=torch.int64, device=codes.device)
+        counts.scatter_add_(0, codes, torch.ones_like(codes))
+        sums = torch.zeros_like(centres).index_add_(0, codes, vectors)
+        fresh = vectors[random_rows(len(vectors), num_codes, generator)]
+        centres = torch.where((counts > 0)[:, None], sums / counts.clamp(min=1)[:, None], fresh)
+    return centres
+
+
+def random_rows(total: int, count: int, generator: torch.Generator) -> Tensor:
+    """`count` row numbers below `total` (int64, CPU), repeated only where `count` > `total`."""
+    rounds = -(-count // total)
+    order = [torch.randperm(total, generator=generator) for _ in range(rounds)]
+    return torch.cat(order)[:count]
+
+
+def draw_over_ranks(part: Tensor, count: int, generator: torch.Generator) -> Tensor:
+    """At most `count` random rows out of the vectors of all ranks, equal on every rank.
+
+    Rows are numbered rank by rank, so that N ranks draw the rows that one process with the
+    concatenated batch draws. Two collectives of fixed size, whatever the data; each rank's
+    `generator` must be in the same state.
+
+    Args:
+        part: Vectors (n, D) of this rank; n may differ between ranks.
+        count: Rows to draw; all there are if they are fewer.
+        generator: A CPU generator.
+
+    Returns:
+        (min(count, number of vectors), D).
+    """
+    first, total = count_rows_before(part)
+    return rows_over_ranks(part, first, random_rows(total, min(count, total), generator))
+
+
+def rows_over_ranks(part: Tensor, first: int, numbers: Tensor) -> Tensor:
+    """Chosen rows out of the vectors of all ranks, equal on every rank.
+
+    Args:
+        part: Vectors (n, D) of this rank.
+        first: Number of its first row among those of all ranks.
+        numbers: Rows to take (m,) int64 on the CPU, the same on every rank.
+
+    Returns:
+        (m, D).
+    """
+    own = numbers - first
+    places = ((own >= 0) & (own < len(part))).nonzero()[:, 0]
+    chosen = part.new_zeros(len(numbers), part.shape[1])
+    chosen[places.to(part.device)] = part[own[places].to(part.device)]
+    return all_reduce(chosen)
+
+
+def count_rows_before(part: Tensor) -> tuple[int, int]:
+    """Where the rows of `part` begin among those of all ranks, and how many there are of all."""
+    rank, world = rank_and_world()
+    if world == 1:
+        return 0, len(part)
+    sizes = torch.zeros(world, dtype=torch.int64, device=part.device)
+    sizes[rank] = len(part)
+    ends = all_reduce(sizes).cumsum(0).tolist()
+    return ends[rank] - len(part), ends[-1]
+
+
+def repeat_rows(rows: Tensor, count: int) -> Tensor:
+    """`count` rows: those of `rows` (n, D), over again where they are fewer."""
+    return rows[torch.arange(count, device=rows.device) % len(rows)]

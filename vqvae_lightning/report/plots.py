@@ -1,0 +1,223 @@
+"""Plots of the report."""
+
+import io
+from collections.abc import Callable
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+Curves = dict[str, tuple[list[float], list[float]]]
+Array = np.ndarray[Any, np.dtype[Any]]
+
+INK, QUIET, TRAIN, VAL, EXTRA = "#1f2933", "#9aa5b1", "#7db3e8", "#1a5fb4", "#c64600"
+COLOURS = (VAL, EXTRA, "#26806a", "#8a3ab9", "#b8860b", "#d6336c", "#0b93b8", "#7a4b1e")
+DASHES: tuple[Any, ...] = ("-", "--", ":", "-.")
+STYLE: dict[Any, Any] = {
+    "axes.edgecolor": QUIET,
+    "axes.grid": True,
+    "axes.labelcolor": INK,
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "axes.titlelocation": "left",
+    "axes.titlesize": 10,
+    "axes.titleweight": "bold",
+    "font.size": 9,
+    "grid.color": "#e4e7eb",
+    "legend.frameon": False,
+    "svg.fonttype": "none",  # text stays text: smaller, and set in the page's font
+    "text.color": INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
+}
+
+
+def draw(
+    size: tuple[float, float], columns: int, paint: Callable[[list[Axes]], None], rows: int = 1
+) -> str:
+    """An SVG of `size` inches with rows of axes, given in reading order, that `paint` fills."""
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=size, layout="constrained")
+        paint(list(figure.subplots(rows, columns, squeeze=False).flat))
+        buffer = io.StringIO()
+        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+    text = buffer.getvalue()
+    return text[text.index("<svg") :]
+
+
+def plot(axes: Axes, curves: Curves, name: str, label: str, colour: str) -> None:
+    """One curve, if it was logged."""
+    if name in curves:
+        few = len(curves[name][0]) < 30
+        axes.plot(*curves[name], label=label, color=colour, marker="o" if few else "", ms=3)
+
+
+def overlaid(
+    named: list[tuple[str, Curves]], others: list[Curves], panels: list[tuple[str, str]]
+) -> str:
+    """Curves of several runs in one panel for each name.
+
+    Args:
+        named: A label for the legend, and the run's curves.
+        others: Runs in grey, without a label.
+        panels: Names of the curves, and their units.
+    """
+    columns = min(2, len(panels))
+    rows = -(-len(panels) // columns)
+
+    def paint(axes: list[Axes]) -> None:
+        for axis, (name, unit) in zip(axes, panels, strict=False):
+            for curves in others:
+                if name in curves:
+                    axis.plot(*curves[name], color=QUIET, lw=0.7)
+            for number, (label, curves) in enumerate(named):
+                plot(axis, curves, name, label.replace("$", r"\$"), COLOURS[number % len(COLOURS)])
+                if name in curves:
+                    # Told apart without colours too.
+                    axis.lines[-1].set_linestyle(DASHES[number % len(DASHES)])
+            axis.set(title=name, ylabel=unit, xlabel="steps")
+        for axis in axes[len(panels) :]:
+            axis.set_axis_off()
+        lines = {str(line.get_label()): line for axis in axes for line in axis.lines}
+        labels = [label for label in lines if not label.startswith("_")]
+        axes[0].figure.legend(
+            [lines[label] for label in labels],
+            labels,
+            loc="outside lower left",
+            ncols=2,
+            fontsize=8,
+        )
+
+    return draw((9, 2.6 * rows + 0.2 * -(-len(named) // 2)), columns, paint, rows)
+
+
+def losses(curves: Curves) -> str:
+    """Reconstruction and quantizer losses of stage 1 over steps."""
+
+    def paint(axes: list[Axes]) -> None:
+        left, right = axes
+        plot(left, curves, "train/nmse", "training batches", TRAIN)
+        plot(left, curves, "val/nmse", "validation", VAL)
+        left.set(title="Reconstruction: NMSE", xlabel="steps", yscale="log")
+        left.legend()
+        plot(right, curves, "train/nmse", "reconstruction", TRAIN)
+        plot(right, curves, "train/commitment_weighted", "commitment, weighted", EXTRA)
+        plot(right, curves, "train/codebook_weighted", "codebook, weighted", VAL)
+        right.set(title="How the training losses balance", xlabel="steps", yscale="log")
+        if right.lines:
+            right.legend()
+
+    return draw((9, 2.8), 2, paint)
+
+
+def usage(curves: Curves, num_codes: int) -> str:
+    """Perplexity and codebook use of stage 1 over steps."""
+
+    def paint(axes: list[Axes]) -> None:
+        left, right = axes
+        plot(left, curves, "train/perplexity", "training, since last point", TRAIN)
+        plot(left, curves, "val/perplexity", "validation", VAL)
+        left.axhline(num_codes, color=QUIET, ls=":", label=f"all {num_codes} equally")
+        left.set(title="Perplexity of the codes", xlabel="steps", ylim=(0, num_codes * 1.08))
+        left.legend(loc="lower right")
+        plot(right, curves, "train/codebook_use", "training, since last point", TRAIN)
+        plot(right, curves, "val/codebook_use", "validation", VAL)
+        right.set(title="Share of codes in use", xlabel="steps", ylim=(0, 1.05))
+        if "train/revived_codes" in curves:
+            steps, revived = curves["train/revived_codes"]
+            twin = right.twinx()
+            twin.bar(steps, revived, width=max(steps) / 150, color=EXTRA, alpha=0.6)
+            twin.set_ylabel("codes revived", color=EXTRA)
+            twin.grid(visible=False)
+        if right.lines:
+            right.legend(loc="lower right")
+
+    return draw((9, 2.8), 2, paint)
+
+
+def prior(curves: Curves, split: str, metrics: dict[str, Any]) -> str:
+    """Nats per code of stage 2 over steps, beside the baselines."""
+
+    def paint(axes: list[Axes]) -> None:
+        left, right = axes
+        plot(left, curves, "train/nats_per_code", "training batches", TRAIN)
+        plot(left, curves, "val/nats_per_code", "validation, averaged weights", VAL)
+        baselines = (
+            ("unigram_nats_per_code", "histogram of codes", "--"),
+            ("position_nats_per_code", "histogram per position", ":"),
+        )
+        for name, label, dashes in baselines:
+            if f"{split}/{name}" in metrics:
+                left.axhline(
+                    metrics[f"{split}/{name}"]["value"], color=QUIET, ls=dashes, label=label
+                )
+        left.set(title="Prior: nats per code", xlabel="steps")
+        left.legend(loc="upper right", bbox_to_anchor=(1, 0.78))
+        plot(right, curves, "val/accuracy", "validation", VAL)
+        right.set(title="Prior: share of codes predicted", xlabel="steps", ylim=(0, None))
+
+    return draw((9, 2.8), 2, paint)
+
+
+def histogram(counts: Array) -> str:
+    """Share of each code in the training split, most used first."""
+
+    def paint(axes: list[Axes]) -> None:
+        share = np.sort(counts)[::-1] / counts.sum()
+        axes[0].fill_between(np.arange(len(share)), share * 100, step="mid", color=TRAIN)
+        axes[0].axhline(100 / len(share), color=EXTRA, ls="--", label="equal use")
+        title = f"Use of the {len(share)} codes, most used first"
+        axes[0].set(
+            title=title, xlabel="rank", ylabel="% of codes", xlim=(0, len(share)), ylim=(0, None)
+        )
+        axes[0].legend()
+
+    return draw((9, 2.4), 1, paint)
+
+
+def code_maps(images: Array, codes: Array, counts: Array, columns: int = 10) -> str:
+    """Images (N, C, H, W) uint8 above their codes (N, h, w), coloured by their frequency."""
+    rank = np.empty(len(counts), dtype=int)
+    rank[np.argsort(-counts)] = np.arange(len(counts))
+    shown = min(columns, len(images))
+
+    def paint(axes: list[Axes]) -> None:
+        for column in range(shown):
+            picture = images[column].transpose(1, 2, 0)
+            axes[column].imshow(picture.squeeze(), cmap="gray", vmin=0, vmax=255)
+            below = rank[codes[column]]
+            axes[shown + column].imshow(below, cmap="viridis", vmin=0, vmax=len(counts) - 1)
+        for one in axes:
+            one.set_axis_off()
+
+    return draw((9, 1.95), shown, paint, rows=2)
+
+
+def rate(metrics: dict[str, Any], split: str) -> str:
+    """Bits per dimension: what the pixels and what the codes cost."""
+
+    def paint(axes: list[Axes]) -> None:
+        pixels = metrics[f"{split}/reconstruction_bits_per_dim"]["value"]
+        rates = [
+            (label, metrics[f"{split}/{name}_bits_per_dim"]["value"])
+            for label, name in (
+                ("uniform", "uniform"),
+                ("histogram", "histogram"),
+                ("prior", "prior"),
+            )
+            if f"{split}/{name}_bits_per_dim" in metrics
+        ][::-1]
+        names = [label for label, _ in rates]
+        axes[0].barh(names, [pixels] * len(rates), color=TRAIN, label="pixels given the codes")
+        costs = [cost for _, cost in rates]
+        axes[0].barh(names, costs, left=pixels, color=EXTRA, label="codes")
+        for row, cost in enumerate(costs):
+            axes[0].text(pixels + cost, row, f" {pixels + cost:.3f}", va="center")
+        title = "Bits per dimension, by what predicts the codes"
+        axes[0].set(title=title, xlim=(0, (pixels + max(costs)) * 1.1))
+        axes[0].grid(visible=False, axis="y")
+        axes[0].legend(loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=2)
+
+    return draw((9, 1.9), 1, paint)

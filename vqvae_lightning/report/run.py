@@ -1,0 +1,89 @@
+"""`report.html` of one run."""
+
+import base64
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jinja2 import Environment, PackageLoader, StrictUndefined, Template
+from markupsafe import Markup
+
+from vqvae_lightning.files import write_text
+from vqvae_lightning.runs.results import read_curves, read_result
+
+
+def write_report(folder: Path) -> Path:
+    """Write `report.html`, one page without links to other files.
+
+    Args:
+        folder: Of a pipeline whose other stages are finished.
+
+    Returns:
+        Its path.
+    """
+    from vqvae_lightning.report import plots
+
+    result = read_result(folder)
+    stages = {name: read_result(folder / name) for name in ("evaluation", "samples")}
+    assert result is not None
+    assert stages["evaluation"] is not None
+    assert stages["samples"] is not None
+    names = stages["evaluation"]["class_names"]
+    curves = {name: read_curves(folder / name / "metrics.csv") for name in ("vqvae", "prior")}
+    with np.load(folder / "evaluation" / "codes.npz") as arrays:
+        histogram, codes = arrays["histogram"], arrays["codes"]
+        images = arrays["images"]
+    pictures = {
+        "samples": folder / "samples.png",
+        "reconstructions": folder / "reconstructions.png",
+        "nearest": folder / "evaluation" / "nearest.png",
+    }
+    split = result["split"]
+    page = template("template.html").render(
+        result=result,
+        split=split,
+        value=lambda name: result["metrics"].get(f"{split}/{name}", {}).get("value"),
+        conditional=bool(names),
+        columns=[names[number] for number in stages["samples"]["column_classes"]],
+        stages=result["seconds"],
+        pictures={name: inline_png(path) for name, path in pictures.items()},
+        progress=[inline_png(path) for path in _some(folder / "prior" / "pictures", 4)],
+        losses=Markup(plots.losses(curves["vqvae"])),
+        usage=Markup(plots.usage(curves["vqvae"], len(histogram))),
+        prior=Markup(plots.prior(curves["prior"], split, result["metrics"])),
+        histogram=Markup(plots.histogram(histogram)),
+        code_maps=Markup(plots.code_maps(images, codes, histogram)),
+        rate=Markup(plots.rate(result["metrics"], split)),
+        config=(folder / "config.yaml").read_text(encoding="utf-8"),
+        folder=str(folder),
+    )
+    path = folder / "report.html"
+    write_text(path, page)
+    return path
+
+
+def template(name: str) -> Template:
+    """A page of this folder, to render; a value that it names and is not given is an error."""
+    environment = Environment(
+        loader=PackageLoader("vqvae_lightning", "report"),
+        autoescape=True,
+        undefined=StrictUndefined,
+    )
+    return environment.get_template(name)
+
+
+def inline_png(path: Path) -> dict[str, Any]:
+    """A PNG as a data URI, with its name for the alternative text."""
+    data = base64.b64encode(path.read_bytes()).decode()
+    return {"name": path.stem, "uri": f"data:image/png;base64,{data}"}
+
+
+def _some(folder: Path, count: int) -> list[Path]:
+    """`count` files of a folder, evenly spaced in order of name, the first and last among them."""
+    paths = sorted(folder.glob("*.png"))
+    last = len(paths) - 1
+    return (
+        [paths[i] for i in sorted({round(k * last / (count - 1)) for k in range(count)})]
+        if paths
+        else []
+    )

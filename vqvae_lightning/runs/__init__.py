@@ -1,0 +1,1 @@
+"""Runs on disk: the files in a run's folder, their claim, and resuming."""

@@ -1,0 +1,32 @@
+"""`failure.txt`: why a job of a sweep failed."""
+
+import shlex
+from pathlib import Path
+from typing import NamedTuple
+
+from vqvae_lightning.files import write_text
+
+FAILURE = "failure.txt"
+"""What a failed job of a sweep leaves: its error, its overrides, and where the code failed."""
+
+
+class Failure(NamedTuple):
+    """Why a job of a sweep failed."""
+
+    error: str
+    overrides: list[str]
+
+
+def write_failure(folder: Path, error: str, overrides: list[str], trace: str) -> None:
+    """Leave `failure.txt` in a job's folder: the error in one line, and what led to it."""
+    line = " ".join(error.split())
+    write_text(folder / FAILURE, f"{line}\n{shlex.join(overrides)}\n\n{trace}")
+
+
+def read_failure(folder: Path) -> Failure | None:
+    """What `write_failure` wrote; None if the job has not failed."""
+    path = folder / FAILURE
+    if not path.is_file():
+        return None
+    error, overrides = path.read_text(encoding="utf-8").split("\n")[:2]
+    return Failure(error, shlex.split(overrides))

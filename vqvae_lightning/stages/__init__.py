@@ -1,0 +1,1 @@
+"""What each command does: train, evaluate, sample, reconstruct, or all in turn."""

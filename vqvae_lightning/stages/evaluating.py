@@ -1,0 +1,224 @@
+"""Evaluate finished checkpoints on a held-out split."""
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from vqvae_lightning.stages.inputs import build_codes, load_checkpoint_images, load_images
+
+
+def check_evaluation(cfg: Any) -> None:
+    """Refuse settings of an evaluation that cannot work.
+
+    Raises:
+        InputError: With the key.
+    """
+    from vqvae_lightning.errors import InputError, Key, check_positive, check_range
+
+    if cfg.split not in ("train", "val", "test"):
+        raise InputError(Key("split"), f"={cfg.split} must be one of train, val, test.")
+    for name in ("pictured", "num_samples", "classifier_steps", "classifier_batch_size"):
+        check_positive(name, cfg[name])
+    if cfg.num_samples < 2:
+        raise InputError(Key("num_samples"), f"={cfg.num_samples} must be at least 2.")
+    check_range("temperature", cfg.temperature, 0)
+
+
+def build_classifier(cfg: Any, images: Any) -> Any:
+    """The untrained `ClassifierTask` that judges samples; None if the data have no classes.
+
+    Raises:
+        InputError: If the classifier's settings cannot work.
+    """
+    from vqvae_lightning.configs import build
+    from vqvae_lightning.errors import prefix_keys
+    from vqvae_lightning.tasks.optimization import check_optimizer
+
+    if images.num_classes < 2:
+        return None
+    config = cfg.classifier.copy()
+    config.net.channels, config.net.num_classes = images.image_shape[0], images.num_classes
+    task = build(config)
+    with prefix_keys("classifier"):
+        check_optimizer(task.optimizer_factory)
+    return task
+
+
+class Subject(NamedTuple):
+    """What is evaluated, and on what."""
+
+    codes: Any
+    """The `CodesDataModule` of the data under the VQ-VAE; not set up yet."""
+    prior: Any
+    vqvae_path: Path
+
+
+def load_subject(cfg: Any, images: Any = None) -> Subject:
+    """The checkpoints and the data that `cfg` names.
+
+    Raises:
+        InputError: If they cannot be used, or do not belong together.
+    """
+    from vqvae_lightning.checkpoints import load, load_pair
+    from vqvae_lightning.errors import InputError
+
+    prior = None
+    if cfg.prior_checkpoint is None:
+        if cfg.vqvae_checkpoint is None:
+            raise InputError("give vqvae_checkpoint=PATH, prior_checkpoint=PATH, or both.")
+        vqvae = load(cfg.vqvae_checkpoint, "vqvae", cfg.trust)
+        vqvae_path = Path(cfg.vqvae_checkpoint)
+    else:
+        loaded, vqvae = load_pair(cfg.prior_checkpoint, cfg.vqvae_checkpoint, cfg.trust)
+        prior = loaded.net
+        vqvae_path = Path(cfg.vqvae_checkpoint or loaded.config["vqvae_checkpoint"])
+    if images is None:
+        way_out = "restore the data, or name with dataset= those to evaluate on"
+        images = (
+            load_images(cfg.dataset)
+            if cfg.dataset
+            else load_checkpoint_images(vqvae, cfg.trust, way_out)
+        )
+    if prior is not None and prior.num_classes and prior.num_classes < images.num_classes:
+        raise InputError(
+            f"the data have {images.num_classes} classes and the prior {prior.num_classes}: choose "
+            "the dataset that it was trained on."
+        )
+    return Subject(build_codes(images, vqvae.net, vqvae_path, cfg, 1), prior, vqvae_path)
+
+
+def measure(cfg: Any, found: Subject) -> dict[str, float]:
+    """Errors and likelihoods on the split; the ranks divide it, and all get the figures of all."""
+    from vqvae_lightning.devices import choose_devices
+    from vqvae_lightning.errors import prefix_keys
+    from vqvae_lightning.evaluation.likelihood import likelihood_metrics
+    from vqvae_lightning.evaluation.reconstruction import reconstruction_metrics
+    from vqvae_lightning.jobs.ranks import count_ranks, join_ranks, local_rank
+
+    join_ranks(cfg.trainer.accelerator)
+    count = count_ranks(cfg.trainer)
+    with prefix_keys("trainer"):
+        device = choose_devices(cfg.trainer.accelerator, count)[local_rank()]
+    found.codes.encode(device)
+    found.codes.setup()
+    if found.prior is not None:
+        found.prior.to(device)
+    return {
+        **reconstruction_metrics(found.codes, cfg.split, device),
+        **likelihood_metrics(found.codes, found.prior, cfg.split, device),
+    }
+
+
+def evaluate(cfg: Any, images: Any = None) -> dict[str, Any]:
+    """Evaluate a VQ-VAE, and its prior if there is one.
+
+    On several devices they divide the split, and the samples that are drawn; the classifier, which
+    is small and has batch norm, is trained on one of them.
+
+    Args:
+        cfg: The composed config `conf/evaluate.yaml`.
+        images: The `PixelDataModule` to evaluate on, if it is set up already.
+
+    Returns:
+        The contents of `result.json`; beside it lie `reconstructions.png`, `codes.npz` (histogram
+        of the training codes, codes of the pictured images) and, with a prior, `nearest.png`.
+
+    Raises:
+        InputError: If a checkpoint or the data cannot be used, or a prior belongs to another
+            VQ-VAE.
+    """
+    from vqvae_lightning.runs.results import read_result
+    from vqvae_lightning.runs.stopwatch import time_stage
+
+    folder = Path(cfg.folder)
+    finished = read_result(folder)
+    if finished is not None:
+        return finished
+    with time_stage(folder) as watch:
+        return _evaluate(cfg, images, watch)
+
+
+def _evaluate(cfg: Any, images: Any, watch: Any) -> dict[str, Any]:
+    """Do what `evaluate` does, timed by a `results.Stopwatch`."""
+    import numpy as np
+    import pytorch_lightning as pl
+    import torch
+
+    from vqvae_lightning.configs import build, to_plain
+    from vqvae_lightning.devices import choose_devices
+    from vqvae_lightning.evaluation.classifier import classifier_metrics, train_classifier
+    from vqvae_lightning.evaluation.drawing import draw_images, nearest_training_images
+    from vqvae_lightning.evaluation.reconstruction import decode_images
+    from vqvae_lightning.jobs.ranks import count_ranks, detect_launcher, start_ranks
+    from vqvae_lightning.loggers.media import log_result
+    from vqvae_lightning.loggers.wandb import name_run
+    from vqvae_lightning.pictures import pairs, save_png
+    from vqvae_lightning.pixels import from_uint8
+    from vqvae_lightning.randomness import stream_seed
+    from vqvae_lightning.runs.results import write_config, write_result
+
+    folder = Path(cfg.folder)
+    check_evaluation(cfg)
+    pl.seed_everything(stream_seed(cfg.seed, "judge") % 2**32, workers=True, verbose=False)
+    found = load_subject(cfg, images)
+    codes, prior, vqvae_path = found
+    images = codes.images
+    if prior is not None:
+        with torch.random.fork_rng(devices=[]):
+            build_classifier(cfg, images)  # refused before anything is measured, if it must be
+    name_run(cfg, "evaluation")
+    with start_ranks(cfg, folder, "vqvae_lightning.commands.worker"):
+        metrics = measure(cfg, found)
+    write_config(cfg, folder)
+
+    # What follows is the first rank's: outside of a launcher's job it has all devices to itself.
+    count = 1 if detect_launcher() else count_ranks(cfg.trainer)
+    devices = choose_devices(cfg.trainer.accelerator, count)
+    device = devices[0]
+    options = {**to_plain(cfg.trainer), "devices": 1, "num_nodes": 1}
+    shown = images.datasets[cfg.split].preview(cfg.pictured).data
+    shown_codes = torch.tensor(codes.datasets[cfg.split].data[: cfg.pictured]).long()
+    decoded = decode_images(codes.vqvae, shown_codes.to(device))
+    picture = pairs(from_uint8(shown), from_uint8(decoded))
+    save_png(picture, folder / "reconstructions.png")
+    arrays = {"histogram": codes.histogram(), "codes": shown_codes, "images": shown}
+    np.savez(folder / "codes.npz", **{k: v.numpy() for k, v in arrays.items()})
+    if prior is not None:
+        labels = None
+        if prior.num_classes:
+            # A class without training images has never been learnt.
+            present = codes.datasets["train"].labels.unique()
+            labels = present[torch.arange(cfg.num_samples) % len(present)]
+        drawn = draw_images(
+            codes.vqvae,
+            prior,
+            cfg.num_samples,
+            labels,
+            cfg.seed,
+            devices,
+            temperature=cfg.temperature,
+        ).images
+        nearest = nearest_training_images(images, drawn[:10])
+        save_png(pairs(from_uint8(drawn[:10]), from_uint8(nearest)), folder / "nearest.png")
+        task = build_classifier(cfg, images)
+        if task is not None:
+            steps = {**options, "max_steps": cfg.classifier_steps}
+            judge = train_classifier(task, images, steps, cfg.classifier_batch_size)
+            metrics |= classifier_metrics(judge, codes, cfg.split, drawn, labels, device)
+    named = {f"{cfg.split}/{name}": value for name, value in metrics.items()}
+    pictures = [folder / "reconstructions.png", folder / "nearest.png"]
+    loggers = [build(part) for part in (cfg.logger or {}).values() if part is not None]
+    log_result(loggers, to_plain(cfg), named, [path for path in pictures if path.is_file()])
+    return write_result(
+        folder,
+        named,
+        seed=cfg.seed,
+        commit=cfg.commit,
+        seconds=watch.seconds,
+        split=cfg.split,
+        images=len(codes.datasets[cfg.split]),
+        samples=0 if prior is None else cfg.num_samples,
+        vqvae_checkpoint=str(vqvae_path),
+        prior_checkpoint=cfg.prior_checkpoint,
+        data_fingerprint=images.fingerprint,
+        class_names=images.class_names,
+    )

@@ -1,0 +1,70 @@
+"""Reconstruct images with a VQ-VAE."""
+
+from pathlib import Path
+from typing import Any
+
+from vqvae_lightning.stages.inputs import load_checkpoint_images
+
+
+def reconstruct(cfg: Any) -> dict[str, Any]:
+    """Reconstruct images of a folder, or of the data set that the VQ-VAE was trained on.
+
+    Args:
+        cfg: The composed config `conf/reconstruct.yaml`.
+
+    Returns:
+        The contents of `result.json`; beside it lie `reconstructions.png` (originals above their
+        reconstructions) and `reconstructions.npz` (images and reconstructions uint8 (N, H, W, C),
+        and codes where there are any).
+
+    Raises:
+        InputError: If the checkpoint or the images cannot be used.
+    """
+    import numpy as np
+    import torch
+
+    from vqvae_lightning.checkpoints import load
+    from vqvae_lightning.console import progress_bar
+    from vqvae_lightning.data import ImageFolderSource
+    from vqvae_lightning.devices import choose_device
+    from vqvae_lightning.errors import check_positive, rename_keys
+    from vqvae_lightning.pictures import pairs, save_png
+    from vqvae_lightning.pixels import from_uint8, to_uint8
+    from vqvae_lightning.runs.results import write_config, write_result
+
+    folder = Path(cfg.folder)
+    vqvae = load(cfg.vqvae_checkpoint, "vqvae", cfg.trust)
+    device = choose_device(cfg.accelerator)
+    net = vqvae.net.to(device)
+    count = check_positive("count", cfg.count)
+    if cfg.input is None:
+        data = load_checkpoint_images(vqvae, cfg.trust)
+        images = data.datasets["test"].preview(count).data
+    else:
+        with rename_keys(lambda key: {"root": "input"}.get(key, key)):
+            source = ImageFolderSource(cfg.input, size=cfg.size, grey=net.channels == 1)
+            images = source.load().train.images
+            net.grid(*images.shape[2:])
+    write_config(cfg, folder)
+    codes, decoded = [], []
+    with progress_bar("encoding", len(images)) as advance, torch.inference_mode():
+        for part in images.split(256):
+            output = net(from_uint8(part.to(device)))
+            decoded.append(to_uint8(output.reconstruction).cpu())
+            if output.quantized.codes is not None:  # a continuous bottleneck has none
+                codes.append(output.quantized.codes.cpu())
+            advance(len(part))
+    reconstructed = torch.cat(decoded)
+    shown = pairs(from_uint8(images[:count]), from_uint8(reconstructed[:count]))
+    save_png(shown, folder / "reconstructions.png")
+    arrays = {
+        "images": images.movedim(1, -1),
+        "reconstructions": reconstructed.movedim(1, -1),
+        **({"codes": torch.cat(codes)} if codes else {}),
+    }
+    np.savez_compressed(folder / "reconstructions.npz", **{k: v.numpy() for k, v in arrays.items()})
+    squared = float(((reconstructed.float() - images.float()) / 255).square().mean())
+    metrics = {"images": float(len(images)), "mse": squared}
+    return write_result(
+        folder, metrics, commit=cfg.commit, vqvae_checkpoint=str(cfg.vqvae_checkpoint)
+    )

@@ -1,0 +1,226 @@
+"""Draw images from a prior, or complete given ones."""
+
+from pathlib import Path
+from typing import Any
+
+
+def check_sampling(cfg: Any, num_classes: int, height: int, null_label_rate: float) -> None:
+    """Refuse settings of a draw that cannot work.
+
+    Args:
+        cfg: With the keys of `conf/sampling`.
+        num_classes: Of the prior.
+        height: Rows of its grid.
+        null_label_rate: Of the prior.
+
+    Raises:
+        InputError: Naming the key.
+    """
+    from omegaconf import ListConfig
+
+    from vqvae_lightning.errors import InputError, Key, check_positive, check_range
+    from vqvae_lightning.networks.sampling import check_guidance, check_top_p
+
+    for name in ("num_samples", "completions"):
+        check_positive(name, cfg[name])
+    for name in ("top_k", "batch_size"):
+        if cfg[name] is not None:
+            check_positive(name, cfg[name])
+    check_range("temperature", cfg.temperature, 0)
+    check_range("guidance", cfg.guidance, 0)
+    check_range("keep_rows", cfg.keep_rows, 0, 1)
+    check_top_p(cfg.top_p)
+    check_guidance(cfg.guidance, num_classes, null_label_rate)
+    if cfg.complete is not None:
+        if round(cfg.keep_rows * height) >= height:
+            raise InputError(
+                Key("keep_rows"), f"={cfg.keep_rows} of {height} rows of codes leaves none to draw."
+            )
+        if cfg.complete == "test" and cfg.labels is not None:
+            raise InputError(
+                Key("labels"),
+                f"={cfg.labels}: test images are completed with their own classes; drop labels.",
+            )
+        if cfg.complete != "test" and not Path(cfg.complete).is_dir():
+            raise InputError(
+                Key("complete"), f"={cfg.complete} must be a folder of images, or test."
+            )
+        if cfg.complete != "test" and cfg.labels is None and num_classes:
+            raise InputError(
+                Key("complete"),
+                f"={cfg.complete}: this prior has classes; give those of the images in order of "
+                "their names, as in ",
+                Key("labels"),
+                "=[0,3]; a list that is too short is repeated.",
+            )
+    if cfg.labels is None:
+        return
+    if not num_classes:
+        said = f"={cfg.labels}: this prior has no classes; drop labels."
+        raise InputError(Key("labels"), said)
+    if not isinstance(cfg.labels, ListConfig) or not cfg.labels:
+        raise InputError(Key("labels"), f"={cfg.labels} must be a list, such as [0,3].")
+    bad = [label for label in cfg.labels if label not in range(num_classes)]
+    if bad:
+        raise InputError(Key("labels"), f"={bad} must be among 0 to {num_classes - 1}.")
+
+
+def draw_samples(cfg: Any) -> dict[str, Any]:
+    """Draw images, or complete given ones.
+
+    Args:
+        cfg: The composed config `conf/sample.yaml`.
+
+    Returns:
+        The contents of `result.json`; beside it lie `samples.png` (a column per class; or rows of
+        originals, what is kept of them, and their completions) and `samples.npz` (images uint8 (N,
+        H, W, C), codes, labels).
+
+    Raises:
+        InputError: If a checkpoint cannot be used, or an option is outside its range.
+        Interrupted: After Ctrl-C; what was finished is in `samples.npz`.
+    """
+    from vqvae_lightning.runs.results import read_result
+    from vqvae_lightning.runs.stopwatch import time_stage
+
+    folder = Path(cfg.folder)
+    finished = read_result(folder)
+    if finished is not None:
+        return finished
+    with time_stage(folder) as watch:
+        return _draw(cfg, watch)
+
+
+def _draw(cfg: Any, watch: Any) -> dict[str, Any]:
+    """Do what `draw_samples` does, timed by a `results.Stopwatch`."""
+    import numpy as np
+    import torch
+
+    from vqvae_lightning.checkpoints import load_pair
+    from vqvae_lightning.devices import choose_devices
+    from vqvae_lightning.errors import Interrupted
+    from vqvae_lightning.evaluation.drawing import draw_images
+    from vqvae_lightning.files import replace_file
+    from vqvae_lightning.jobs.ranks import detect_launcher
+    from vqvae_lightning.pictures import grid, save_png
+    from vqvae_lightning.pixels import from_uint8
+    from vqvae_lightning.runs.results import write_config, write_result
+
+    folder = Path(cfg.folder)
+    loaded, vqvae = load_pair(cfg.prior_checkpoint, cfg.vqvae_checkpoint, cfg.trust)
+    prior = loaded.net
+    check_sampling(cfg, prior.num_classes, prior.height, prior.null_label_rate)
+    # A launcher that started several ranks has given each of them its devices.
+    devices = choose_devices(cfg.accelerator, 1 if detect_launcher() else cfg.devices)
+    labels, chosen, columns = None, [], 10
+    known = originals = None
+    count = cfg.num_samples
+    if cfg.complete is None:
+        if prior.num_classes:
+            chosen = list(range(prior.num_classes) if cfg.labels is None else cfg.labels)
+            labels = torch.tensor(chosen)[torch.arange(count) % len(chosen)]
+            # A column per class where they fit; more classes follow each other in rows.
+            columns = len(chosen) if len(chosen) <= 20 else 10
+    else:
+        originals, labels = images_to_complete(cfg, prior, vqvae)
+        known = codes_to_complete(vqvae.net.to(devices[0]), originals, cfg.keep_rows)
+        known = known.repeat(cfg.completions, 1, 1)
+        labels = None if labels is None else labels.repeat(cfg.completions)
+        count = len(known)
+    write_config(cfg, folder)
+    samples = draw_images(
+        vqvae.net,
+        prior,
+        count,
+        labels,
+        cfg.seed,
+        devices,
+        keep_finished=True,
+        temperature=cfg.temperature,
+        top_k=cfg.top_k,
+        top_p=cfg.top_p,
+        guidance=cfg.guidance,
+        known=known,
+        batch_size=cfg.batch_size,
+    )
+    done = len(samples.images)
+    if originals is None:
+        save_png(grid(from_uint8(samples.images[: 10 * columns]), columns), folder / "samples.png")
+    else:
+        kept = round(cfg.keep_rows * prior.height) * originals.shape[2] // prior.height
+        save_png(completions_picture(originals, samples.images, kept), folder / "samples.png")
+    arrays: dict[str, Any] = {"images": samples.images.movedim(1, -1), "codes": samples.codes}
+    if labels is not None:
+        arrays["labels"] = labels[:done]
+    with replace_file(folder / "samples.npz") as partial, partial.open("wb") as file:
+        np.savez_compressed(file, **{k: v.numpy() for k, v in arrays.items()})
+    if done < count:
+        raise Interrupted(
+            f"Interrupted: {done} of {count} samples are in {folder / 'samples.npz'}."
+        )
+    positions = samples.codes[0].numel() if known is None else int((known[0] < 0).sum())
+    return write_result(
+        folder,
+        {"images": float(count), "entropy_nats_per_code": float(samples.nats.mean()) / positions},
+        seed=cfg.seed,
+        commit=cfg.commit,
+        seconds=watch.seconds,
+        prior_checkpoint=str(cfg.prior_checkpoint),
+        column_classes=chosen if len(chosen) == columns <= count else [],
+    )
+
+
+def images_to_complete(cfg: Any, prior: Any, vqvae: Any) -> tuple[Any, Any]:
+    """Images (N, C, H, W) uint8 to complete, and their classes (N,) for a conditional prior.
+
+    Raises:
+        InputError: If there are none, they do not fit the VQ-VAE, or their classes are not given.
+    """
+    import torch
+
+    from vqvae_lightning.data import ImageFolderSource
+    from vqvae_lightning.errors import rename_keys
+    from vqvae_lightning.stages.inputs import load_checkpoint_images
+
+    if cfg.complete == "test":
+        first = load_checkpoint_images(vqvae, cfg.trust).datasets["test"].preview(cfg.num_samples)
+        return first.data, first.labels if prior.num_classes else None
+    # The codes' grid is the prior's: the images must have the size that it was trained on.
+    factor = 2**vqvae.net.downsamplings
+    size = [prior.height * factor, prior.width * factor]
+    with rename_keys(lambda key: {"root": "complete"}.get(key, key)):
+        source = ImageFolderSource(cfg.complete, size=size, grey=vqvae.net.channels == 1)
+        images = source.load().train.images[: cfg.num_samples]
+    if not prior.num_classes:
+        return images, None
+    return images, torch.tensor(list(cfg.labels))[torch.arange(len(images)) % len(cfg.labels)]
+
+
+def codes_to_complete(vqvae: Any, images: Any, keep_rows: float) -> Any:
+    """Codes (N, h, w) of images (N, C, H, W) uint8 with -1 below the rows that are kept."""
+    import torch
+
+    from vqvae_lightning.pixels import from_uint8
+
+    device = next(vqvae.parameters()).device
+    with torch.inference_mode():
+        parts = [vqvae.encode(from_uint8(part.to(device))).cpu() for part in images.split(256)]
+    codes = torch.cat(parts).clone()
+    codes[:, round(keep_rows * codes.shape[1]) :] = -1
+    return codes
+
+
+def completions_picture(originals: Any, drawn: Any, kept_rows: int) -> Any:
+    """Ten originals, the `kept_rows` of pixels kept of them, and their completions, by rows."""
+    import torch
+
+    from vqvae_lightning.pictures import grid
+    from vqvae_lightning.pixels import from_uint8
+
+    shown = originals[:10]
+    kept = shown.clone()
+    kept[:, :, kept_rows:] = 128
+    rows = [shown, kept]
+    for first in range(0, len(drawn) - len(shown) + 1, len(originals)):
+        rows.append(drawn[first : first + len(shown)])
+    return grid(from_uint8(torch.cat(rows)), len(shown))

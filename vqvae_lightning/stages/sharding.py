@@ -1,0 +1,142 @@
+"""Write a data set, or a folder of images, as tar shards."""
+
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from vqvae_lightning.stages.inputs import load_images
+
+Item = tuple[str, bytes, int | None]
+"""Ending of the image's file, its contents and its class."""
+
+
+class _Split(NamedTuple):
+    name: str
+    images: int
+    items: Iterator[Item]
+
+
+def make_shards(cfg: Any) -> str:
+    """Write the splits of `cfg.dataset`; the training images in a random order.
+
+    A folder of images is read file by file: it need not fit in memory. Its files are stored as they
+    are, or, with `dataset.source.size`, resized and as PNG.
+
+    Args:
+        cfg: The composed config `conf/shards.yaml`.
+
+    Returns:
+        The overrides that train on them.
+
+    Raises:
+        InputError: If there are shards in the folder, or the data cannot be used.
+    """
+    from vqvae_lightning.configs import build
+    from vqvae_lightning.console import progress_bar
+    from vqvae_lightning.data import ImageDataModule, ImageFolderSource, ShardDataModule
+    from vqvae_lightning.data.shards.write import write_shards
+    from vqvae_lightning.errors import InputError, check_positive, prefix_keys
+    from vqvae_lightning.files import write_text
+    from vqvae_lightning.runs.results import write_config
+
+    folder = Path(cfg.folder)
+    per_shard = check_positive("per_shard", cfg.per_shard)
+    if list(folder.glob("*.tar")):
+        raise InputError(f"output={cfg.output} has shards already: choose another folder.")
+    images = build(cfg.dataset)
+    if not isinstance(images, ImageDataModule):
+        raise InputError("dataset=shards are shards already: choose another dataset.")
+    whole = isinstance(images.source, ImageFolderSource) and images.source.size is None
+    if isinstance(images.source, ImageFolderSource):
+        with prefix_keys("dataset"):
+            splits, class_names = _from_files(images)
+        grey = images.source.grey
+    else:
+        images = load_images(cfg.dataset)
+        splits, class_names = _from_memory(images), images.class_names
+        grey = images.image_shape[0] == 1
+    # Under another name until all are there, or an interruption would leave a smaller data set.
+    unfinished = folder / f".shards.{os.getpid()}"
+    try:
+        with progress_bar("writing shards", sum(split.images for split in splits)) as advance:
+            for split in splits:
+                write_shards(split.items, unfinished, split.name, per_shard, advance)
+        for path in sorted(unfinished.iterdir()):
+            path.replace(folder / path.name)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+    if class_names:
+        write_text(folder / "classes.txt", "".join(f"{name}\n" for name in class_names))
+    if not whole:  # else the index waits for the size that they will be trained at
+        ShardDataModule(root=str(folder), grey=grey).prepare_data()
+    write_config(cfg, folder)
+    options = [f"dataset=shards dataset.root={folder}"]
+    options += ["dataset.grey=true"] if grey else []
+    return " ".join(options + (["dataset.size=[HEIGHT,WIDTH]"] if whole else []))
+
+
+def _from_memory(images: Any) -> list[_Split]:
+    """The splits of an `ImageDataModule`."""
+    import torch
+
+    from vqvae_lightning.data.shards.write import png
+
+    def items(name: str) -> Iterator[Item]:
+        split = images.datasets[name]
+        for row in _order(name, len(split), images.split_seed):
+            (image,), labels = split.__getitems__(torch.tensor([row]))
+            yield "png", png(image), None if labels is None else int(labels)
+
+    return [_Split(name, len(split), items(name)) for name, split in images.datasets.items()]
+
+
+def _from_files(images: Any) -> tuple[list[_Split], list[str]]:
+    """The splits of a folder of images, as `ImageDataModule` has them, and the classes' names."""
+    from vqvae_lightning.data.images import set_aside
+    from vqvae_lightning.data.shards.write import png
+    from vqvae_lightning.data.sources.arrays import resize
+    from vqvae_lightning.data.sources.folder import decode
+    from vqvae_lightning.errors import prefix_keys
+
+    source = images.source
+    with prefix_keys("source"):
+        found, class_names = source.files()
+    # In this order and with these seeds, as from memory.
+    for name, seed in (("test", images.split_seed + 1), ("val", images.split_seed)):
+        if name not in found:
+            paths, labels = found["train"]
+            parts = [
+                ([paths[row] for row in rows], labels and [labels[row] for row in rows])
+                for rows in set_aside(len(paths), images.val_share, seed)
+            ]
+            found["train"], found[name] = parts
+
+    def items(name: str) -> Iterator[Item]:
+        paths, labels = found[name]
+        for row in _order(name, len(paths), images.split_seed):
+            label = None if labels is None else labels[row]
+            if source.size is None:
+                yield paths[row].suffix[1:].lower(), paths[row].read_bytes(), label
+            else:
+                image = resize(decode(paths[row], source.grey, str(paths[row])), source.size)
+                yield "png", png(image[0]), label
+
+    return [
+        _Split(name, len(paths), items(name)) for name, (paths, _) in found.items()
+    ], class_names
+
+
+def _order(name: str, total: int, seed: int) -> list[int]:
+    """Rows of a split in the order in which they are written."""
+    import torch
+
+    from vqvae_lightning.randomness import stream_seed
+
+    if name != "train":
+        return list(range(total))
+    # A stream that passes by can be mixed only so far.
+    generator = torch.Generator().manual_seed(stream_seed(seed, "shards"))
+    order: list[int] = torch.randperm(total, generator=generator).tolist()
+    return order

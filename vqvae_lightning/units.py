@@ -1,0 +1,80 @@
+"""Units of all logged metrics, and which direction is better."""
+
+from typing import Literal
+
+UNITS = {
+    "accuracy": "share of codes predicted",
+    "active_dims": "latent channels",
+    "auxiliary": "1",
+    "auxiliary_weighted": "1",
+    "bits_per_code": "bits/code",
+    "code_entropy_bits": "bits/code",
+    "codebook": "squared latent value",
+    "codebook_drift": "share of mean row length",
+    "codebook_use": "share of codes",
+    "codebook_weighted": "1",
+    "commitment": "squared latent value",
+    "commitment_weighted": "1",
+    "dead_codes": "codes",
+    "entropy_nats_per_code": "nats/code",
+    "histogram_bits_per_dim": "bits/dim",
+    "images": "images",
+    "kl": "nats per latent value",
+    "kl_clamped": "nats per latent value",
+    "kl_clamped_weighted": "1",
+    "kl_nats_dim": "nats per latent value",
+    "kl_weighted": "1",
+    "learning_rate": "1",
+    "loss": "1",
+    "mse": "squared pixel value in [0, 1]",
+    "mse_unrounded": "squared pixel value in [0, 1]",
+    "nats_per_code": "nats/code",
+    "nmse": "mse / variance of training pixels",
+    "perplexity": "codes",
+    "perplexity_batch32": "codes, mean over batches of 32 images",
+    "position_nats_per_code": "nats/code, histogram per position",
+    "prior_bits_per_dim": "bits/dim",
+    "psnr_db": "dB",
+    "psnr_per_image_db": "dB, mean over images",
+    "real_accuracy": "share of images",
+    "reconstruction_accuracy": "share of images",
+    "reconstruction_bits_per_dim": "bits/dim",
+    "reconstruction_fid": "squared distance of classifier features",
+    "revived_codes": "codes",
+    "sample_accuracy": "share of images",
+    "sample_fid": "squared distance of classifier features",
+    "ssim": "1",
+    "total_bits_per_dim": "bits/dim",
+    "unigram_nats_per_code": "nats/code",
+    "uniform_bits_per_dim": "bits/dim",
+    "uniform_nats_per_code": "nats/code",
+}
+"""Unit of each logged name, by its last part; a number that ends it is left out."""
+LOWER = {
+    "bits_per_code",
+    "codebook",
+    "commitment",
+    "kl",
+    "kl_clamped",
+    "loss",
+    "mse",
+    "nats_per_code",
+    "nmse",
+    "prior_bits_per_dim",
+}
+HIGHER = {"accuracy", "active_dims", "codebook_use", "perplexity", "psnr_db"}
+"""Names in validation that a run can be judged by, as `LOWER`; by their last part."""
+
+
+def direction(name: str) -> Literal["min", "max"] | None:
+    """Which value of a logged name such as `val/nmse` is the best; None if neither is."""
+    last = name.rpartition("/")[2]
+    if last in HIGHER:
+        return "max"
+    return "min" if last in LOWER else None
+
+
+def unit(name: str) -> str:
+    """The unit of a logged name such as `val/kl_nats_dim7`."""
+    last = name.rpartition("/")[2]
+    return UNITS.get(last) or UNITS[last.rstrip("0123456789")]
