@@ -1,4 +1,4 @@
-"""The README: its commands run, at toy size, and its names are those that runs log."""
+"""The pages: their commands run, at toy size; their names are logged; their links resolve."""
 
 import csv
 import json
@@ -16,25 +16,33 @@ from vqvae_lightning.commands import pipeline, report, shards
 from vqvae_lightning.units import UNITS
 
 ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text()
+README = ROOT / "README.md"
+MOST_WORDS = 1500
+PAGES = [
+    README,
+    *sorted(path for part in ("conf", "vqvae_lightning") for path in (ROOT / part).rglob("*.md")),
+]
+STUDIES = sorted((ROOT / "experiments").rglob("*.md"))
+LOGGED_NAMES = ROOT / "vqvae_lightning/loggers/README.md"
 
 
 def shell_lines():
-    """Name and arguments of each command in the README's blocks, and its starter if any."""
-    for language, block in re.findall(r"```(\w*)\n(.*?)```", README, re.DOTALL):
-        for line in block.splitlines() if language == "bash" else ():
-            found = re.search(
-                r"(torchrun|srun)?[^#]*?\b(vqvae[-_]\w+(?:\.\w+)?)((?: [^#&|]*)?)", line
-            )
-            if found:
-                starter, name, rest = found.groups()
-                name = name.replace("vqvae_lightning.", "vqvae-")
-                yield pytest.param(name, rest.split(), starter, id=line.partition("  #")[0].strip())
+    """Name, arguments and starter (torchrun, srun or None) of each command in the pages' blocks."""
+    seen = set()
+    for page in PAGES:
+        for language, block in re.findall(r"```(\w*)\n(.*?)```", page.read_text(), re.DOTALL):
+            for line in block.splitlines() if language == "bash" else ():
+                found = re.search(r"(torchrun|srun)?[^#]*?\b(vqvae-\w+)((?: [^#&|]*)?)", line)
+                if found and found.groups() not in seen:
+                    seen.add(found.groups())
+                    starter, name, rest = found.groups()
+                    command = line.partition("  #")[0].strip()
+                    yield pytest.param(name, rest.split(), starter, id=command)
 
 
 @pytest.fixture(scope="module")
 def work(toy_npz, tmp_path_factory):
-    """A folder with what the README's commands name: images, shards, a run, a study."""
+    """A folder with what the pages' commands name: images, shards, a run, a study."""
     place = tmp_path_factory.mktemp("work")
     shutil.copy(toy_npz, place / "bloodmnist.npz")
     (place / "photos").mkdir()
@@ -47,7 +55,7 @@ def work(toy_npz, tmp_path_factory):
     folder = ["dataset=image_folder", f"dataset.source.root={place}/photos"]
     before = sys.argv
     try:
-        # With all that a prior can log: the loss, which label smoothing sets apart from the nats.
+        # Label smoothing makes the loss differ from the nats, so that a prior logs both.
         given += ["prior.model.net.null_label_rate=0.1", "prior.model.label_smoothing=0.1"]
         sys.argv = ["vqvae-pipeline", *data, *given, f"hydra.run.dir={run}"]
         pipeline.main()
@@ -61,9 +69,9 @@ def work(toy_npz, tmp_path_factory):
 
 
 def at_toy_size(name, given):
-    """A README's arguments, and after them, where they win, those that make the command small."""
+    """A page's arguments, followed by overrides that make the command small."""
     own = [a for a in given if not a.startswith(("hydra.run.dir=", "hydra.sweep.dir="))]
-    # Other processes: see test_launchers.py.
+    # The launchers' own processes are tested with the launchers.
     arguments = ["-m" if a == "hydra/launcher=joblib" else a for a in own]
     # The first two values of a swept key stand for the others.
     arguments = [re.sub(r"=([^\[(,]+,[^,]+),.*", r"=\1", a) for a in arguments]
@@ -81,7 +89,7 @@ def at_toy_size(name, given):
         small = ["num_samples=6", "classifier_steps=2", "trainer.devices=1"]
     elif name in ("vqvae-train", "vqvae-pipeline"):
         small = ["--dry-run"] if "hydra/launcher=slurm" in own else ["preflight=true"]
-        if "hydra/sweeper=optuna" in own:  # which wants figures
+        if "hydra/sweeper=optuna" in own:  # it needs the metrics of a finished job
             small = ["trainer=debug", "hydra.sweeper.n_trials=1"]
         if not any(a in own for a in ("dataset=image_folder", "dataset=shards", "dataset=npz")):
             small += ["dataset=npz", "dataset.source.path=bloodmnist.npz"]
@@ -99,10 +107,8 @@ def at_toy_size(name, given):
 
 
 @pytest.mark.parametrize(("name", "given", "starter"), list(shell_lines()))
-def test_each_command_in_the_readme_runs(
-    name, given, starter, work, command, tmp_path, monkeypatch
-):
-    if starter:  # see test_launchers.py
+def test_each_documented_command_runs(name, given, starter, work, command, tmp_path, monkeypatch):
+    if starter:  # ranks started from outside are tested with the launchers
         compose("vqvae", *[a for a in given if not a.startswith("hydra.")], folder=tmp_path)
         return
     for path in work.iterdir():
@@ -122,20 +128,20 @@ def test_each_command_in_the_readme_runs(
     assert "Traceback" not in outcome.err
 
 
-def test_the_blocks_hold_every_command():
+def test_the_pages_show_every_command():
     assert {parameters.values[0] for parameters in shell_lines()} == {*COMMANDS, "vqvae-report"}
-    assert len(list(shell_lines())) > 30
+    assert len(list(shell_lines())) > 40
 
 
 def logged_in(folder):
-    """The last parts of the names in each `metrics.csv` and `result.json` below `folder`."""
+    """Last parts of the names in each `metrics.csv` and `result.json` under `folder`."""
     names = set()
     for path in folder.rglob("metrics.csv"):
         with path.open() as file:
             names |= set(next(csv.reader(file))) - {"epoch", "step"}
     for path in folder.rglob("result.json"):
         names |= set(json.loads(path.read_text())["metrics"])
-    # The number of a channel is no part of a name.
+    # A channel's number is not part of the name.
     return {re.sub(r"(?<=_dim)\d+$", "", name.rpartition("/")[2]) for name in names}
 
 
@@ -157,19 +163,60 @@ def test_every_documented_name_is_logged_and_every_logged_name_is_documented(
         outcome = command("vqvae-train", *toy, *tiny, *given, *steps, folder=folder)
         assert outcome.status == 0, outcome.err
     prior, vqvae = (run / stage / "checkpoints/best.ckpt" for stage in ("prior", "vqvae"))
-    # Training images, since only they fill the batches of 32 of one of the perplexities.
+    # Training images, because `perplexity_batch32` needs full batches of 32.
     whole = (f"prior_checkpoint={prior}", "split=train", "num_samples=6", "classifier_steps=2")
     assert command("vqvae-evaluate", *whole, folder=tmp_path / "evaluation").status == 0
     again = f"vqvae_checkpoint={vqvae}"
     assert command("vqvae-reconstruct", again, folder=tmp_path / "reconstructed").status == 0
     logged = logged_in(run) | logged_in(tmp_path)
-    table = dict(re.findall(r"^\| `([a-z_0-9]+)` \| ([^|]+?) \|", README, re.MULTILINE))
+    table = dict(
+        re.findall(r"^\| `([a-z_0-9]+)` \| ([^|]+?) \|", LOGGED_NAMES.read_text(), re.MULTILINE)
+    )
     assert set(table) == logged
     assert table == UNITS
 
 
-def test_paths_in_the_readme_exist():
-    for path in re.findall(r"\]\((?!http)([^)#]+)\)", README):
-        assert (ROOT / path).exists(), path
-    for path in re.findall(r"`((?:vqvae_lightning|conf|experiments|tests)/[\w./-]+)`", README):
-        assert (ROOT / path).exists(), path
+def test_the_readme_is_short():
+    assert len(README.read_text().split()) <= MOST_WORDS
+
+
+def test_the_readme_links_each_page():
+    linked = {(ROOT / target).resolve() for target, _ in links(README)}
+    assert {*PAGES[1:], ROOT / "experiments/README.md"} <= linked
+
+
+def links(page):
+    """Target, relative to the page's folder and empty for the page itself, and anchor."""
+    text = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        if not re.match(r"[a-z]+:", target):
+            yield target.partition("#")[::2]
+
+
+def anchors(page):
+    """What GitHub makes of a page's headings."""
+    for heading in re.findall(r"^#+ (.+)$", page.read_text(), re.MULTILINE):
+        yield re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-")
+
+
+@pytest.mark.parametrize("page", [*PAGES, *STUDIES], ids=lambda page: str(page.relative_to(ROOT)))
+def test_each_relative_link_resolves(page):
+    for target, anchor in links(page):
+        path = page.parent / target if target else page
+        assert path.exists(), target
+        assert not anchor or anchor in anchors(path), f"{target}#{anchor}"
+
+
+@pytest.mark.parametrize("page", [*PAGES, *STUDIES], ids=lambda page: str(page.relative_to(ROOT)))
+def test_each_path_of_the_repository_exists(page):
+    text = page.read_text()
+    inside = r"(?<![\w./-])((?:vqvae_lightning|conf|experiments|tests|\.ci|\.github)/[\w./-]*)"
+    for path in re.findall(inside, text):
+        assert (ROOT / path.rstrip(".")).exists(), path
+    modules = {
+        path.name
+        for part in ("vqvae_lightning", "experiments", "tests")
+        for path in (ROOT / part).rglob("*.py")
+    }
+    for name in re.findall(r"`([\w-]+\.py)`", text):
+        assert name in modules, name
