@@ -19,12 +19,21 @@ GIVEN = {
 }
 
 
-@pytest.mark.parametrize("dataset", [name for name in options("dataset") if name != "default"])
+BASES = ("default", "torchvision")
+
+
+@pytest.mark.parametrize("dataset", [name for name in options("dataset") if name not in BASES])
 def test_every_dataset_builds(dataset, tmp_path):
     cfg = compose("vqvae", f"dataset={dataset}", *GIVEN.get(dataset, []), folder=tmp_path)
     data = build(cfg.dataset)
     assert data.batch_size == 32
     to_plain(cfg.dataset)
+
+
+def test_the_base_of_the_torchvision_data_sets_asks_for_a_class(command):
+    outcome = command("vqvae-train", "dataset=torchvision")
+    assert outcome.status == 1
+    assert outcome.err.startswith("error: dataset.source.dataset._target_ must be given")
 
 
 @pytest.mark.parametrize("quantizer", options("quantizer"))
