@@ -144,6 +144,21 @@ def compose(config_name: str, *overrides: str, folder: Path | None = None) -> An
         return hydra_compose(config_name, overrides=[*overrides, *place])
 
 
+@pytest.fixture(scope="session")
+def checkpoints(toy_npz, tmp_path_factory) -> Path:
+    """A folder with two VQ-VAEs, `vqvae0` and `vqvae1`, and a `prior` on the codes of the first."""
+    from vqvae_lightning.stages.training import train
+
+    folder = tmp_path_factory.mktemp("checkpoints")
+    toy = ("dataset=npz", f"dataset.source.path={toy_npz}")
+    for seed in (0, 1):
+        train(compose("vqvae", *toy, *TINY_VQVAE, f"seed={seed}", folder=folder / f"vqvae{seed}"))
+    prior = ("trainer=debug", "model.net.channels=8", "model.net.layers=2", "batch_size=8")
+    path = folder / "vqvae0/checkpoints/best.ckpt"
+    train(compose("prior", *toy, *prior, f"vqvae_checkpoint={path}", folder=folder / "prior"))
+    return folder
+
+
 @pytest.fixture(autouse=True)
 def _isolated():
     """Seed each test, and refuse one that changes the number of threads for those that follow.

@@ -13,12 +13,12 @@ import pytest
 from conftest import TINY_VQVAE, compose
 from omegaconf import OmegaConf
 
-from vqvae_lightning.commands import train as training
 from vqvae_lightning.commands.report import main as report_command
 from vqvae_lightning.configs import CONF_DIR
 from vqvae_lightning.errors import Interrupted
 from vqvae_lightning.report.sweep import job_folders, read_jobs, write_sweep_report
 from vqvae_lightning.runs.results import read_curves, read_result, write_config
+from vqvae_lightning.stages import training
 
 OPTUNA = ("-m", "hydra/sweeper=optuna", "hydra.sweep.dir=study")
 LEARNING = (

@@ -8,11 +8,17 @@ from pathlib import Path
 
 @contextmanager
 def replace_file(path: Path) -> Iterator[Path]:
-    """A path beside `path` to write to, then renamed: a reader sees the old file or the new."""
+    """Yield a path to write to; at the end of the block it replaces `path` in one step.
+
+    A reader sees the old file or the new one. A block that fails leaves the old one alone.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}")
-    yield partial
-    partial.replace(path)
+    try:
+        yield partial
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -1,98 +1,188 @@
-"""How every command starts and ends: configs found, warnings silenced, errors in one line."""
+"""What all commands share: from the composed config to the exit status.
+
+A command's own file holds only its work. `command` claims the folder, starts or resumes the run,
+handles signals, prints the result and reports an error in one line.
+"""
 
 import logging
 import os
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 
 from vqvae_lightning.configs import CONF_DIR, register_resolvers
 from vqvae_lightning.errors import DivergenceError, Failed, InputError, Interrupted, RankError
-from vqvae_lightning.jobs.ranks import connection_lost, lead_ranks
-from vqvae_lightning.runs.claims import claim_folder
 
-# Lightning's and torch's notices about choices that are right here and that a user can do nothing
-# about.
-QUIET = (
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+# Messages of Lightning and torch about choices that are intended here, or that no user can change.
+IGNORED_WARNINGS = (
     ".*does not have many workers.*",  # images are in memory: a worker would only copy them
     ".*exists and is not empty.*",  # checkpoints of the run that is being resumed
     ".*log directory.*",
-    ".*isinstance.treespec, LeafSpec.*",  # torch's own deprecation, met inside Lightning
+    ".*isinstance.treespec, LeafSpec.*",  # a deprecation within torch, reached through Lightning
     ".*in eval mode at the start of training.*",  # the averaged weights, or a frozen network
     ".*Trainer already configured with model summary.*",
-    ".*You are resuming from a checkpoint that was saved before the epoch ended.*",  # ours can
+    ".*You are resuming from a checkpoint that was saved before the epoch ended.*",  # supported
     ".*lr_scheduler.step.*",  # first step after resuming: the schedule was restored before it
     ".*GPU available but not used.*",
-    ".*smaller than the logging interval.*",  # the curve is over steps, not within an epoch
-    ".*no `validation_step`.*",  # the classifier is judged on test images
-    ".*sync_dist=True.*",  # torchmetrics has reduced over the ranks already
+    ".*smaller than the logging interval.*",  # curves are over steps, not within an epoch
+    ".*no `validation_step`.*",  # the classifier is evaluated on test images
+    ".*sync_dist=True.*",  # torchmetrics has already reduced over the ranks
 )
 
 
-def app(
-    config_name: str, parts: Sequence[str] = ()
-) -> Callable[[Callable[[Any], Any]], Callable[[], None]]:
-    """Make a command out of a function of the composed config.
+class Outcome(NamedTuple):
+    """What a command prints at its end, and what it returns to a sweep."""
+
+    title: str = ""
+    metrics: dict[str, dict[str, Any]] | None = None
+    """Rows of the table, `{name: {value, unit}}` as in `result.json`; None for no table."""
+    lines: Sequence[str | Path] = ()
+    """Printed below the table, such as the paths of the output files."""
+    objective: float | None = None
+    """The objective of a sweep."""
+
+
+def command(
+    name: str, config: str, parts: Sequence[str] = ()
+) -> Callable[[Callable[["DictConfig"], Outcome | None]], Callable[[], None]]:
+    """Turn a function of a run's config into a command.
+
+    The function gets the config of the run that was started or resumed. It returns None if there
+    is nothing to print.
 
     Args:
-        config_name: Primary config in `conf/`; `--config-name` chooses another.
-        parts: Folders below the run's that no other command may use while this one runs.
+        name: Name on the command line, such as `vqvae-train`.
+        config: Primary config in `conf/`; `--config-name` chooses another.
+        parts: Folders in the run's folder that no other command may use while this one runs.
 
     Returns:
-        A decorator. What the function returns is the objective of a sweep.
+        A decorator.
     """
 
-    def decorate(function: Callable[[Any], Any]) -> Callable[[], None]:
-        def command() -> None:
-            import hydra
-
+    def decorate(work: Callable[["DictConfig"], Outcome | None]) -> Callable[[], None]:
+        def main() -> None:
+            # Launchers and the sweep's report are imported when a command starts, because
+            # importing a command's module must cost little.
+            from vqvae_lightning.jobs.ranks import lead_ranks
             from vqvae_lightning.jobs.registry import register_launchers
             from vqvae_lightning.jobs.sweeps import report_sweep
 
             register_resolvers()
             register_launchers()
-            full = os.environ.get("HYDRA_FULL_ERROR")
-            # Hydra prints its own account of an error unless this is set; `_explain` makes one line
-            # of it.
-            os.environ["HYDRA_FULL_ERROR"] = full or "1"
-            main = hydra.main(
-                version_base="1.3", config_path=str(CONF_DIR), config_name=config_name
+            run = hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name=config)(
+                lambda cfg: _run(work, name, parts, cfg)
             )
-            try:
-                sys.argv[1:] = _arguments(sys.argv[1:])
-                with report_sweep(_one_line, full is not None):
-                    lead_ranks(main(_guard(function, parts)))
-            except Interrupted as stop:
-                sys.stderr.write(f"{stop}\n")
-                sys.exit(stop.status)
-            except KeyboardInterrupt:
-                sys.stderr.write("Interrupted.\n")
-                sys.exit(130)
-            except (Failed, Exception) as failure:
-                error = failure.error if isinstance(failure, Failed) else failure
-                if full:
-                    raise error from None
-                line = _explain(error)
-                if line is None:
-                    traceback.print_exception(error)
-                else:
-                    sys.stderr.write(f"error: {line}\n")
-                sys.exit(1)
-            finally:
-                if full is None:
-                    del os.environ["HYDRA_FULL_ERROR"]
+            with _exit_with_one_line() as full:
+                sys.argv[1:] = _translate_arguments(sys.argv[1:])
+                with report_sweep(_one_line, full):
+                    lead_ranks(run)
 
-        command.__doc__ = function.__doc__
-        return command
+        main.__doc__ = work.__doc__
+        return main
 
     return decorate
 
 
-def _arguments(given: list[str]) -> list[str]:
-    """The command line in Hydra's words, which knows no --dry-run and launchers in sweeps only."""
+def silence_warnings() -> None:
+    """Silence the warnings of Lightning and torch that no user can act on."""
+    import pytorch_lightning as pl
+
+    for message in IGNORED_WARNINGS:
+        warnings.filterwarnings("ignore", message=message)
+    # Lightning sets a level when it is imported.
+    logging.getLogger(pl.__name__).setLevel(logging.WARNING)
+
+
+def _run(
+    work: Callable[["DictConfig"], Outcome | None],
+    name: str,
+    parts: Sequence[str],
+    cfg: "DictConfig",
+) -> float | None:
+    """Run a command on its composed config; returns the objective of a sweep."""
+    from vqvae_lightning.jobs.ranks import connection_lost
+    from vqvae_lightning.jobs.signals import handle_signals
+    from vqvae_lightning.runs.claims import claim_folder
+    from vqvae_lightning.runs.resume import begin_or_resume
+
+    def sweep_continues() -> bool:
+        return HydraConfig.get().mode == RunMode.MULTIRUN and not connection_lost()
+
+    folder = Path(cfg.folder)
+    outcome = None
+    try:
+        with (
+            handle_signals(name, folder),
+            claim_folder(folder, parts),
+            _record_failure(sweep_continues),
+        ):
+            silence_warnings()
+            outcome = work(begin_or_resume(name, cfg))
+            if outcome is not None:
+                _print_outcome(outcome)
+    except Exception as error:
+        # In a sweep, Hydra runs the remaining jobs and raises at the end.
+        if sweep_continues():
+            raise
+        raise Failed(error) from error
+    if cfg.get("preflight") and not any(folder.iterdir()):
+        folder.rmdir()  # made by Hydra for a run that was only checked
+    return None if outcome is None else outcome.objective
+
+
+@contextmanager
+def _record_failure(sweep_continues: Callable[[], bool]) -> Iterator[None]:
+    """Write `failure.txt` into the folder of a sweep's job if the block fails."""
+    from vqvae_lightning.runs.failures import FAILURE, write_failure
+
+    hydra = HydraConfig.get()
+    folder = Path(hydra.runtime.output_dir)
+    (folder / FAILURE).unlink(missing_ok=True)
+    try:
+        yield
+    except Exception as error:
+        if sweep_continues():
+            trace = "".join(traceback.format_exception(error))
+            write_failure(folder, _one_line(error), list(hydra.overrides.task), trace)
+        raise
+
+
+def _print_outcome(outcome: Outcome) -> None:
+    from rich.table import Table
+
+    from vqvae_lightning.console import console
+
+    if outcome.metrics is not None:
+        table = Table(title=outcome.title, title_justify="left")
+        table.add_column("metric")
+        table.add_column("value", justify="right")
+        table.add_column("unit")
+        for key, entry in outcome.metrics.items():
+            table.add_row(key, f"{entry['value']:.5g}", entry["unit"])
+        console.print(table)
+    for line in outcome.lines:
+        console.print(str(line), soft_wrap=True, highlight=False)
+
+
+def _translate_arguments(given: list[str]) -> list[str]:
+    """Translate a command line into overrides that Hydra accepts.
+
+    Hydra has no `--dry-run`, and uses a launcher only for a sweep.
+
+    Raises:
+        InputError: If the arguments do not go together.
+    """
     arguments = list(given)
     if "--dry-run" in arguments:
         if "hydra/launcher=slurm" not in arguments:
@@ -102,85 +192,44 @@ def _arguments(given: list[str]) -> list[str]:
         for text in arguments:
             if text.startswith("resume=") and text != "resume=auto":
                 raise InputError(
-                    f"{text}: a launcher starts a sweep; go on with one by the same command, "
+                    f"{text}: a launcher starts a sweep; to resume one, repeat its command with "
                     "resume=auto and hydra.sweep.dir=FOLDER."
                 )
         arguments.append("hydra.mode=MULTIRUN")
     return arguments
 
 
-def silence_warnings() -> None:
-    """Silence notices that a user can do nothing about."""
-    import pytorch_lightning as pl
+@contextmanager
+def _exit_with_one_line() -> Iterator[bool]:
+    """Exit with a status, and one line on stderr, if the block fails or is interrupted.
 
-    for message in QUIET:
-        warnings.filterwarnings("ignore", message=message)
-    # After its import, which sets a level of its own.
-    logging.getLogger(pl.__name__).setLevel(logging.WARNING)
-
-
-def print_result(title: str, result: dict[str, Any], paths: list[Path]) -> None:
-    """End a command: a short table of its figures and where things lie."""
-    from rich.table import Table
-
-    from vqvae_lightning.console import console
-
-    table = Table(title=title, title_justify="left")
-    for column, side in (("figure", "left"), ("value", "right"), ("unit", "left")):
-        table.add_column(column, justify=side)  # type: ignore[arg-type]
-    for key, entry in result["metrics"].items():
-        table.add_row(key, f"{entry['value']:.5g}", entry["unit"])
-    console.print(table)
-    for path in paths:
-        console.print(str(path), soft_wrap=True, highlight=False)
-
-
-def _guard(function: Callable[[Any], Any], parts: Sequence[str]) -> Callable[[Any], Any]:
-    """`function`, run while this process alone holds the folder, with its failure kept there."""
-
-    def run(cfg: Any) -> Any:
-        from hydra.core.hydra_config import HydraConfig
-        from hydra.types import RunMode
-
-        try:
-            with claim_folder(Path(cfg.folder), parts):
-                result = _attempt(function, cfg)
-        except Exception as error:
-            # In a sweep Hydra goes on with the next job and raises at the end.
-            if HydraConfig.get().mode == RunMode.MULTIRUN and not connection_lost():
-                raise
-            raise Failed(error) from error
-        if cfg.get("preflight"):
-            _leave_nothing(Path(cfg.folder))
-        return result
-
-    return run
-
-
-def _attempt(function: Callable[[Any], Any], cfg: Any) -> Any:
-    """Run one command; in a sweep, write `failure.txt` if it fails."""
-    from hydra.core.hydra_config import HydraConfig
-    from hydra.types import RunMode
-
-    from vqvae_lightning.runs.failures import FAILURE, write_failure
-
-    silence_warnings()
-    hydra = HydraConfig.get()
-    folder = Path(hydra.runtime.output_dir)
-    (folder / FAILURE).unlink(missing_ok=True)
+    Yields:
+        Whether the user asked for tracebacks by setting HYDRA_FULL_ERROR.
+    """
+    full = os.environ.get("HYDRA_FULL_ERROR")
+    # Without it, Hydra prints an error in its own words instead of raising it.
+    os.environ["HYDRA_FULL_ERROR"] = full or "1"
     try:
-        return function(cfg)
-    except Exception as error:
-        if hydra.mode == RunMode.MULTIRUN and not connection_lost():
-            trace = "".join(traceback.format_exception(error))
-            write_failure(folder, _one_line(error), list(hydra.overrides.task), trace)
-        raise
-
-
-def _leave_nothing(folder: Path) -> None:
-    """Remove the folder that Hydra made for a run that was only checked."""
-    if not any(folder.iterdir()):
-        folder.rmdir()
+        yield full is not None
+    except Interrupted as stop:
+        sys.stderr.write(f"{stop}\n")
+        sys.exit(stop.status)
+    except KeyboardInterrupt:
+        sys.stderr.write("Interrupted.\n")
+        sys.exit(130)
+    except (Failed, Exception) as failure:
+        error = failure.error if isinstance(failure, Failed) else failure
+        if full:
+            raise error from None
+        line = _explain(error)
+        if line is None:
+            traceback.print_exception(error)
+        else:
+            sys.stderr.write(f"error: {line}\n")
+        sys.exit(1)
+    finally:
+        if full is None:
+            del os.environ["HYDRA_FULL_ERROR"]
 
 
 def _one_line(error: BaseException) -> str:
@@ -188,7 +237,7 @@ def _one_line(error: BaseException) -> str:
 
 
 def _explain(error: BaseException) -> str | None:
-    """The error in one line for a user, or None for one that is ours to mend."""
+    """Describe in one line an error that the user can fix; None if it is a bug of this package."""
     from hydra.errors import HydraException
     from omegaconf.errors import (
         ConfigAttributeError,

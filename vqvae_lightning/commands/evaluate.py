@@ -1,22 +1,23 @@
 """vqvae-evaluate: metrics of finished checkpoints on a held-out split."""
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
-from vqvae_lightning.commands.app import app, print_result
-from vqvae_lightning.jobs.signals import handle_signals
-from vqvae_lightning.runs.resume import begin_or_resume
-from vqvae_lightning.stages.evaluating import evaluate
+from vqvae_lightning.commands.app import Outcome, command
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
 
 
-@app("evaluate")
-def main(cfg: Any) -> None:
+@command("vqvae-evaluate", config="evaluate")
+def main(cfg: "DictConfig") -> Outcome:
     """Evaluate checkpoints."""
-    cfg = begin_or_resume("vqvae-evaluate", cfg)
+    from vqvae_lightning.stages.evaluating import evaluate
+
     folder = Path(cfg.folder)
-    with handle_signals("vqvae-evaluate", cfg):
-        result = evaluate(cfg)
-    print_result("evaluation", result, [folder / "result.json", folder / "reconstructions.png"])
+    result = evaluate(cfg)
+    paths = [folder / "result.json", folder / "reconstructions.png"]
+    return Outcome("evaluation", result["metrics"], paths)
 
 
 if __name__ == "__main__":

@@ -1,30 +1,50 @@
 """vqvae-pipeline: from images to new images, each stage resumable."""
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
-from vqvae_lightning.commands.app import app, print_result
-from vqvae_lightning.jobs.signals import handle_signals
-from vqvae_lightning.runs.resume import begin_or_resume
-from vqvae_lightning.stages.pipeline import HEADLINES, STAGES, run_pipeline
+from vqvae_lightning.commands.app import Outcome, command
+from vqvae_lightning.runs.folder import STAGES
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+HEADLINES = (
+    "mse",
+    "nmse",
+    "psnr_db",
+    "perplexity",
+    "codebook_use",
+    "nats_per_code",
+    "unigram_nats_per_code",
+    "total_bits_per_dim",
+    "real_accuracy",
+    "sample_accuracy",
+)
+"""Metrics of the evaluation that are printed at the end, where there are any."""
 
 
-@app("pipeline", parts=STAGES[:-1])
-def main(cfg: Any) -> float | None:
-    """From images to new images."""
-    cfg = begin_or_resume("vqvae-pipeline", cfg)
-    with handle_signals("vqvae-pipeline", cfg):
-        result = run_pipeline(cfg)
-    folder = Path(cfg.folder)
+@command("vqvae-pipeline", config="pipeline", parts=STAGES)
+def main(cfg: "DictConfig") -> Outcome | None:
+    """Train, evaluate, sample and report."""
+    from vqvae_lightning.stages.pipeline import run_pipeline
+
+    result = run_pipeline(cfg)
     if cfg.preflight:
         return None
-    shown = [f"{result['split']}/{key}" for key in HEADLINES]
-    short = {key: result["metrics"][key] for key in shown if key in result["metrics"]}
-    took = sum(result["seconds"].values())  # of all parts, if the run was resumed
-    title = f"results on {result['images']} {result['split']} images, {took:.0f} s"
-    names = ("report.html", "reconstructions.png", "samples.png", "result.json")
-    print_result(title, {"metrics": short}, [folder / name for name in names])
-    return result["objective"]  # type: ignore[no-any-return]
+    folder = Path(cfg.folder)
+    keys = [f"{result['split']}/{name}" for name in HEADLINES]
+    metrics = {key: result["metrics"][key] for key in keys if key in result["metrics"]}
+    seconds = sum(result["seconds"].values())  # including earlier parts of a resumed run
+    return Outcome(
+        f"results on {result['images']} {result['split']} images, {seconds:.0f} s",
+        metrics,
+        [
+            folder / name
+            for name in ("report.html", "reconstructions.png", "samples.png", "result.json")
+        ],
+        result["objective"],
+    )
 
 
 if __name__ == "__main__":

@@ -1,19 +1,22 @@
 """vqvae-reconstruct: reconstructions of images by a VQ-VAE's checkpoint."""
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
-from vqvae_lightning.commands.app import app, print_result
-from vqvae_lightning.runs.resume import begin_or_resume
-from vqvae_lightning.stages.reconstructing import reconstruct
+from vqvae_lightning.commands.app import Outcome, command
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
 
 
-@app("reconstruct")
-def main(cfg: Any) -> None:
+@command("vqvae-reconstruct", config="reconstruct")
+def main(cfg: "DictConfig") -> Outcome:
     """Reconstruct images."""
-    cfg = begin_or_resume("vqvae-reconstruct", cfg)
-    folder = Path(cfg.folder)
-    print_result("reconstructions", reconstruct(cfg), [folder / "reconstructions.png"])
+    from vqvae_lightning.stages.reconstructing import reconstruct
+
+    result = reconstruct(cfg)
+    picture = Path(cfg.folder) / "reconstructions.png"
+    return Outcome("reconstructions", result["metrics"], [picture])
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""vqvae-report: `report.html` of a run or a sweep."""
+"""vqvae-report: `report.html` of a sweep."""
 
 import argparse
 import sys
@@ -11,7 +11,7 @@ def main() -> None:
     """Compare the jobs of a sweep."""
     parser = argparse.ArgumentParser("vqvae-report", description=__doc__)
     parser.add_argument(
-        "folder", type=Path, help="of a sweep: hydra.sweep.dir, with a job in each folder"
+        "folder", type=Path, help="folder of a sweep (hydra.sweep.dir), with one folder per job"
     )
     folder = parser.parse_args().folder
     from vqvae_lightning.report.sweep import write_sweep_report

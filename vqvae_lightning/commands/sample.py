@@ -1,19 +1,22 @@
 """vqvae-sample: new images from a prior's checkpoint."""
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
-from vqvae_lightning.commands.app import app, print_result
-from vqvae_lightning.runs.resume import begin_or_resume
-from vqvae_lightning.stages.sampling import draw_samples
+from vqvae_lightning.commands.app import Outcome, command
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
 
 
-@app("sample")
-def main(cfg: Any) -> None:
+@command("vqvae-sample", config="sample")
+def main(cfg: "DictConfig") -> Outcome:
     """Draw samples."""
-    cfg = begin_or_resume("vqvae-sample", cfg)
+    from vqvae_lightning.stages.sampling import draw_samples
+
     folder = Path(cfg.folder)
-    print_result("samples", draw_samples(cfg), [folder / "samples.png", folder / "samples.npz"])
+    result = draw_samples(cfg)
+    return Outcome("samples", result["metrics"], [folder / "samples.png", folder / "samples.npz"])
 
 
 if __name__ == "__main__":

@@ -1,22 +1,19 @@
 """vqvae-shards: a data set, or a folder of images, as tar shards."""
 
-from typing import Any
+from typing import TYPE_CHECKING
 
-from vqvae_lightning.commands.app import app
-from vqvae_lightning.runs.resume import begin_or_resume
-from vqvae_lightning.stages.sharding import make_shards
+from vqvae_lightning.commands.app import Outcome, command
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
 
 
-@app("shards")
-def main(cfg: Any) -> None:
+@command("vqvae-shards", config="shards")
+def main(cfg: "DictConfig") -> Outcome:
     """Write shards."""
-    from vqvae_lightning.console import console
+    from vqvae_lightning.stages.sharding import make_shards
 
-    cfg = begin_or_resume("vqvae-shards", cfg)
-    overrides = make_shards(cfg)
-    console.print(
-        f"train on them with: vqvae-pipeline {overrides}", soft_wrap=True, highlight=False
-    )
+    return Outcome(lines=[f"train on them with: vqvae-pipeline {make_shards(cfg)}"])
 
 
 if __name__ == "__main__":

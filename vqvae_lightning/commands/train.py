@@ -1,24 +1,22 @@
 """vqvae-train: train one stage."""
 
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
-from vqvae_lightning.commands.app import app, print_result
-from vqvae_lightning.jobs.signals import handle_signals
-from vqvae_lightning.runs.resume import begin_or_resume
-from vqvae_lightning.stages.training import train
+from vqvae_lightning.commands.app import Outcome, command
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
 
 
-@app("vqvae")
-def main(cfg: Any) -> float | None:
+@command("vqvae-train", config="vqvae")
+def main(cfg: "DictConfig") -> Outcome | None:
     """Train one stage."""
-    cfg = begin_or_resume("vqvae-train", cfg)
-    with handle_signals("vqvae-train", cfg):
-        result = train(cfg)
+    from vqvae_lightning.stages.training import train
+
+    result = train(cfg)
     if cfg.preflight:
         return None
-    print_result("test", result, [Path(cfg.folder)])
-    return result["objective"]  # type: ignore[no-any-return]
+    return Outcome("test", result["metrics"], [cfg.folder], result["objective"])
 
 
 if __name__ == "__main__":

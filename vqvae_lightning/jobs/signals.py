@@ -6,27 +6,34 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from types import FrameType
 
 from vqvae_lightning.errors import Interrupted
 
 
 @contextmanager
-def handle_signals(name: str, cfg: Any) -> Iterator[None]:
-    """Let an interruption end with the command that goes on from it.
+def handle_signals(name: str, folder: Path) -> Iterator[None]:
+    """Turn a signal that arrives during the block into an `Interrupted` that says how to resume.
 
-    A scheduler's signal counts also where `LastCheckpoint` does not watch for it: while data are
-    read, a checkpoint is tested, or samples are judged.
+    `LastCheckpoint` has its own handlers while a network trains. These are for the rest of a
+    command: reading data, testing, evaluating, drawing samples, writing shards.
+
+    Args:
+        name: The command.
+        folder: Folder of its run.
+
+    Raises:
+        Interrupted: With status 130 after Ctrl-C and 75 after a scheduler's signal.
     """
     with _interrupt_on_signals():
         try:
             yield
         except (Interrupted, KeyboardInterrupt, SystemExit) as stop:  # Lightning exits on Ctrl-C
-            begun = (Path(cfg.folder) / "config.yaml").is_file()
-            hint = f" Go on with: {name} resume={cfg.folder}" if begun else ""
+            begun = (folder / "config.yaml").is_file()
+            hint = f" Resume with: {name} resume={folder}" if begun else ""
             if isinstance(stop, Interrupted):
-                raise Interrupted(f"{stop}{hint}", stop.status) from stop
-            # What Lightning makes of a SIGTERM during a test.
+                raise Interrupted(f"{stop}{hint}", stop.status, stop.agreed) from stop
+            # Lightning raises this when a SIGTERM arrives during a test.
             if type(stop).__name__ == "SIGTERMException":
                 raise Interrupted(f"Stopped by SIGTERM.{hint}", 75) from stop
             raise Interrupted(f"Interrupted.{hint}") from stop
@@ -34,12 +41,12 @@ def handle_signals(name: str, cfg: Any) -> Iterator[None]:
 
 @contextmanager
 def _interrupt_on_signals() -> Iterator[None]:
-    """Make an `Interrupted` of the signals with which schedulers announce the end."""
+    """Raise `Interrupted` when a scheduler's signal arrives during the block."""
 
-    def stop(number: int, frame: Any) -> None:
+    def stop(number: int, frame: FrameType | None) -> None:
         raise Interrupted(f"Stopped by {signal.Signals(number).name}.", 75)
 
-    # submitit has handlers of its own, which requeue; and only the main thread may have any.
+    # submitit has its own handlers, which requeue. Only the main thread may set handlers.
     if "SUBMITIT_EXECUTOR" in os.environ or threading.current_thread() != threading.main_thread():
         yield
         return

@@ -148,6 +148,7 @@ def _evaluate(cfg: Any, images: Any, watch: Any) -> dict[str, Any]:
     from vqvae_lightning.evaluation.classifier import classifier_metrics, train_classifier
     from vqvae_lightning.evaluation.drawing import draw_images, nearest_training_images
     from vqvae_lightning.evaluation.reconstruction import decode_images
+    from vqvae_lightning.files import replace_file
     from vqvae_lightning.jobs.ranks import count_ranks, detect_launcher, start_ranks
     from vqvae_lightning.loggers.media import log_result
     from vqvae_lightning.loggers.wandb import name_run
@@ -181,7 +182,8 @@ def _evaluate(cfg: Any, images: Any, watch: Any) -> dict[str, Any]:
     picture = pairs(from_uint8(shown), from_uint8(decoded))
     save_png(picture, folder / "reconstructions.png")
     arrays = {"histogram": codes.histogram(), "codes": shown_codes, "images": shown}
-    np.savez(folder / "codes.npz", **{k: v.numpy() for k, v in arrays.items()})
+    with replace_file(folder / "codes.npz") as partial, partial.open("wb") as file:
+        np.savez(file, **{k: v.numpy() for k, v in arrays.items()})
     if prior is not None:
         labels = None
         if prior.num_classes:

@@ -7,23 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from vqvae_lightning.errors import rename_keys
+from vqvae_lightning.runs.folder import STAGES
 from vqvae_lightning.runs.resume import stored_config
 from vqvae_lightning.stages.inputs import load_images, print_survey
-
-STAGES = ("vqvae", "prior", "evaluation", "samples", "report")
-HEADLINES = (
-    "mse",
-    "nmse",
-    "psnr_db",
-    "perplexity",
-    "codebook_use",
-    "nats_per_code",
-    "unigram_nats_per_code",
-    "total_bits_per_dim",
-    "real_accuracy",
-    "sample_accuracy",
-)
-"""Figures of the table that ends the command."""
 
 
 def stage_configs(cfg: Any) -> dict[str, Any]:
@@ -49,7 +35,7 @@ def stage_configs(cfg: Any) -> dict[str, Any]:
     )
     training = ("dataset", "data_fingerprint", "logger", "model", "trainer", "callbacks", "monitor")
     configs: dict[str, Any] = {}
-    for name in STAGES[:-1]:
+    for name in STAGES:
         if (folder / name / "config.yaml").is_file():
             configs[name] = stored_config(folder / name, folder, cfg.trust)
             continue

@@ -28,6 +28,7 @@ def reconstruct(cfg: Any) -> dict[str, Any]:
     from vqvae_lightning.data import ImageFolderSource
     from vqvae_lightning.devices import choose_device
     from vqvae_lightning.errors import check_positive, rename_keys
+    from vqvae_lightning.files import replace_file
     from vqvae_lightning.pictures import pairs, save_png
     from vqvae_lightning.pixels import from_uint8, to_uint8
     from vqvae_lightning.runs.results import write_config, write_result
@@ -62,7 +63,8 @@ def reconstruct(cfg: Any) -> dict[str, Any]:
         "reconstructions": reconstructed.movedim(1, -1),
         **({"codes": torch.cat(codes)} if codes else {}),
     }
-    np.savez_compressed(folder / "reconstructions.npz", **{k: v.numpy() for k, v in arrays.items()})
+    with replace_file(folder / "reconstructions.npz") as partial, partial.open("wb") as file:
+        np.savez_compressed(file, **{k: v.numpy() for k, v in arrays.items()})
     squared = float(((reconstructed.float() - images.float()) / 255).square().mean())
     metrics = {"images": float(len(images)), "mse": squared}
     return write_result(

@@ -63,12 +63,12 @@ def make_shards(cfg: Any) -> str:
         with progress_bar("writing shards", sum(split.images for split in splits)) as advance:
             for split in splits:
                 write_shards(split.items, unfinished, split.name, per_shard, advance)
+        if class_names:
+            write_text(unfinished / "classes.txt", "".join(f"{name}\n" for name in class_names))
         for path in sorted(unfinished.iterdir()):
             path.replace(folder / path.name)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
-    if class_names:
-        write_text(folder / "classes.txt", "".join(f"{name}\n" for name in class_names))
     if not whole:  # else the index waits for the size that they will be trained at
         ShardDataModule(root=str(folder), grey=grey).prepare_data()
     write_config(cfg, folder)

@@ -87,23 +87,6 @@ def test_an_output_folder_that_cannot_be_written_is_named(command, tmp_path):
     assert "Traceback" not in outcome.err
 
 
-@pytest.fixture(scope="module")
-def checkpoints(toy_npz, tmp_path_factory):
-    """Two VQ-VAEs and a prior of the first."""
-    from conftest import compose
-
-    from vqvae_lightning.stages.training import train
-
-    folder = tmp_path_factory.mktemp("checkpoints")
-    toy = ("dataset=npz", f"dataset.source.path={toy_npz}")
-    for seed in (0, 1):
-        train(compose("vqvae", *toy, *TINY_VQVAE, f"seed={seed}", folder=folder / f"vqvae{seed}"))
-    prior = ("trainer=debug", "model.net.channels=8", "model.net.layers=2", "batch_size=8")
-    path = folder / "vqvae0/checkpoints/best.ckpt"
-    train(compose("prior", *toy, *prior, f"vqvae_checkpoint={path}", folder=folder / "prior"))
-    return folder
-
-
 @pytest.mark.parametrize("name", ["vqvae-sample", "vqvae-evaluate"])
 def test_a_prior_with_another_vqvae_is_refused(name, checkpoints, command):
     outcome = command(

@@ -214,18 +214,15 @@ def test_every_command_is_refused_where_another_works(name, held, tmp_path):
 @pytest.fixture
 def trained(monkeypatch):
     """Folder, seed and hidden files beside it of each run that vqvae-train was to train."""
-    from vqvae_lightning.commands import train
-
     seen = []
 
     def untrained(cfg):
         place = Path(cfg.folder).parent
         hidden = sorted(str(path.relative_to(place)) for path in place.rglob(".*"))
         seen.append((Path(cfg.folder), cfg.seed, hidden))
-        return {"objective": 0.0}
+        return {"objective": 0.0, "metrics": {}}
 
-    monkeypatch.setattr(train, "train", untrained)
-    monkeypatch.setattr(train, "print_result", lambda *_: None)
+    monkeypatch.setattr("vqvae_lightning.stages.training.train", untrained)
     return seen
 
 
