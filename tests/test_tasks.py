@@ -421,7 +421,7 @@ def test_validation_and_pictures_change_no_weight(toy, tmp_path):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR2])
 def test_a_schedulers_signal_counts_in_every_phase(number, toy, tmp_path, command, monkeypatch):
-    import vqvae_lightning.evaluation.drawing as evaluation
+    import vqvae_lightning.evaluation.classifier as evaluation
 
     def stopped(*arguments):
         os.kill(os.getpid(), number)
