@@ -1,14 +1,14 @@
-"""Break the code in one line at a time and see whether the tests notice.
+"""Break one line of the code at a time and report whether the tests notice.
 
     uv run python experiments/mutations.py [--only NAME ...] [--list]
 
-Each mutation is an edit of one place, with the tests that should fail because of it. The edits are
-made in a temporary copy of the working tree, never in the tree itself. The exit status is 1 if a
-text to replace is gone, if the named tests fail before any edit, or if more than `MOST_SURVIVORS`
-mutations survive.
+Each mutation is one edit, with the tests that should fail because of it. The edits are made in a
+temporary copy of the working tree, never in the tree itself. The exit status is 1 if a text to
+replace is gone, if the named tests fail before any edit, or if more than `MOST_SURVIVORS` mutations
+survive.
 
-mutmut 3 and cosmic-ray 8 generate thousands of edits and run one test command for all of them:
-neither takes chosen edits with the tests of each, which is what makes this run in minutes.
+mutmut 3 and cosmic-ray 8 generate thousands of edits and run one test command for all of them.
+Neither accepts chosen edits, each with its own tests. Those keep this program to a few minutes.
 """
 
 import argparse
@@ -28,33 +28,33 @@ from rich.table import Table
 ROOT = Path(__file__).parents[1]
 PACKAGE = "vqvae_lightning"
 MOST_SURVIVORS = 3
-SECONDS = 300  # for the tests of a mutation; one that makes them hang longer is caught
-WHOLE = 3600  # for all tests before any mutation
+SECONDS = 300  # for the tests of one mutation; a mutation that makes them take longer is caught
+WHOLE = 3600  # seconds for all tests before any mutation
 
-# Torch and Lightning are imported once, in the process that all runs of pytest are forked from.
+# Torch and Lightning are imported once, in the process from which every run of pytest is forked.
 PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload(["pytorch_lightning", "torchmetrics.image.fid"])
 
 
 class Mutation(NamedTuple):
-    """One edit, and who should notice."""
+    """One edit, and the tests that should notice it."""
 
     name: str
     file: str
-    """Path below `vqvae_lightning`."""
+    """Path relative to `vqvae_lightning`."""
     old: str
-    """Text that occurs once in the file."""
+    """Text that occurs exactly once in the file."""
     new: str
     tests: tuple[str, ...]
-    """Pytest node ids below `tests`."""
+    """Pytest node ids, relative to `tests`."""
     survives: str = ""
-    """Why no test can notice, if none can."""
+    """Why no test can notice the edit; empty if one can."""
 
     def apply(self, tree: Path) -> str:
-        """Edit the file below `tree`.
+        """Edit the file in `tree`.
 
         Returns:
-            The file's text before.
+            The original text of the file.
 
         Raises:
             ValueError: If the text to replace does not occur exactly once.
@@ -71,10 +71,10 @@ def mutations_of(file: str, tests: str, *edits: tuple[str, ...]) -> list[Mutatio
     """Mutations of one file.
 
     Args:
-        file: Path below `vqvae_lightning`.
-        tests: The test file that should notice.
-        *edits: Name, text to replace, new text, and test in `tests` or another file's node id; then
-            why no test can notice, if none can.
+        file: Path relative to `vqvae_lightning`.
+        tests: Test file whose tests should notice.
+        *edits: Name, text to replace, new text, and test: a name in `tests`, or the node id of a
+            test in another file. A fifth item says why no test can notice the edit.
     """
     found = []
     for name, old, new, test, *why in edits:
@@ -701,8 +701,8 @@ MUTATIONS = (
 )
 
 
-def copied(target: Path) -> None:
-    """Copy what git tracks or would track into `target`."""
+def copy_tree(target: Path) -> None:
+    """Copy the files that git tracks, or would track, to `target`."""
     listed = subprocess.run(
         ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
         cwd=ROOT,
@@ -716,71 +716,74 @@ def copied(target: Path) -> None:
 
 
 def run_tests(tree: Path, tests: tuple[str, ...], seconds: int = SECONDS) -> tuple[bool, str]:
-    """Run the named tests in `tree`, in a process of their own.
+    """Run the named tests in `tree`, in a separate process.
 
     Returns:
-        Whether they passed, and the end of what pytest printed.
+        Whether they passed, and the last lines of pytest's output.
 
     Raises:
         RuntimeError: If pytest cannot find or run them.
     """
     with tempfile.NamedTemporaryFile("r", errors="replace") as log:
-        process = PROCESSES.Process(target=pytest_in, args=(str(tree), tests, log.name))
+        process = PROCESSES.Process(target=run_pytest, args=(str(tree), tests, log.name))
         process.start()
         process.join(seconds)
         if process.is_alive():
             process.kill()
             return False, f"more than {seconds} s"
-        said = "\n".join(log.read().strip().splitlines()[-15:])
+        output = "\n".join(log.read().strip().splitlines()[-15:])
     if process.exitcode not in (0, 1):
-        raise RuntimeError(f"pytest cannot run {' '.join(tests)}:\n{said}")
-    return process.exitcode == 0, said
+        raise RuntimeError(f"pytest cannot run {' '.join(tests)}:\n{output}")
+    return process.exitcode == 0, output
 
 
-def pytest_in(tree: str, tests: tuple[str, ...], log: str) -> None:
-    """End this process with the status of pytest, whose output goes to `log`."""
+def run_pytest(tree: str, tests: tuple[str, ...], log: str) -> None:
+    """Run pytest in this process, with its output in `log`, and exit with its status."""
     import pytest
 
     with open(log, "w") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     os.chdir(tree)
-    # Before the installed package, which is the tree that is left alone; here and in subprocesses.
+    # Import the mutated copy and not the installed package, here and in subprocesses.
     sys.path.insert(0, tree)
-    # COLD_PYTHON: the tests' own way to start processes quickly costs more than it saves here.
+    # COLD_PYTHON: preloading modules for the tests' processes costs more than it saves here.
     os.environ.update(PYTHONPATH=tree, PYTHONDONTWRITEBYTECODE="1", COLD_PYTHON="1")
     sys.dont_write_bytecode = True
     nodes = [f"tests/{test}" for test in tests]
     sys.exit(pytest.main(["-x", "-q", "-p", "no:cacheprovider", *nodes]))
 
 
-def survivors(mutations: list[Mutation], tree: Path, console: Console) -> list[Mutation]:
-    """Try each mutation in `tree` and print the table of what came of it.
+def find_survivors(mutations: list[Mutation], tree: Path, console: Console) -> list[Mutation]:
+    """Try each mutation in `tree` and print a table of the outcomes.
+
+    Returns:
+        Mutations that no test noticed.
 
     Raises:
         RuntimeError: If the tests fail without any mutation.
     """
     tests = tuple(dict.fromkeys(test for mutation in mutations for test in mutation.tests))
-    passed, said = run_tests(tree, tests, WHOLE)
+    passed, output = run_tests(tree, tests, WHOLE)
     if not passed:
-        raise RuntimeError(f"the tests fail before any mutation:\n{said}")
+        raise RuntimeError(f"the tests fail before any mutation:\n{output}")
     table = Table("mutation", "outcome", "seconds", "tests")
     found = []
     for mutation in mutations:
         start = time.perf_counter()
         text = mutation.apply(tree)
         try:
-            passed, said = run_tests(tree, mutation.tests)
+            passed, output = run_tests(tree, mutation.tests)
         finally:
             (tree / PACKAGE / mutation.file).write_text(text)
         seconds = f"{time.perf_counter() - start:.0f}"
         outcome = "survived" if passed else "caught"
-        if said.startswith("more than"):
-            outcome = f"caught: {said}"
+        if output.startswith("more than"):
+            outcome = f"caught: {output}"
         console.print(f"{mutation.name}: {outcome} ({seconds} s)", highlight=False)
         if passed:
             found.append(mutation)
-            outcome = f"survived: {mutation.survives or 'nobody knows why'}"
+            outcome = f"survived: {mutation.survives or 'reason unknown'}"
         table.add_row(mutation.name, outcome, seconds, "\n".join(mutation.tests))
     console.print(table)
     console.print(f"{len(mutations) - len(found)} of {len(mutations)} caught")
@@ -790,8 +793,10 @@ def survivors(mutations: list[Mutation], tree: Path, console: Console) -> list[M
 def main() -> int:
     """Run the mutations that the command line names, or all of them."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--only", nargs="+", metavar="NAME", help="mutations whose name has NAME")
-    parser.add_argument("--list", action="store_true", help="print the names, and run nothing")
+    parser.add_argument(
+        "--only", nargs="+", metavar="NAME", help="mutations whose name contains NAME"
+    )
+    parser.add_argument("--list", action="store_true", help="print the names and run nothing")
     given = parser.parse_args()
     chosen = [m for m in MUTATIONS if not given.only or any(n in m.name for n in given.only)]
     console = Console()
@@ -801,9 +806,9 @@ def main() -> int:
         return 0
     with tempfile.TemporaryDirectory() as folder:
         tree = Path(folder)
-        copied(tree)
+        copy_tree(tree)
         try:
-            found = survivors(chosen, tree, console)
+            found = find_survivors(chosen, tree, console)
         except (RuntimeError, ValueError) as error:
             console.print(f"error: {error}", highlight=False, markup=False)
             return 1

@@ -1,4 +1,4 @@
-"""The list of mutations fits the code, so that experiments/mutations.py runs when it is asked."""
+"""The list of mutations matches the code, so that experiments/mutations.py can run at any time."""
 
 import ast
 import importlib.util
@@ -16,7 +16,7 @@ spec.loader.exec_module(mutations)
 
 
 @pytest.mark.parametrize("mutation", mutations.MUTATIONS, ids=lambda mutation: mutation.name)
-def test_each_mutation_replaces_one_text_by_code_and_names_tests_that_there_are(mutation, tmp_path):
+def test_each_mutation_replaces_one_text_by_code_and_names_existing_tests(mutation, tmp_path):
     path = Path(mutations.PACKAGE) / mutation.file
     copy = tmp_path / path
     copy.parent.mkdir(parents=True)
@@ -28,7 +28,7 @@ def test_each_mutation_replaces_one_text_by_code_and_names_tests_that_there_are(
         assert f"\ndef {name}(" in (ROOT / "tests" / file).read_text(), test
 
 
-def test_a_text_that_is_gone_is_an_error(tmp_path):
+def test_a_missing_text_is_an_error(tmp_path):
     gone = mutations.MUTATIONS[0]._replace(old="no such text")
     path = tmp_path / mutations.PACKAGE / gone.file
     path.parent.mkdir(parents=True)
@@ -37,7 +37,7 @@ def test_a_text_that_is_gone_is_an_error(tmp_path):
         gone.apply(tmp_path)
 
 
-def test_there_are_some_sixty_with_names_of_their_own():
+def test_at_least_sixty_mutations_have_unique_names():
     counted = Counter(mutation.name for mutation in mutations.MUTATIONS)
     assert max(counted.values()) == 1
     assert len(counted) >= 60
