@@ -190,8 +190,17 @@ def test_two_ranks_go_on_as_if_they_had_not_been_stopped(toy, tmp_path, command,
         stopped = command("vqvae-train", *options)
     assert stopped.status == 75, stopped.err
     assert "Stopped by SIGTERM after step 10" in stopped.err
+    # A run that starts over ends with the same weights, so the trained steps are counted too.
+    trained = []
+
+    def counted(self, batch, batch_idx):
+        trained.append(self.global_step)
+        return original(self, batch, batch_idx)
+
+    monkeypatch.setattr(VQVAETask, "training_step", counted)
     again = command("vqvae-train", *options)
     assert again.status == 0, again.err
+    assert trained == list(range(10, 150))
     one, other = (
         torch.load(folder / "checkpoints/last.ckpt", weights_only=True)
         for folder in (whole.folder, again.folder)
