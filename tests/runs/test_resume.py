@@ -3,10 +3,13 @@
 import numpy as np
 import pytest
 from conftest import TINY_VQVAE, compose
+from omegaconf import OmegaConf
 
+from vqvae_lightning.configs import to_plain
 from vqvae_lightning.errors import InputError, Interrupted
 from vqvae_lightning.runs import stopwatch
 from vqvae_lightning.runs.results import read_result
+from vqvae_lightning.runs.resume import stored_config
 from vqvae_lightning.runs.stopwatch import SECONDS, Stopwatch, time_stage
 from vqvae_lightning.stages.inputs import load_images
 from vqvae_lightning.stages.training import train
@@ -188,3 +191,24 @@ def test_a_pipeline_adds_up_the_parts_of_its_stages(toy, clock, command, tmp_pat
     assert read_result(tmp_path / "run")["seconds"] == seconds
     assert "30 test images, 300 s" in outcome.out
     assert not list((tmp_path / "run").rglob(SECONDS))
+
+
+@pytest.mark.parametrize(
+    ("config", "kind"),
+    [
+        ("vqvae", "vqvae"),
+        ("prior", "prior"),
+        ("pipeline", "pipeline"),
+        ("evaluate", "evaluation"),
+        ("sample", "samples"),
+        ("reconstruct", "reconstructions"),
+        ("shards", "shards"),
+    ],
+)
+def test_a_config_stored_without_its_kind_is_recognised(config, kind, tmp_path):
+    cfg = compose(config, folder=tmp_path)
+    assert cfg.kind == kind
+    stored = to_plain(cfg, missing=True)
+    del stored["kind"]
+    OmegaConf.save(stored, tmp_path / "config.yaml")
+    assert stored_config(tmp_path, tmp_path, []).kind == kind

@@ -19,7 +19,7 @@ def run(cfg: Any) -> None:
 
     silence_warnings()
     OmegaConf.set_struct(cfg, True)
-    if "classifier" in cfg:
+    if cfg.kind == "evaluation":
         measure(cfg, load_subject(cfg))
     else:
         fit(cfg)

@@ -85,12 +85,26 @@ def stored_config(folder: Path, run: Path, trust: Iterable[str]) -> Any:
     value = read_trusted(folder / "config.yaml", trust)
     if not isinstance(value.get("folder"), str):
         raise InputError(f"{folder}/config.yaml is not the config of a run.")
+    value.setdefault("kind", _derive_kind(value))
     old = Path(value["folder"])
     for _ in folder.relative_to(run).parts:
         old = old.parent
     renewed = OmegaConf.create(_moved(value, str(old), str(run.absolute())))
     OmegaConf.set_struct(renewed, True)
     return renewed
+
+
+def _derive_kind(config: dict[str, Any]) -> str:
+    """The `kind` of a run that was stored before configs had this key."""
+    marks = {
+        "prior": "pipeline",
+        "classifier": "evaluation",
+        "completions": "samples",
+        "count": "reconstructions",
+        "output": "shards",
+        "vqvae_checkpoint": "prior",
+    }
+    return next((kind for key, kind in marks.items() if key in config), "vqvae")
 
 
 def _moved(value: Any, old: str, new: str) -> Any:

@@ -51,8 +51,10 @@ def stage_configs(cfg: Any) -> dict[str, Any]:
         if name in ("vqvae", "prior"):
             stage |= {key: whole[key] for key in training if key in whole}
             stage |= whole["prior"] if name == "prior" else {}
+            stage["kind"] = name
         else:
             stage |= {
+                "kind": name,
                 "prior_checkpoint": str(folder / "prior" / "checkpoints" / "best.ckpt"),
                 "vqvae_checkpoint": str(folder / "vqvae" / "checkpoints" / "best.ckpt"),
                 "dataset": None,

@@ -40,19 +40,12 @@ def train(cfg: Any, images: Any = None) -> dict[str, Any]:
         return finished
     # Before the ranks start, so that only one process downloads.
     images = images or load_images(cfg.dataset)
-    kind = kind_of(cfg)
     if cfg.preflight:
-        print_survey(kind, prepare(cfg, images).survey)
+        print_survey(cfg.kind, prepare(cfg, images).survey)
         return {}
-    name_run(cfg, kind)
+    name_run(cfg, cfg.kind)
     with time_stage(folder) as watch, start_ranks(cfg, folder, "vqvae_lightning.commands.worker"):
         return fit(cfg, images, watch)
-
-
-def kind_of(cfg: Any) -> str:
-    """Which stage `cfg` describes: `vqvae` or `prior`."""
-    # Not `in cfg`, which leaves a key out while its value is missing.
-    return "prior" if "vqvae_checkpoint" in set(cfg) else "vqvae"
 
 
 class Stage(NamedTuple):
@@ -83,7 +76,7 @@ def prepare(cfg: Any, images: Any) -> Stage:
     data = images
     facts = {"data_fingerprint": images.fingerprint}
     made_from = Input(f"data-{images.fingerprint}", "dataset", facts)
-    if kind_of(cfg) == "prior":
+    if cfg.kind == "prior":
         path = Path(cfg.vqvae_checkpoint)
         data = build_codes(images, load(path, "vqvae", cfg.trust).net, path, cfg, cfg.batch_size)
         if cfg.vqvae_hash not in (None, data.vqvae_hash):
@@ -226,10 +219,9 @@ def fit(cfg: Any, images: Any = None, watch: Any = None) -> dict[str, Any]:
     if on_gpu:
         torch.cuda.set_device(local_rank())  # or what follows would take memory of the first GPU
         torch.cuda.reset_peak_memory_stats()
-    kind = kind_of(cfg)
     task, data, made_from, survey = prepare(cfg, images)
     if trainer.is_global_zero:
-        console.print(f"[bold]{kind}[/bold]  {survey.line}", highlight=False)
+        console.print(f"[bold]{cfg.kind}[/bold]  {survey.line}", highlight=False)
         for warning in survey.warnings:
             console.print(f"warning: {warning}", highlight=False)
     task.save_hyperparameters(to_plain(cfg))
@@ -258,8 +250,8 @@ def fit(cfg: Any, images: Any = None, watch: Any = None) -> dict[str, Any]:
             trainer.save_checkpoint(best, weights_only=False)
         scores = trainer.test(task, datamodule=data, ckpt_path=str(best), verbose=False)[0]
         for run in wandb_runs:
-            name = f"{kind}-{weights_hash(load(best, trust=cfg.trust).net)}"
-            run.keep(kind, name, best, made_from)
+            name = f"{cfg.kind}-{weights_hash(load(best, trust=cfg.trust).net)}"
+            run.keep(cfg.kind, name, best, made_from)
         status = 0
     except Interrupted as stop:
         status = stop.status
