@@ -677,8 +677,8 @@ MUTATIONS = (
         "test_pipeline.py",
         (
             "black pictures",
-            "levels = to_uint8(images.detach().cpu())",
-            "levels = to_uint8(images.detach().cpu()) * 0",
+            "images = (rows if isinstance(rows, Tensor) else torch.cat(list(rows))).cpu()",
+            "images = (rows if isinstance(rows, Tensor) else torch.cat(list(rows))).cpu() * 0",
             "test_pictures_show_the_samples_and_images_above_their_reconstructions",
         ),
     ),

@@ -1,4 +1,4 @@
-"""Grids of images as PNG files."""
+"""Grids of images, as tensors and as PNG files."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,11 +15,11 @@ from vqvae_lightning.pixels import to_uint8
 
 
 def pairs(originals: Tensor, reconstructions: Tensor, columns: int = 10) -> Tensor:
-    """Rows of originals, each with its reconstructions in the row below.
+    """Arrange originals in rows, each row above the row of its reconstructions.
 
     Args:
-        originals: (N, C, H, W) in [-1, 1].
-        reconstructions: Likewise.
+        originals: (N, C, H, W) uint8.
+        reconstructions: (N, C, H, W) uint8.
         columns: Pairs per row.
 
     Returns:
@@ -30,38 +30,40 @@ def pairs(originals: Tensor, reconstructions: Tensor, columns: int = 10) -> Tens
 
 
 def grid(rows: Sequence[Tensor] | Tensor, columns: int = 10) -> Tensor:
-    """Images in [-1, 1] as one picture (3, height, width) uint8; small ones are enlarged."""
-    images = rows if isinstance(rows, Tensor) else torch.cat(list(rows))
-    levels = to_uint8(images.detach().cpu())
-    factor = max(1, round(64 / levels.shape[-1]))
-    levels = levels.repeat_interleave(factor, -1).repeat_interleave(factor, -2)
-    picture: Tensor = make_grid(levels, nrow=columns, padding=2, pad_value=255)
+    """Arrange images (N, C, H, W) uint8 in one picture (3, height, width) uint8.
+
+    Small images are enlarged to about 64 pixels.
+    """
+    images = (rows if isinstance(rows, Tensor) else torch.cat(list(rows))).cpu()
+    factor = max(1, round(64 / images.shape[-1]))
+    images = images.repeat_interleave(factor, -1).repeat_interleave(factor, -2)
+    picture: Tensor = make_grid(images, nrow=columns, padding=2, pad_value=255)
     return picture
 
 
 def code_maps(images: Tensor, codes: Tensor, columns: int = 10) -> Tensor:
-    """Images, each with its codes in the row below: one colour per code.
+    """Arrange images in rows, each row above the row of its codes, with one colour per code.
 
     Args:
-        images: (N, C, H, W) in [-1, 1].
-        codes: (N, h, w), or (N, h, w, Q) of which the first of the Q is shown.
+        images: (N, C, H, W) uint8.
+        codes: (N, h, w), or (N, h, w, Q), of which the first code of each position is shown.
         columns: Images per row.
 
     Returns:
         (3, height, width) uint8.
     """
     chosen = codes if codes.ndim == 3 else codes[..., 0]
-    # Hues a golden section apart: numbers that are close get colours that are not.
+    # Hues a golden section apart, so that codes with close numbers differ in colour.
     hue = chosen.cpu().double() * 0.6180339887 % 1
     value = 0.55 + 0.45 * (chosen.cpu().double() * 0.7548776662 % 1)
     colours = hsv_to_rgb(torch.stack([hue, torch.full_like(hue, 0.65), value], -1).numpy())
-    tiles = torch.from_numpy(colours).movedim(-1, 1).float() * 2 - 1
+    tiles = to_uint8(torch.from_numpy(colours).movedim(-1, 1).float() * 2 - 1)
     enlarged = F.interpolate(tiles, images.shape[-2:], mode="nearest")
-    return pairs(images.cpu().float().expand(-1, 3, -1, -1), enlarged, columns)
+    return pairs(images.cpu().expand(-1, 3, -1, -1), enlarged, columns)
 
 
 def save_png(picture: Tensor, path: Path) -> None:
-    """Replace `path` by a PNG of (3, H, W) uint8, so that no half picture is ever seen."""
+    """Write (3, H, W) uint8 to `path` as a PNG; a reader never sees a partly written file."""
     with replace_file(path) as partial:
         image = Image.fromarray(picture.movedim(0, -1).numpy())
         image.save(partial, format="PNG", optimize=True)

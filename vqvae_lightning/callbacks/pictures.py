@@ -12,7 +12,7 @@ from vqvae_lightning.data.images import PixelDataModule
 from vqvae_lightning.loggers.media import log_histogram, log_picture
 from vqvae_lightning.networks.sampling import sample
 from vqvae_lightning.pictures import code_maps, grid, pairs
-from vqvae_lightning.pixels import from_uint8
+from vqvae_lightning.pixels import from_uint8, to_uint8
 from vqvae_lightning.randomness import stream_seed
 
 PICTURED = 20  # images in a picture of reconstructions
@@ -35,10 +35,11 @@ class ReconstructionPictures(Callback):
         if trainer.sanity_checking or not trainer.is_global_zero:
             return
         data: PixelDataModule = trainer.datamodule  # type: ignore[attr-defined]
-        images = from_uint8(data.datasets["val"].preview(PICTURED).data.to(pl_module.device))
+        images = data.datasets["val"].preview(PICTURED).data
         with torch.no_grad():
-            output = pl_module.net(images)
-        log_picture(trainer, "reconstructions", pairs(images, output.reconstruction), self.folder)
+            output = pl_module.net(from_uint8(images.to(pl_module.device)))
+        reconstructions = to_uint8(output.reconstruction).cpu()
+        log_picture(trainer, "reconstructions", pairs(images, reconstructions), self.folder)
         codes = output.quantized.codes
         if codes is not None:
             log_picture(trainer, "codes", code_maps(images, codes), self.folder)
@@ -72,7 +73,7 @@ class SamplePictures(Callback):
         generator = torch.Generator().manual_seed(stream_seed(self.seed, "pictures"))
         codes = sample(net, (count, *data.grid), labels, generator=generator)
         with torch.no_grad():
-            images = data.vqvae.to(codes.device).decode(codes)
+            images = to_uint8(data.vqvae.to(codes.device).decode(codes)).cpu()
         names = data.images.class_names[:columns] if net.num_classes else []
         parts = {name: grid(images[row::columns], 1) for row, name in enumerate(names)}
         log_picture(trainer, "samples", grid(images, columns), self.folder, parts)

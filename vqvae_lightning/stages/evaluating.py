@@ -153,7 +153,6 @@ def _evaluate(cfg: Any, images: Any, watch: Any) -> dict[str, Any]:
     from vqvae_lightning.loggers.media import log_result
     from vqvae_lightning.loggers.wandb import name_run
     from vqvae_lightning.pictures import pairs, save_png
-    from vqvae_lightning.pixels import from_uint8
     from vqvae_lightning.randomness import stream_seed
     from vqvae_lightning.runs.results import write_config, write_result
 
@@ -179,7 +178,7 @@ def _evaluate(cfg: Any, images: Any, watch: Any) -> dict[str, Any]:
     shown = images.datasets[cfg.split].preview(cfg.pictured).data
     shown_codes = torch.tensor(codes.datasets[cfg.split].data[: cfg.pictured]).long()
     decoded = decode_images(codes.vqvae, shown_codes.to(device))
-    picture = pairs(from_uint8(shown), from_uint8(decoded))
+    picture = pairs(shown, decoded)
     save_png(picture, folder / "reconstructions.png")
     arrays = {"histogram": codes.histogram(), "codes": shown_codes, "images": shown}
     with replace_file(folder / "codes.npz") as partial, partial.open("wb") as file:
@@ -200,7 +199,7 @@ def _evaluate(cfg: Any, images: Any, watch: Any) -> dict[str, Any]:
             temperature=cfg.temperature,
         ).images
         nearest = nearest_training_images(images, drawn[:10])
-        save_png(pairs(from_uint8(drawn[:10]), from_uint8(nearest)), folder / "nearest.png")
+        save_png(pairs(drawn[:10], nearest), folder / "nearest.png")
         task = build_classifier(cfg, images)
         if task is not None:
             steps = {**options, "max_steps": cfg.classifier_steps}

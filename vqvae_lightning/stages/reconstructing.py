@@ -56,7 +56,7 @@ def reconstruct(cfg: Any) -> dict[str, Any]:
                 codes.append(output.quantized.codes.cpu())
             advance(len(part))
     reconstructed = torch.cat(decoded)
-    shown = pairs(from_uint8(images[:count]), from_uint8(reconstructed[:count]))
+    shown = pairs(images[:count], reconstructed[:count])
     save_png(shown, folder / "reconstructions.png")
     arrays = {
         "images": images.movedim(1, -1),

@@ -103,7 +103,6 @@ def _draw(cfg: Any, watch: Any) -> dict[str, Any]:
     from vqvae_lightning.files import replace_file
     from vqvae_lightning.jobs.ranks import detect_launcher
     from vqvae_lightning.pictures import grid, save_png
-    from vqvae_lightning.pixels import from_uint8
     from vqvae_lightning.runs.results import write_config, write_result
 
     folder = Path(cfg.folder)
@@ -145,7 +144,7 @@ def _draw(cfg: Any, watch: Any) -> dict[str, Any]:
     )
     done = len(samples.images)
     if originals is None:
-        save_png(grid(from_uint8(samples.images[: 10 * columns]), columns), folder / "samples.png")
+        save_png(grid(samples.images[: 10 * columns], columns), folder / "samples.png")
     else:
         kept = round(cfg.keep_rows * prior.height) * originals.shape[2] // prior.height
         save_png(completions_picture(originals, samples.images, kept), folder / "samples.png")
@@ -212,10 +211,7 @@ def codes_to_complete(vqvae: Any, images: Any, keep_rows: float) -> Any:
 
 def completions_picture(originals: Any, drawn: Any, kept_rows: int) -> Any:
     """Ten originals, the `kept_rows` of pixels kept of them, and their completions, by rows."""
-    import torch
-
     from vqvae_lightning.pictures import grid
-    from vqvae_lightning.pixels import from_uint8
 
     shown = originals[:10]
     kept = shown.clone()
@@ -223,4 +219,4 @@ def completions_picture(originals: Any, drawn: Any, kept_rows: int) -> Any:
     rows = [shown, kept]
     for first in range(0, len(drawn) - len(shown) + 1, len(originals)):
         rows.append(drawn[first : first + len(shown)])
-    return grid(from_uint8(torch.cat(rows)), len(shown))
+    return grid(rows, len(shown))
