@@ -1,8 +1,8 @@
-"""Build a Weights & Biases workspace out of the names that training and evaluation log.
+"""Build a Weights & Biases workspace from the names that training and evaluation log.
 
     uv run --extra wandb python experiments/dashboard.py ENTITY [--project NAME] [--show]
 
-It needs an account (`wandb login`), but for `--show`, which only prints what it would build.
+It needs an account (`wandb login`), except with `--show`, which only prints the panels.
 """
 
 import argparse
@@ -43,21 +43,21 @@ SECTIONS = {
         "learning rate": ["train/learning_rate"],
     },
 }
-"""Curves over steps: sections, their panels, and the names that share a panel."""
+"""Curves over steps: the panels of each section, and the names that share a panel."""
 
 PICTURES = ["val/reconstructions", "val/codes", "val/samples", "nearest"]
-FIGURES = [
+METRICS = [
     "test/nmse",
     "test/total_bits_per_dim",
     "test/sample_accuracy",
     "test/sample_fid",
     "test/reconstruction_fid",
 ]
-"""Of the evaluation, a bar per run."""
+"""Metrics of the evaluation, drawn as one bar per run."""
 
 
 def sections() -> list[ws.Section]:
-    """The sections of the workspace, pictures first."""
+    """Make the sections of the workspace, pictures first."""
     pictures = [wr.MediaBrowser(title=name, media_keys=[name]) for name in PICTURES]
     curves = [
         ws.Section(
@@ -67,7 +67,7 @@ def sections() -> list[ws.Section]:
         )
         for name, panels in SECTIONS.items()
     ]
-    bars = [wr.BarPlot(title=name, metrics=[name]) for name in FIGURES]
+    bars = [wr.BarPlot(title=name, metrics=[name]) for name in METRICS]
     return [
         ws.Section(name="Pictures", panels=pictures, is_open=True),
         *curves,
@@ -76,11 +76,13 @@ def sections() -> list[ws.Section]:
 
 
 def main() -> None:
-    """Build it, or show it."""
+    """Build the workspace, or print its panels."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("entity", help="user or team")
     parser.add_argument("--project", default="vqvae_lightning")
-    parser.add_argument("--show", action="store_true", help="print the panels, build nothing")
+    parser.add_argument(
+        "--show", action="store_true", help="print the panels without building anything"
+    )
     options = parser.parse_args()
     if options.show:
         for section in sections():
@@ -91,7 +93,7 @@ def main() -> None:
         project=options.project,
         name="vqvae_lightning",
         sections=sections(),
-        auto_generate_panels=True,  # for the histograms, whose panel has no class of its own
+        auto_generate_panels=True,  # histograms have no panel class of their own
         runset_settings=ws.RunsetSettings(groupby=[ws.Metric("Group"), ws.Metric("JobType")]),
     )
     print(workspace.save().url)

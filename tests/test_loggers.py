@@ -211,7 +211,7 @@ def test_the_pipelines_runs_are_a_group_with_samples_by_class(toy, command, tmp_
 def test_the_dashboard_shows_names_that_are_logged():
     panels = [lines for section in dashboard.SECTIONS.values() for lines in section.values()]
     shown = [name for lines in panels for name in lines]
-    for name in (*shown, *dashboard.FIGURES):
+    for name in (*shown, *dashboard.METRICS):
         split, _, last = name.partition("/")
         assert split in ("train", "val", "test")
         assert last in UNITS

@@ -4,16 +4,17 @@
     python experiments/benchmarks/quantizers.py --shapes 16384x512x64 --markdown table.md
     python experiments/benchmarks/quantizers.py --shapes 16384x512x64 16384x8192x64 --busy
 
-A step is forward, backward and the move of the codebook, in float32. The contestants:
+A step is forward, backward and the update of the codebook, in float32. The contestants:
 
 - ours: `vqvae_lightning.quantizers.EMAQuantizer`;
-- library: `VectorQuantize` of vector-quantize-pytorch, optional;
+- library: `VectorQuantize` of vector-quantize-pytorch, if it is installed;
 - textbook: the N x K matrix |z|^2 - 2 z.e + |e|^2, its argmin, and one-hot products for the look-up
-  and for the sums of the moving averages, as sonnet writes it.
+  and for the sums of the moving averages, as in sonnet.
 
-All three start from one codebook, drawn from the input vectors, with the same decay, commitment
-weight and no revival of dead codes, so that they compute the same thing. Each round times every
-contestant once, in rotating order: a slow minute of the machine hits all of them alike.
+All three start from one codebook, drawn from the input vectors. They have the same decay and
+commitment weight and no revival of dead codes, so that they compute the same result. Each round
+times every contestant once, in rotating order, so that a slow phase of the machine affects all of
+them.
 """
 
 import argparse
@@ -43,11 +44,11 @@ from vqvae_lightning.quantizers import EMAQuantizer
 DECAY = 0.99
 COMMITMENT = 0.25
 EPSILON = 1e-5
-SIDE = 8  # the vectors come as images of 8x8, the grid of a VQ-VAE on 32x32 pixels
+SIDE = 8  # the vectors come in grids of 8x8, those of a VQ-VAE on 32x32 pixels
 WARM_UP_ROUNDS = 2
-SLOW_STEP = 2.0  # seconds; from here on SLOW_ROUNDS rounds
+SLOW_STEP = 2.0  # seconds; a shape with a slower step gets SLOW_ROUNDS rounds
 SLOW_ROUNDS = 3
-TOLERANCE = 1e-5  # relative: two codes that are as near as this are both right
+TOLERANCE = 1e-5  # relative difference of two distances at which both codes count as right
 NOT_INSTALLED = "not installed (uv run --extra library)"
 
 Step = Callable[[Tensor], Tensor]
@@ -69,7 +70,7 @@ SHAPES = [Shape(n, k, d) for n in (16384, 65536) for k in (512, 1024, 8192) for 
 
 
 def ours(codebook: Tensor) -> Step:
-    """`EMAQuantizer`, as the tasks call it."""
+    """Make a step of `EMAQuantizer`, called as the tasks call it."""
     quantizer = EMAQuantizer(
         *codebook.shape,
         epsilon=EPSILON,
@@ -92,7 +93,7 @@ def ours(codebook: Tensor) -> Step:
 
 
 def library(codebook: Tensor) -> Step:
-    """`VectorQuantize`; its learning is part of the forward pass."""
+    """Make a step of `VectorQuantize`, which updates its codebook in the forward pass."""
     from vector_quantize_pytorch import VectorQuantize
 
     quantizer = VectorQuantize(
@@ -104,7 +105,7 @@ def library(codebook: Tensor) -> Step:
         kmeans_init=False,
         threshold_ema_dead_code=0,
         accept_image_fmap=True,
-        rotation_trick=False,  # on by default: another gradient, and more work than ours
+        rotation_trick=False,  # True by default: another gradient, and more work than `ours`
     ).to(codebook.device)
     rows = {"_codebook.embed": codebook[None], "_codebook.embed_avg": codebook[None]}
     quantizer.load_state_dict({**quantizer.state_dict(), **rows})
@@ -118,9 +119,9 @@ def library(codebook: Tensor) -> Step:
 
 
 def textbook(codebook: Tensor) -> Step:
-    """Sonnet's `VectorQuantizerEMA`, with averages that start from the codebook."""
+    """Make a step of sonnet's `VectorQuantizerEMA`, whose averages start from the codebook."""
     rows, sums = codebook.clone(), codebook.clone()
-    # One hit per code: counts that start at zero throw unused rows far away.
+    # One hit per code: counts that start at zero would throw unused rows far away.
     counts = codebook.new_ones(len(codebook))
 
     def step(z: Tensor) -> Tensor:
@@ -148,13 +149,15 @@ def textbook(codebook: Tensor) -> Step:
 
 
 class Contestant(NamedTuple):
-    """How a step is made, and how many N x K float32 matrices it holds at once."""
+    """One row of the comparison."""
 
     make: Callable[[Tensor], Step]
+    """Makes a step that starts from a codebook."""
     matrices: int
+    """N x K float32 matrices that a step holds at once."""
 
 
-# The library's six: three distances that autograd keeps, a one-hot in int64 (two) and in float32.
+# Six for the library: three distances kept by autograd, a one-hot in int64 (two) and in float32.
 CONTESTANTS = {
     "ours": Contestant(ours, 0),
     "library": Contestant(library, 6),
@@ -164,24 +167,24 @@ CONTESTANTS = {
 
 @dataclass
 class Row:
-    """What was measured for a shape, each per contestant."""
+    """Measurements of a shape, per contestant."""
 
     shape: Shape
     left_out: dict[str, str] = field(default_factory=dict)
-    """Why a contestant did not run."""
+    """Reason why a contestant did not run."""
     rounds: int = 0
     seconds: dict[str, float] = field(default_factory=dict)
-    """Median of a step."""
+    """Median time of a step."""
     busy_seconds: dict[str, float] = field(default_factory=dict)
-    """The same beside a busy process."""
+    """Median time of a step next to a busy process."""
     agreement: dict[str, float] = field(default_factory=dict)
-    """Share of the first step's codes that are the nearest."""
+    """Share of the first step's codes that are the nearest ones."""
     memory: dict[str, float] = field(default_factory=dict)
-    """Peak above the start, bytes."""
+    """Peak memory above the start, in bytes."""
 
 
 def make_input(shape: Shape, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Images `z` (B, D, 8, 8) that ask for a gradient, and K of their vectors as the codebook."""
+    """Make grids `z` (B, D, 8, 8) with a gradient, and a codebook of K of their vectors."""
     generator = torch.Generator().manual_seed(0)
     flat = torch.randn(shape.vectors, shape.dim, generator=generator)
     codebook = flat[torch.randperm(shape.vectors, generator=generator)[: shape.codes]]
@@ -191,13 +194,13 @@ def make_input(shape: Shape, device: torch.device) -> tuple[Tensor, Tensor]:
 
 
 def synchronise(device: torch.device) -> None:
-    """Wait for the GPU: a kernel's launch returns before its work is done."""
+    """Wait for the GPU, because launching a kernel returns before its work is done."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def time_step(step: Step, z: Tensor) -> float:
-    """Seconds of one step."""
+    """Time one step, in seconds."""
     z.grad = None
     synchronise(z.device)
     start = time.perf_counter()
@@ -207,7 +210,7 @@ def time_step(step: Step, z: Tensor) -> float:
 
 
 def time_interleaved(steps: dict[str, Step], z: Tensor, rounds: int) -> tuple[dict, int]:
-    """Median seconds per contestant, and the number of rounds behind them."""
+    """Measure the median seconds per contestant; also return the number of rounds."""
     names = list(steps)
     warm_up = [time_step(steps[name], z) for _ in range(WARM_UP_ROUNDS) for name in names]
     if max(warm_up) > SLOW_STEP:
@@ -222,7 +225,7 @@ def time_interleaved(steps: dict[str, Step], z: Tensor, rounds: int) -> tuple[di
 
 @torch.no_grad()
 def judge(z: Tensor, codebook: Tensor, codes: dict[str, Tensor]) -> dict[str, float]:
-    """Share of vectors whose code is the nearest in float64, up to TOLERANCE."""
+    """Compute the share of vectors whose code is the nearest in float64, up to TOLERANCE."""
     right = dict.fromkeys(codes, 0)
     flat = z.detach().movedim(1, -1).reshape(-1, z.shape[1])
     wide = codebook.double()
@@ -230,7 +233,7 @@ def judge(z: Tensor, codebook: Tensor, codes: dict[str, Tensor]) -> dict[str, fl
     for start in range(0, len(flat), block):
         vectors = flat[start : start + block].double()
         nearest = torch.addmm(wide.square().sum(1), vectors, wide.t(), alpha=-2).argmin(1)
-        # By difference, not by the formula above: it is exact for a vector that is itself a code.
+        # The difference, unlike the formula above, is exact for a vector that is itself a code.
         best = (vectors - wide[nearest]).square().sum(1)
         for name, chosen in codes.items():
             distance = (vectors - wide[chosen[start : start + block]]).square().sum(1)
@@ -239,7 +242,7 @@ def judge(z: Tensor, codebook: Tensor, codes: dict[str, Tensor]) -> dict[str, fl
 
 
 def resident(key: str) -> int:
-    """Bytes of this process: `VmRSS` now, or `VmHWM` at the peak."""
+    """Read the bytes of this process: `VmRSS` for now, `VmHWM` for the peak."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(f"{key}:"):
             return int(line.split()[1]) * 1024
@@ -247,15 +250,15 @@ def resident(key: str) -> int:
 
 
 def peak_of_two_steps(name: str, shape: Shape, device: torch.device) -> int:
-    """Bytes above the start; to be called in a fresh process."""
+    """Measure the peak memory above the start, in bytes; call it in a fresh process."""
     z, codebook = make_input(shape, device)
     step = CONTESTANTS[name].make(codebook)
     if device.type == "cuda":
         before = torch.cuda.memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
     else:
-        # Not ru_maxrss: a child inherits the peak of the process that started it, and the making of
-        # the input counts too. Writing 5 sets VmHWM back to the present size.
+        # Not ru_maxrss: a child inherits the peak of its parent, and making the input would count.
+        # Writing 5 resets VmHWM to the current size.
         Path("/proc/self/clear_refs").write_text("5")
         before = resident("VmRSS")
     for _ in range(2):
@@ -268,7 +271,7 @@ def peak_of_two_steps(name: str, shape: Shape, device: torch.device) -> int:
 
 
 def measure_memory(name: str, shape: Shape, args: argparse.Namespace) -> float:
-    """`peak_of_two_steps` in a process of its own."""
+    """Run `peak_of_two_steps` in a separate process."""
     options = {"--shapes": shape, "--device": args.device, "--threads": args.threads}
     command = [sys.executable, __file__, "--memory-of", name]
     command += [str(part) for pair in options.items() for part in pair]
@@ -280,10 +283,10 @@ def measure_memory(name: str, shape: Shape, args: argparse.Namespace) -> float:
 
 @contextmanager
 def busy_process() -> Iterator[None]:
-    """A process that keeps one core busy."""
+    """Keep one core busy with another process while the block runs."""
     process = subprocess.Popen([sys.executable, "-c", "while True: pass"])
     try:
-        time.sleep(0.5)  # the interpreter's start is not yet the load
+        time.sleep(0.5)  # until the interpreter has started
         yield
     finally:
         process.kill()
@@ -291,7 +294,7 @@ def busy_process() -> Iterator[None]:
 
 
 def reason_to_leave_out(name: str, shape: Shape, memory_gb: float) -> str | None:
-    """Why this contestant cannot run here, or None."""
+    """Return why this contestant cannot run here, or None if it can."""
     if name == "library":
         try:
             version("vector-quantize-pytorch")
@@ -302,7 +305,7 @@ def reason_to_leave_out(name: str, shape: Shape, memory_gb: float) -> str | None
 
 
 def measure(shape: Shape, args: argparse.Namespace, console: Console) -> Row:
-    """All figures of one shape."""
+    """Measure one shape."""
     row = Row(shape)
     for name in CONTESTANTS:
         reason = reason_to_leave_out(name, shape, args.memory_gb)
@@ -322,7 +325,7 @@ def measure(shape: Shape, args: argparse.Namespace, console: Console) -> Row:
 
 
 def cells(row: Row) -> dict[str, str]:
-    """The row of a table: heading to text."""
+    """Format a row of the table: heading to text."""
     texts = {"N": str(row.shape.vectors), "K": str(row.shape.codes), "D": str(row.shape.dim)}
     for name in CONTESTANTS:
         if name in row.left_out:
@@ -347,7 +350,7 @@ def cells(row: Row) -> dict[str, str]:
 
 
 def machine(args: argparse.Namespace) -> str:
-    """One line: processor, threads, versions."""
+    """Describe the machine in one line: processor, threads, versions."""
     processor = platform.machine()
     for line in Path("/proc/cpuinfo").read_text().splitlines():
         if line.startswith("model name"):
@@ -363,8 +366,8 @@ def machine(args: argparse.Namespace) -> str:
 
 
 def rich_table(rows: list[Row]) -> Table:
-    """For the terminal."""
-    table = Table(caption="median per training step; in brackets the multiple of ours")
+    """Make the table for the terminal."""
+    table = Table(caption="median per training step; in brackets the multiple of the column ours")
     for heading in cells(rows[0]):
         table.add_column(heading, justify="right")
     for row in rows:
@@ -373,11 +376,11 @@ def rich_table(rows: list[Row]) -> Table:
 
 
 def write_markdown(path: Path, rows: list[Row], args: argparse.Namespace) -> None:
-    """The table below the command and the machine; beside the target first, then renamed."""
+    """Write the table, the command and the machine to a Markdown file, atomically."""
     headings = list(cells(rows[0]))
     lines = [
-        "Median time of a training step (in brackets: multiple of ours), and peak memory above the",
-        f"start. {machine(args)}.",
+        "Median time of a training step (in brackets: multiple of the column ours), and peak",
+        f"memory above the start. {machine(args)}.",
         "",
         "```bash",
         shlex.join(["python", *sys.argv]),
@@ -394,7 +397,7 @@ def write_markdown(path: Path, rows: list[Row], args: argparse.Namespace) -> Non
 
 
 def parse_shape(text: str) -> Shape:
-    """`NxKxD`."""
+    """Parse `NxKxD`."""
     try:
         shape = Shape(*map(int, text.split("x")))
     except (TypeError, ValueError):
@@ -407,15 +410,15 @@ def parse_shape(text: str) -> Shape:
 
 
 def parse_args() -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("--shapes", nargs="+", type=parse_shape, default=SHAPES, metavar="NxKxD")
-    add("--rounds", type=int, default=7, help=f"{SLOW_ROUNDS} where a step takes over 2 s")
+    add("--rounds", type=int, default=7, help=f"{SLOW_ROUNDS} if a step takes over 2 s")
     add("--threads", type=int, default=2)
     add("--device", default="cpu", help="cpu or cuda")
-    add("--memory-gb", type=float, default=12, help="leave out what needs more")
-    add("--busy", action="store_true", help="time once more beside a process that spins")
+    add("--memory-gb", type=float, default=12, help="leave out contestants that need more")
+    add("--busy", action="store_true", help="time again next to a process that spins")
     add("--markdown", type=Path, metavar="PATH", help="also write the table here")
     add("--memory-of", choices=CONTESTANTS, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -425,7 +428,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def main() -> None:
-    """Measure, and print the table."""
+    """Measure all shapes and print the table."""
     args = parse_args()
     torch.set_num_threads(args.threads)
     if args.memory_of is not None:
@@ -435,7 +438,7 @@ def main() -> None:
         return
     console = Console()
     if not console.is_terminal:
-        console = Console(width=200)  # 80 otherwise: a log would have each cell on three lines
+        console = Console(width=200)  # the default of 80 would break each cell into three lines
     console.print(machine(args))
     start = time.perf_counter()
     rows = []

@@ -3,18 +3,20 @@
     uv run python experiments/benchmarks/sampling.py --markdown table.md
     python experiments/benchmarks/sampling.py --sizes 8 --batches 16 --parts sampling
 
-Sampling: a gated PixelCNN with random weights; what it costs does not depend on them.
+Sampling: a gated PixelCNN with random weights, because its cost does not depend on them.
 
 - ours: `vqvae_lightning.networks.sampling.sample`;
-- naive: the whole network anew for every position, with the same weights, as public priors do. Up
-  to `--complete` positions it is run in full, and its codes are compared with ours; above, its time
-  is that of one pass, the median of `--rounds`, times the number of positions, marked "~";
-- floor: the floating-point operations of one forward pass over the rate of a large matrix product
-  on this machine, measured in the same run.
+- naive: the whole network again for every position, with the same weights, as in public priors. Up
+  to `--complete` positions it runs in full, and its codes are compared with those of `sample`.
+  Above that, its time is that of one pass, the median of `--rounds`, times the number of positions,
+  marked "~";
+- floor: the floating-point operations of one forward pass, divided by the rate of a large matrix
+  product on this machine, measured in the same run.
 
-Encoding: images per second of `CodesDataModule.encode`, files and all, against the bare encoder on
-batches in memory. Training: images per second of Lightning's Trainer with the prior's task, against
-a bare loop over the same network, optimizer and batches. Each pair alternates in one run.
+Encoding: images per second of `CodesDataModule.encode`, including its files, against the bare
+encoder on batches in memory. Training: images per second of Lightning's Trainer with the prior's
+task, against a bare loop over the same network, optimizer and batches. Each pair alternates in one
+run.
 """
 
 import argparse
@@ -47,7 +49,7 @@ PARTS = ("sampling", "encoding", "training")
 
 
 def seconds(function: Callable[[], object]) -> float:
-    """How long a call takes."""
+    """Time a call, in seconds."""
     start = time.perf_counter()
     function()
     if torch.cuda.is_available():
@@ -56,7 +58,10 @@ def seconds(function: Callable[[], object]) -> float:
 
 
 def alternate(functions: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    """Median seconds of each, after one warm-up; each round calls all of them."""
+    """Measure the median seconds of each function over rounds that call all of them.
+
+    A first round is a warm-up.
+    """
     taken: dict[str, list[float]] = {name: [] for name in functions}
     for number in range(rounds + 1):
         for name, function in functions.items():
@@ -67,14 +72,14 @@ def alternate(functions: dict[str, Callable[[], object]], rounds: int) -> dict[s
 
 
 def matrix_rate(device: torch.device) -> float:
-    """Floating-point operations per second of a float32 matrix product of side 2048."""
+    """Measure the floating-point operations per second of a float32 product of side 2048."""
     a, b = torch.randn(2, 2048, 2048, device=device)
     return 2 * 2048**3 / alternate({"product": lambda: a @ b}, 5)["product"]
 
 
 @torch.no_grad()
 def naive(prior: PixelCNN, size: int, batch: int, seed: int) -> Tensor:
-    """Codes (batch, size, size), a full forward pass for each position."""
+    """Sample codes (batch, size, size) with a full forward pass for each position."""
     generator = torch.Generator().manual_seed(seed)
     device = prior.embedding.weight.device
     uniform = torch.rand(batch, size, size, generator=generator, dtype=torch.float64).to(device)
@@ -87,7 +92,7 @@ def naive(prior: PixelCNN, size: int, batch: int, seed: int) -> Tensor:
 
 
 def bench_sampling(args: argparse.Namespace, console: Console) -> list[dict[str, str]]:
-    """A row per grid and batch."""
+    """Measure sampling: one row per grid and batch."""
     device = torch.device(args.device)
     rate = matrix_rate(device)
     console.print(f"matrix products: {rate / 1e9:.0f} GFLOP/s")
@@ -138,10 +143,10 @@ def bench_sampling(args: argparse.Namespace, console: Console) -> list[dict[str,
 
 
 class FiveTimes(BundledSource):
-    """The bundled images five times: 60 000, as many as in Fashion-MNIST and CIFAR-10."""
+    """The bundled images repeated five times: 60 000, as many as CIFAR-10 has."""
 
     def load(self) -> Splits:
-        """Read and repeat."""
+        """Read the images and repeat them."""
         *splits, names = super().load()
         repeated = [
             split and Split(split.images.repeat(5, 1, 1, 1), split.labels.repeat(5))
@@ -151,7 +156,7 @@ class FiveTimes(BundledSource):
 
 
 def bundled(args: argparse.Namespace) -> tuple[ImageDataModule, VQVAE]:
-    """The images and a network of the recipe's size."""
+    """Make the images and a network of the recipe's size."""
     images = ImageDataModule(FiveTimes())
     images.setup()
     quantizer = EMAQuantizer(args.codes, 64, init="uniform", warmup_steps=0)
@@ -160,7 +165,7 @@ def bundled(args: argparse.Namespace) -> tuple[ImageDataModule, VQVAE]:
 
 
 def bench_encoding(args: argparse.Namespace, console: Console) -> list[dict[str, str]]:
-    """The code store against the bare encoder."""
+    """Measure the code store against the bare encoder."""
     images, vqvae = bundled(args)
     device = torch.device(args.device)
     splits = [dataset.data for dataset in images.datasets.values()]
@@ -189,7 +194,7 @@ def bench_encoding(args: argparse.Namespace, console: Console) -> list[dict[str,
 
 
 def bench_training(args: argparse.Namespace, console: Console) -> list[dict[str, str]]:
-    """Lightning's Trainer against a bare loop."""
+    """Measure Lightning's Trainer against a bare loop."""
     images, vqvae = bundled(args)
     folder = Path(tempfile.mkdtemp())
     data = CodesDataModule(images, vqvae, "benchmark", str(folder), 64)
@@ -243,7 +248,7 @@ def bench_training(args: argparse.Namespace, console: Console) -> list[dict[str,
 
 
 def main() -> None:
-    """Measure and print."""
+    """Measure the chosen parts and print a table of each."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--sizes", type=int, nargs="+", default=[8, 16, 32])
@@ -252,9 +257,14 @@ def main() -> None:
     parser.add_argument("--channels", type=int, default=128)
     parser.add_argument("--codes", type=int, default=512)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=100, help="of training")
-    parser.add_argument("--precision", default="32-true", help="of training")
-    parser.add_argument("--complete", type=int, default=64, help="positions to run naively in full")
+    parser.add_argument("--steps", type=int, default=100, help="training steps")
+    parser.add_argument("--precision", default="32-true", help="precision of training")
+    parser.add_argument(
+        "--complete",
+        type=int,
+        default=64,
+        help="up to this many positions, run naive sampling in full",
+    )
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--markdown", type=Path, help="write the tables here")

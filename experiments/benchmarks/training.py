@@ -1,20 +1,20 @@
-"""Images per second of stage 1: from the textbook loop, change by change, to `vqvae-train`.
+"""Measure images per second of stage 1, from the textbook loop to `vqvae-train`.
 
     python experiments/benchmarks/training.py
     python experiments/benchmarks/training.py --compile --rounds 15
 
 The network is that of sonnet's CIFAR-10 example (32x32 colour images, width 128, 8x8 codes, K=512,
-D=64), the batch 256. The rows of the table, each with all changes above it:
+D=64), with a batch of 256. Each row of the table includes all changes above it:
 
 - textbook: PIL images through ToTensor in a DataLoader, a quantizer with one-hot products, float32;
-- in memory: the batches of `ImageDataModule`, uint8 until they are on the device;
+- in memory: the batches of `ImageDataModule`, which stay uint8 until they are on the device;
 - quantizer: `EMAQuantizer`;
 - channels last, fused Adam, bfloat16, and with --compile `torch.compile`, one after the other;
-- vqvae-train: the command's own Trainer, with its callbacks, its metrics file and its schedule, to
-  compare with the loop of the same settings by hand.
+- vqvae-train: the command's own Trainer, with its callbacks, its metrics file and its schedule, for
+  comparison with the hand-written loop of the same settings.
 
-Blocks of a few steps alternate, in rotating order, so that a slow minute hits all alike. The first
-steps of a block are not timed.
+Blocks of a few steps alternate in rotating order, so that a slow phase of the machine affects all
+rows. The first steps of a block are not timed.
 """
 
 import argparse
@@ -49,12 +49,12 @@ from vqvae_lightning.stages.training import prepare
 
 IMAGES = 10_240
 CODES, DIM, HIDDEN, RESIDUAL = 512, 64, 128, 32
-UNTIMED = 2  # first steps of a block
+UNTIMED = 2  # steps at the start of each block
 RATE = 2e-3
 
 
 class Pictures(Dataset):
-    """Images as torchvision's CIFAR10 gives them: PIL, then a transform, one at a time."""
+    """Images as torchvision's CIFAR10 returns them: one PIL image at a time, then a transform."""
 
     def __init__(self, images: np.ndarray) -> None:
         self.images = images
@@ -70,7 +70,7 @@ class Pictures(Dataset):
 
 
 class TextbookQuantizer(nn.Module):
-    """Sonnet's `VectorQuantizerEMA` as it is usually written in torch, in float32."""
+    """Sonnet's `VectorQuantizerEMA` as usually written in torch, in float32."""
 
     codes_per_position = 1
     encoder_channels = code_dim = DIM
@@ -103,14 +103,14 @@ class TextbookQuantizer(nn.Module):
 
 
 def batches(loader: Any) -> Iterator[Tensor]:
-    """Epoch after epoch of images in [-1, 1]."""
+    """Yield batches of images in [-1, 1], epoch after epoch."""
     while True:
         for batch in loader:
             yield batch if isinstance(batch, Tensor) else from_uint8(batch.data)
 
 
 class ByHand:
-    """A loop without Lightning; `run` gives the seconds of its timed steps."""
+    """A training loop without Lightning."""
 
     def __init__(
         self,
@@ -141,7 +141,7 @@ class ByHand:
         )
 
     def step(self) -> None:
-        """One batch."""
+        """Train on one batch."""
         images = next(self.batches)
         with torch.autocast("cpu", torch.bfloat16, enabled=self.bfloat16):
             output = self.net(images)
@@ -154,7 +154,7 @@ class ByHand:
             self.net.quantizer.update(0.5)
 
     def run(self, steps: int) -> float:
-        """Seconds of `steps` steps."""
+        """Time `steps` steps, in seconds."""
         for _ in range(UNTIMED):
             self.step()
         start = time.perf_counter()
@@ -164,7 +164,7 @@ class ByHand:
 
 
 class Clock(Callback):
-    """Time from the start of one step to that of another."""
+    """Notes when each step starts."""
 
     def __init__(self) -> None:
         self.starts: list[float] = []
@@ -172,12 +172,12 @@ class Clock(Callback):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Note the time."""
+        """Note the time at the start of a step."""
         self.starts.append(time.perf_counter())
 
 
 class Command:
-    """What `vqvae-train` runs: its task, its Trainer, its callbacks."""
+    """The task, Trainer and callbacks that `vqvae-train` runs."""
 
     def __init__(
         self, images: ImageDataModule, folder: Path, precision: str, compiled: bool
@@ -198,7 +198,7 @@ class Command:
         self.task = prepare(self.cfg, images).task
 
     def run(self, steps: int) -> float:
-        """Seconds of `steps` steps."""
+        """Time `steps` steps, in seconds."""
         clock = Clock()
         parts = [build(part) for part in self.cfg.callbacks.values() if part is not None]
         trainer = build(
@@ -215,7 +215,7 @@ class Command:
 def contestants(
     images: ImageDataModule, folder: Path, compiled: bool
 ) -> dict[str, Callable[[int], float]]:
-    """Each row's `run`; a dictionary in the order of the table."""
+    """Make the `run` method of each row, in the order of the table."""
     ladder: dict[str, dict[str, bool]] = {"textbook": {}}
     names = {
         "in memory": "in_memory",
@@ -241,7 +241,7 @@ def contestants(
 def measure(
     runs: dict[str, Callable[[int], float]], steps: int, rounds: int, console: Console
 ) -> dict[str, list[float]]:
-    """Seconds per step of each block, by contestant; a first round is not counted."""
+    """Measure the seconds per step of each block, by row; the first round does not count."""
     taken: dict[str, list[float]] = {name: [] for name in runs}
     names = list(runs)
     for turn in range(rounds + 1):
@@ -255,7 +255,7 @@ def measure(
 
 
 def share_of_convolutions(run: Callable[[int], float]) -> float:
-    """Of the time of a few steps, by torch's profiler."""
+    """Measure the share of convolutions in the time of a few steps, with torch's profiler."""
     with torch.profiler.profile() as profile:
         run(3)
     events = profile.key_averages()
@@ -264,13 +264,13 @@ def share_of_convolutions(run: Callable[[int], float]) -> float:
 
 
 def main() -> None:
-    """Measure, and print a table in Markdown."""
+    """Measure all rows and print the table, also in Markdown."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--batch", type=int, default=256)
-    parser.add_argument("--steps", type=int, default=8, help="timed steps of a block")
+    parser.add_argument("--steps", type=int, default=8, help="timed steps per block")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--compile", action="store_true", help="also with torch.compile")
+    parser.add_argument("--compile", action="store_true", help="add rows with torch.compile")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     register_resolvers()
@@ -279,7 +279,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         generator = np.random.default_rng(0)
-        # Coarse noise, so that neighbouring pixels go together as in photographs.
+        # Coarse noise, so that neighbouring pixels correlate as in photographs.
         coarse = generator.integers(0, 256, (IMAGES + 512, 8, 8, 3), dtype=np.uint8)
         pixels = coarse.repeat(4, 1).repeat(4, 2)
         arrays = {"train": pixels[:IMAGES], "val": pixels[IMAGES:-256], "test": pixels[-256:]}
@@ -313,11 +313,11 @@ def main() -> None:
     pairs = {"float32": ("+ fused Adam", "vqvae-train, float32")}
     pairs["bfloat16"] = ("+ bfloat16", "vqvae-train, bfloat16")
     for precision, (hand, command) in pairs.items():
-        # Within a round, where the machine was the same.
+        # Ratios within a round, because the machine's speed varies between rounds.
         ratios = sorted(c / h for c, h in zip(taken[command], taken[hand], strict=True))
         console.print(
-            f"Lightning over the same loop by hand, {precision}: {median(ratios) - 1:+.1%} "
-            f"(rounds: {ratios[0] - 1:+.1%} to {ratios[-1] - 1:+.1%})"
+            f"Overhead of Lightning over the same loop by hand, {precision}: "
+            f"{median(ratios) - 1:+.1%} (rounds: {ratios[0] - 1:+.1%} to {ratios[-1] - 1:+.1%})"
         )
 
 

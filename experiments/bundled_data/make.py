@@ -1,10 +1,10 @@
-"""Make the bundled subset of Fashion-MNIST out of the full set.
+"""Make the bundled subset of Fashion-MNIST from the full set.
 
     python experiments/bundled_data/make.py DATA_DIR
 
-DATA_DIR is where torchvision's FashionMNIST keeps (or is to download) its files. The subset has the
-first 1 000 training and the first 200 test images of each class, in their original order, so it is
-the same on every machine.
+DATA_DIR is the folder in which torchvision's FashionMNIST keeps its files, or downloads them. The
+subset has the first 1 000 training and the first 200 test images of each class, in their original
+order, so it is the same on every machine.
 """
 
 import sys
@@ -18,7 +18,7 @@ PER_CLASS = {"train": 1_000, "test": 200}
 
 
 def main(root: str) -> None:
-    """Write TARGET."""
+    """Write TARGET from the full set in `root`."""
     arrays: dict[str, np.ndarray] = {}
     for split, count in PER_CLASS.items():
         full = FashionMNIST(root, train=split == "train", download=True)
