@@ -1,4 +1,4 @@
-"""Small data, commands run in this process, and a warm interpreter for those run in others."""
+"""Small data, commands that run in this process, and a warm interpreter for other processes."""
 
 import multiprocessing
 import os
@@ -34,17 +34,17 @@ TINY_VQVAE = (
     "model.net.quantizer.warmup_steps=1",
 )
 
-COLD, FOLDER = sys.executable, "WARM_PYTHON"  # the latter is set for pytest's own workers
+COLD, FOLDER = sys.executable, "WARM_PYTHON"  # the variable tells pytest's workers the folder
 
 
 def pytest_xdist_auto_num_workers(config):
-    """As many processes as cores for all tests, none more for chosen ones."""
+    """One process per core for the whole suite, and no extra process for chosen tests."""
     chosen = config.args_source is not config.ArgsSource.TESTPATHS
     return 0 if chosen else len(os.sched_getaffinity(0))
 
 
 def keep_bytecode(config):
-    """Where Python is told to write no bytecode, two thirds of an import of torch are compiling."""
+    """Keep bytecode even if Python is told not to: compiling is two thirds of importing torch."""
     if sys.dont_write_bytecode:
         sys.dont_write_bytecode = False
         sys.pycache_prefix = str(config.rootpath / ".pytest_cache" / "bytecode")
@@ -55,8 +55,8 @@ def keep_bytecode(config):
 def pytest_configure(config):
     keep_bytecode(config)
     if config.getoption("numprocesses", None):
-        # Each process would start a thread per core, and threads that outnumber the cores wait for
-        # each other by spinning: the tests would take twice as long.
+        # Each process would start one thread per core. More threads than cores wait for each other
+        # by spinning, which would double the time of the tests.
         os.environ.setdefault("OMP_NUM_THREADS", "1")
     if sys.platform != "linux" or "COLD_PYTHON" in os.environ:
         return
@@ -73,7 +73,7 @@ def pytest_configure(config):
 
 @pytest.fixture
 def cold(monkeypatch):
-    """Processes with interpreters of their own, which import everything anew."""
+    """Start processes with a fresh interpreter, which imports everything again."""
     warm = sys.executable
     monkeypatch.setattr(sys, "executable", COLD)
     multiprocessing.set_executable(COLD)
@@ -90,7 +90,7 @@ class Outcome(NamedTuple):
 
 @pytest.fixture(scope="session")
 def toy_npz(tmp_path_factory) -> Path:
-    """Colour images of 12x8 pixels in three classes; the class is the place of a bright bar."""
+    """Colour images of 12x8 pixels in three classes; the position of a bright bar is the class."""
     generator = np.random.default_rng(0)
     arrays = {}
     for split, count in (("train", 96), ("val", 24), ("test", 30)):
@@ -113,7 +113,7 @@ def toy(toy_npz) -> tuple[str, ...]:
 
 @pytest.fixture
 def command(tmp_path, monkeypatch, capsys) -> Callable[..., Outcome]:
-    """Run a command in this process; its folder is `tmp_path/run` unless it resumes."""
+    """Run a command in this process, in `tmp_path/run` unless it resumes another folder."""
 
     def run(name: str, *overrides: str, folder: Path | None = None) -> Outcome:
         place = folder or tmp_path / "run"
@@ -134,7 +134,7 @@ def command(tmp_path, monkeypatch, capsys) -> Callable[..., Outcome]:
 
 
 def compose(config_name: str, *overrides: str, folder: Path | None = None) -> Any:
-    """A config as the commands compose it, below `folder`."""
+    """Compose a config as the commands do, for a run in `folder`."""
     from hydra import compose as hydra_compose
     from hydra import initialize_config_dir
 
@@ -161,11 +161,11 @@ def checkpoints(toy_npz, tmp_path_factory) -> Path:
 
 @pytest.fixture(autouse=True)
 def _isolated():
-    """Seed each test, and refuse one that changes the number of threads for those that follow.
+    """Seed each test, and fail a test that changes the number of threads for later tests.
 
     A sum over two threads differs from a sum over one in its last bits.
     """
-    import torch  # not by the process that only deals out the tests
+    import torch  # imported here, because xdist's controller runs no tests and needs no torch
 
     torch.manual_seed(0)
     threads = torch.get_num_threads()

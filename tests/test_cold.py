@@ -1,4 +1,4 @@
-"""Slow: what is claimed of processes also holds for interpreters that import everything anew."""
+"""Slow: tests that start processes also pass with interpreters that import everything again."""
 
 import os
 import subprocess
@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from conftest import COLD
 
-# Each file, and the tests in it that start processes; None for all.
+# Test files, and the tests in them that start processes; None means all.
 STARTING = {
     "test_devices.py": None,
     "test_launchers.py": None,
@@ -22,14 +22,15 @@ STARTING = {
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(sys.executable == COLD, reason="all tests are cold here")
+@pytest.mark.skipif(sys.executable == COLD, reason="every interpreter is fresh here")
 @pytest.mark.parametrize("file", STARTING)
-def test_fresh_interpreters_do_what_the_warm_one_does(file):
+def test_fresh_interpreters_behave_like_the_warm_one(file):
     chosen = ["-k", STARTING[file]] if STARTING[file] else []
-    ours = ("WARM_PYTHON", "PYTEST")  # of this run and of its workers
-    environment = {k: v for k, v in os.environ.items() if not k.startswith(ours)}
+    inherited = ("WARM_PYTHON", "PYTEST")  # set for this run and its workers
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(inherited)}
+    (path,) = Path(__file__).parent.rglob(file)
     run = subprocess.run(
-        [COLD, "-m", "pytest", Path(__file__).with_name(file), *chosen],
+        [COLD, "-m", "pytest", path, *chosen],
         env={**environment, "COLD_PYTHON": "1"},
         capture_output=True,
         text=True,

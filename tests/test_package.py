@@ -13,7 +13,7 @@ from vqvae_lightning.configs import CONF_DIR
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "vqvae_lightning"
-# Each file imports only from lower levels; a folder's files may import each other.
+# A file may import from lower levels only, and from its own folder.
 LEVELS = {
     "console": 0,
     "distributed": 0,
@@ -52,7 +52,7 @@ COMMANDS = (
     "vqvae-shards",
 )
 MODULES = {name: name.replace("vqvae-", "vqvae_lightning.commands.") for name in COMMANDS}
-MODULES["vqvae-report"] = "vqvae_lightning.commands.report"  # takes a folder, no overrides
+MODULES["vqvae-report"] = "vqvae_lightning.commands.report"  # takes a folder instead of overrides
 
 
 def imported(path):
@@ -153,7 +153,7 @@ def test_the_wheel_runs_the_pipeline_outside_the_checkout(tmp_path):
     assert all(f"{name} = vqvae_lightning" in inside.read(scripts).decode() for name in MODULES)
     (metadata,) = (name for name in names if name.endswith("METADATA"))
     assert "Requires-Dist: pytorch-lightning" in inside.read(metadata).decode()
-    # A fresh environment that has the dependencies of this one but not this checkout.
+    # A fresh environment with the dependencies of this one, but without this checkout.
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "venv"], check=True)
     (site,) = (tmp_path / "venv").glob("lib/python*/site-packages")
     zipfile.ZipFile(wheel).extractall(site)

@@ -1,4 +1,4 @@
-"""The warm interpreter ends, and is ended, as a fresh one."""
+"""The warm interpreter exits, and is killed by signals, like a fresh one."""
 
 import os
 import signal
@@ -22,7 +22,7 @@ while True:
 
 
 def start(folder):
-    # In the background of a shell it would be ignored, by what is started too.
+    # A background job of a shell ignores SIGINT, and so would the processes that it starts.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     (folder / "script.py").write_text(SCRIPT)
     pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
@@ -60,4 +60,4 @@ def test_a_signal_ends_it_and_its_fork(number, status, tmp_path):
         except ProcessLookupError:
             return
         time.sleep(0.05)
-    pytest.fail("its fork goes on")
+    pytest.fail("its fork is still running")

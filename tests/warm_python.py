@@ -1,14 +1,15 @@
-"""A Python that has imported torch, Lightning and this package already, for processes of tests.
+"""A Python with torch, Lightning and this package already imported, for processes of the tests.
 
-A fresh interpreter imports for seconds before a rank's first step, and the tests start dozens of
-ranks. `install` writes an executable that takes the arguments of `python` and is put in the place
-of `sys.executable`. It sends its arguments, environment, folder and open files to a server, which
-forks; the fork runs what was asked for. The executable stays as the process that others see: it
-passes signals on, ends as the fork ends, and if it is killed, so is the fork. What the fork starts
-through `sys.executable` is started in the same way.
+A fresh interpreter spends seconds on imports before a rank's first step, and the tests start dozens
+of ranks. `install` writes an executable that takes the arguments of `python` and replaces
+`sys.executable`. It sends its arguments, environment, working directory and open files to a server.
+The server forks, and the fork runs the request. The executable remains the process that others see:
+it forwards signals and exits with the status of the fork. If it is killed, the server kills the
+fork. Processes that the fork starts through `sys.executable` are started in the same way.
 
-Other things than the modules in `WARM` go to the real interpreter, and so does everything where
-there is no Linux, where a GPU is (CUDA does not survive a fork), or where `COLD_PYTHON` is set.
+Only the modules in `WARM` run in a fork; the real interpreter runs everything else. It also runs
+everything on systems other than Linux, on machines with a GPU (CUDA does not survive a fork), and
+if `COLD_PYTHON` is set.
 """
 
 import json
@@ -32,7 +33,7 @@ PASSED_ON = ("SIGHUP", "SIGINT", "SIGQUIT", "SIGTERM", "SIGUSR1", "SIGUSR2")
 
 
 def install(folder):
-    """Write the executable `folder/python`; returns the command line of its server."""
+    """Write the executable `folder/python`, and return the command line of its server."""
     path, address = folder / "python", folder / "server"
     path.write_text(
         f"#!{sys.executable} -IS\n"
@@ -43,8 +44,11 @@ def install(folder):
     return [sys.executable, __file__, str(address), str(path)]
 
 
-def parsed(arguments):
-    """How `python ARGUMENTS` starts: {kind: module | code | script, what, argv, quiet}; or None."""
+def parse(arguments):
+    """Parse `python ARGUMENTS` to {kind: module | code | script, what, argv, quiet}.
+
+    Returns None if the real interpreter must run them.
+    """
     rest, quiet = list(arguments), False
     while rest and rest[0] in ("-u", "-B", "-W"):
         if rest.pop(0) == "-W":
@@ -60,7 +64,7 @@ def parsed(arguments):
         rest.insert(0, "")
     else:
         return None
-    # As python fills sys.argv; a module's name becomes its path.
+    # sys.argv as python sets it; runpy replaces a module's name by its path.
     first = {"module": what, "code": "-c", "script": what}[kind]
     return {"kind": kind, "what": what, "argv": [first, *rest[2:]], "quiet": quiet}
 
@@ -69,11 +73,11 @@ def parsed(arguments):
 
 
 def run(address, arguments):
-    """Have the server run what `arguments` say, and end as it ends."""
+    """Let the server run `arguments`, and exit with the status of its fork."""
     numbers = [signal.Signals[name] for name in PASSED_ON]
-    signal.pthread_sigmask(signal.SIG_BLOCK, numbers)  # until there is somebody to pass them to
-    request = parsed(arguments)
-    files = list(open_files())
+    signal.pthread_sigmask(signal.SIG_BLOCK, numbers)  # until the fork exists
+    request = parse(arguments)
+    files = list(list_open_files())
     server = socket.socket(socket.AF_UNIX)
     try:
         if request is None:
@@ -84,42 +88,42 @@ def run(address, arguments):
         text = json.dumps(request).encode()
         socket.send_fds(server, [struct.pack("I", len(text))], files)
         server.sendall(text)
-        process = number_from(server)
+        process = receive_number(server)
     except OSError:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, numbers)
         os.execv(sys.executable, [sys.executable, *arguments])
     for file in files:
         if file > 2:
-            os.close(file)  # or a pipe to the fork would have a second end here
+            os.close(file)  # otherwise a pipe to the fork would have a second end here
 
-    def pass_on(number, _):
-        with suppress(ProcessLookupError):  # it has just ended
+    def forward(number, _):
+        with suppress(ProcessLookupError):  # the fork has just ended
             os.kill(process, number)
 
     for number in numbers:
-        signal.signal(number, pass_on)
+        signal.signal(number, forward)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, numbers)
-    status = number_from(server)
+    status = receive_number(server)
     if os.WIFSIGNALED(status):
-        with suppress(OSError):  # SIGKILL has no other handler
+        with suppress(OSError):  # the handler of SIGKILL cannot be set
             signal.signal(os.WTERMSIG(status), signal.SIG_DFL)
         os.kill(os.getpid(), os.WTERMSIG(status))
     os._exit(os.WEXITSTATUS(status))
 
 
-def number_from(server):
+def receive_number(server):
     text = server.recv(4, socket.MSG_WAITALL)
     if len(text) < 4:
         raise ConnectionResetError("the warm interpreter has died")
     return struct.unpack("i", text)[0]
 
 
-def open_files():
+def list_open_files():
     for name in os.listdir("/proc/self/fd"):
         try:
             os.fstat(int(name))
         except OSError:
-            continue  # the listing's own
+            continue  # the listing itself
         yield int(name)
 
 
@@ -127,9 +131,9 @@ def open_files():
 
 
 def serve(address):
-    """Fork for each request; returns in the forks: what is to be run.
+    """Fork for each request, and return the request in the fork.
 
-    Ends, with all forks, when its standard input does: with the tests.
+    When the tests end, the server's standard input closes; it then kills all forks and exits.
     """
     import select
 
@@ -141,7 +145,7 @@ def serve(address):
         os.set_blocking(number, False)
     signal.signal(signal.SIGCHLD, lambda *_: None)
     signal.set_wakeup_fd(wake)
-    select.select([listener, 0], [], [])  # nothing is imported for tests that start nothing
+    select.select([listener, 0], [], [])  # tests that start no process need no imports
     preload()
     forks = {}
     while True:
@@ -152,16 +156,18 @@ def serve(address):
             os._exit(0)
         if ended in ready:
             os.read(ended, 1000)
-            for client, status in waited(forks):
+            for client, status in reap(forks):
                 del forks[client]
                 answer(client, status)
                 client.close()
         for client in [client for client in ready if client in forks]:
-            os.kill(forks[client], signal.SIGKILL)  # the executable is dead; waited for as ever
+            os.kill(
+                forks[client], signal.SIGKILL
+            )  # the executable was killed; `reap` waits for its fork
             client.shutdown(socket.SHUT_RDWR)
         if listener in ready:
             client, _ = listener.accept()
-            request, files = received(client)
+            request, files = receive_request(client)
             process = os.fork()
             if process == 0:
                 signal.set_wakeup_fd(-1)
@@ -170,7 +176,7 @@ def serve(address):
                     part.close()
                 os.close(ended)
                 os.close(wake)
-                take(files, request["files"])
+                renumber(files, request["files"])
                 return request
             for number in files:
                 os.close(number)
@@ -186,24 +192,24 @@ def preload():
     import torch
     from hydra.core.plugins import Plugins
 
-    Plugins.instance()  # looks through all packages
+    Plugins.instance()  # scans all packages
     if torch.cuda.is_available():
-        sys.exit()  # the executables find nobody
+        sys.exit()  # the executables then run the real interpreter
 
 
-def received(client):
+def receive_request(client):
     size, files, _, _ = socket.recv_fds(client, 4, 250)
     (count,) = struct.unpack("I", size)
     return json.loads(client.recv(count, socket.MSG_WAITALL)), files
 
 
 def answer(client, number):
-    with suppress(OSError):  # it was killed
+    with suppress(OSError):  # the executable was killed
         client.sendall(struct.pack("i", number))
 
 
-def waited(forks):
-    """Clients of the forks that have ended, and how these did."""
+def reap(forks):
+    """Yield the client and the status of each fork that has ended."""
     clients = {process: client for client, process in forks.items()}
     while clients:
         process, status = os.waitpid(-1, os.WNOHANG)
@@ -212,8 +218,8 @@ def waited(forks):
         yield clients.pop(process), status
 
 
-def take(files, numbers):
-    """Give the open `files` the `numbers` that they had."""
+def renumber(files, numbers):
+    """Give the open `files` the `numbers` that they had in the executable."""
     import fcntl
 
     beyond = max(*files, *numbers) + 1
@@ -226,7 +232,7 @@ def take(files, numbers):
 
 
 def become(request):
-    """Run it as `python` would in a process of its own."""
+    """Run the request as `python` would in a separate process."""
     import multiprocessing
     import runpy
     import types
@@ -256,7 +262,7 @@ def become(request):
         sys.modules.pop("sitecustomize", None)
         import sitecustomize  # noqa: F401
     if kind == "module":
-        # It has been imported here, and is run as __main__ beside that, as ever.
+        # The module is already imported here; runpy warns before it runs it again as __main__.
         warnings.filterwarnings("ignore", ".*found in sys.modules", RuntimeWarning, "runpy")
         runpy.run_module(what, run_name="__main__", alter_sys=True)
     elif kind == "script":
