@@ -380,16 +380,16 @@ MUTATIONS = (
         "test_evaluation.py",
         (
             "nmse four times too large",
-            "(4 * self.pixel_variance)",
-            "self.pixel_variance",
+            "(4 * pixel_variance)",
+            "pixel_variance",
             VQVAE_STEP,
         ),
         ("psnr of the root", "-10 * torch.log10(error)", "-20 * torch.log10(error)", VQVAE),
         ("weight forgotten", "= weight * terms[name]", "= terms[name]", VQVAE_STEP),
         (
             "errors of unrounded images",
-            "to_uint8(reconstruction).float() / 255,",
-            "(reconstruction.float() + 1) / 2,",
+            "to_uint8(output.reconstruction).float() / 255,",
+            "(output.reconstruction.float() + 1) / 2,",
             VQVAE,
         ),
         (

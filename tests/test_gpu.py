@@ -28,9 +28,9 @@ from vqvae_lightning.errors import DivergenceError
 from vqvae_lightning.evaluation import drawing
 from vqvae_lightning.networks.autoencoder import VQVAE
 from vqvae_lightning.networks.pixelcnn import PixelCNN
-from vqvae_lightning.quantizers import EMAQuantizer, LossQuantizer, base
+from vqvae_lightning.quantizers import EMAQuantizer, LossQuantizer, lookup
 from vqvae_lightning.quantizers.lookup import nearest_codes
-from vqvae_lightning.tasks import PriorTask, VQVAETask, optimization
+from vqvae_lightning.tasks import PriorTask, VQVAETask, divergence
 from vqvae_lightning.tasks.optimization import WarmupCosine
 
 needs_gpu = [
@@ -51,7 +51,7 @@ class Inside(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, arguments=(), options=None):
         if function is torch.ops.vqvae_lightning.nearest_codes.default:
             with self:
-                return base._nearest_codes(*arguments)
+                return lookup._nearest_codes(*arguments)
         return self.seen(function, arguments, options or {})
 
     def seen(self, function, arguments, options):
@@ -146,9 +146,9 @@ def test_a_gpu_looks_a_large_codebook_up_in_few_kernels(gigabytes, most, monkeyp
     monkeypatch.setattr(
         torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=memory)
     )
-    budget = base.scores_at_a_time(torch.device("cuda"))
+    budget = lookup.scores_at_a_time(torch.device("cuda"))
     assert 4 * budget <= memory / 64
-    monkeypatch.setattr(base, "scores_at_a_time", lambda device: budget)
+    monkeypatch.setattr(lookup, "scores_at_a_time", lambda device: budget)
     vectors, codebook = torch.empty(65536, 64, device="meta"), torch.empty(16384, 64, device="meta")
     with Counted() as counted:
         nearest_codes(vectors, codebook)
@@ -376,7 +376,7 @@ def test_no_step_waits_for_a_value_of_the_device(stage, tmp_path, monkeypatch):
         def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
             Unread.step = trainer.global_step
 
-    monkeypatch.setattr(optimization, "Reading", Unread)
+    monkeypatch.setattr(divergence, "Reading", Unread)
     monkeypatch.setattr(pl.loops.fit_loop, "has_len_all_ranks", lambda *_: True)  # asks the device
     place = Nowhere(torch.device("meta"), accelerator=AnyDevice())
     trainer = fit(stage, tmp_path, Clock(), WithinSteps(NoWaitingCopies()), strategy=place)
@@ -406,7 +406,7 @@ def test_no_step_waits_on_a_gpu(stage, tmp_path):
 
 
 def test_a_loss_that_is_found_late_reaches_no_checkpoint(toy, command, monkeypatch):
-    monkeypatch.setattr(optimization, "reads_late", lambda device: True)
+    monkeypatch.setattr(divergence, "reads_late", lambda device: True)
     steps = ("trainer.max_steps=50", "callbacks.last.every_n_steps=1")
     wild = ("model.optimizer.lr=1e20", "model.schedule=null")
     outcome = command("vqvae-train", *toy, *TINY_VQVAE, *steps, *wild)
@@ -422,7 +422,7 @@ def test_a_loss_is_looked_at_before_a_validation_and_at_the_end():
     for hook in ("on_validation_start", "on_train_end"):
         task, _ = prior_task()
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(optimization, "reads_late", lambda device: True)
+            patch.setattr(divergence, "reads_late", lambda device: True)
             task.losses.add(7, torch.tensor(torch.nan), {"loss": torch.tensor(torch.inf)})
         with pytest.raises(DivergenceError, match=r"step 7: the loss is nan \(loss=inf\)"):
             getattr(task, hook)()

@@ -56,7 +56,7 @@ def test_a_vqvae_says_what_its_validation_logs(quantizer, extra, toy, tmp_path):
     cfg = compose("vqvae", *toy, *options, folder=tmp_path)
     images = load_images(cfg.dataset)
     task = prepare(cfg.copy(), images).task
-    said = task.validated(task.net.grid(*images.image_shape[1:]))
+    said = task.list_validation_metrics(task.net.grid(*images.image_shape[1:]))
     train(cfg, images)
     assert said == logged(tmp_path)
 
@@ -78,7 +78,7 @@ def test_a_prior_says_what_its_validation_logs(vqvae, toy, tmp_path):
     images = load_images(cfg.dataset)
     task = prepare(cfg.copy(), images).task
     train(cfg, images)
-    assert task.validated((3, 2)) == logged(tmp_path)
+    assert task.list_validation_metrics((3, 2)) == logged(tmp_path)
 
 
 def test_every_name_with_a_direction_has_a_unit():

@@ -64,10 +64,11 @@ def check_monitor(monitor: str, task: Any, data: StageDataModule) -> None:
     """
     codes = isinstance(data, CodesDataModule)
     grid = data.grid if codes else task.net.grid(*data.image_shape[1:])  # type: ignore[attr-defined]
-    known = {name: best for name in sorted(task.validated(grid)) if (best := direction(name))}
+    names = sorted(task.list_validation_metrics(grid))
+    known = {name: best for name in names if (best := direction(name))}
     if monitor not in known:
-        names = ", ".join(f"{name} ({best})" for name, best in known.items())
-        raise InputError(Key("monitor"), f"={monitor} must be one of {names}.")
+        accepted = ", ".join(f"{name} ({best})" for name, best in known.items())
+        raise InputError(Key("monitor"), f"={monitor} must be one of {accepted}.")
 
 
 def check_trainer(trainer: Any) -> None:

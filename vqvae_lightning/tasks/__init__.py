@@ -1,4 +1,4 @@
-"""The LightningModules: steps, losses, logged names, optimizers."""
+"""The LightningModules: losses, logged metrics and optimizers."""
 
 from vqvae_lightning.tasks.classifier import ClassifierTask
 from vqvae_lightning.tasks.optimization import WarmupCosine

@@ -1,4 +1,4 @@
-"""Train the classifier that judges samples; on real training images only."""
+"""Train the classifier that judges samples, on real training images only."""
 
 from typing import Any
 
@@ -9,15 +9,19 @@ from torch import Tensor
 
 from vqvae_lightning.data.images import Batch
 from vqvae_lightning.networks.classifier import Classifier
-from vqvae_lightning.tasks.optimization import OptimizerFactory, WarmupCosine, optimization
+from vqvae_lightning.tasks.optimization import (
+    OptimizerFactory,
+    WarmupCosine,
+    configure_optimizer,
+)
 
 
 class ClassifierTask(pl.LightningModule):
-    """Cross-entropy of the labels.
+    """Trains a classifier with the cross-entropy of the labels.
 
     Args:
-        net: The network.
-        optimizer: Makes the optimizer out of the parameters.
+        net: Network to train.
+        optimizer: Builds the optimizer from the parameters.
         schedule: Factor on the learning rate; None keeps it constant.
     """
 
@@ -30,7 +34,7 @@ class ClassifierTask(pl.LightningModule):
         self.schedule = schedule
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """One step on images in [-1, 1]."""
+        """Return the loss of a batch of images in [-1, 1]."""
         assert batch.labels is not None
         loss = F.cross_entropy(self.net(batch.data).float(), batch.labels)
         if (self.global_step + 1) % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
@@ -38,6 +42,10 @@ class ClassifierTask(pl.LightningModule):
         return loss
 
     def configure_optimizers(self) -> Any:
-        """The optimizer and its schedule."""
-        total = float(self.trainer.estimated_stepping_batches)
-        return optimization(self.net.parameters(), self.optimizer_factory, self.schedule, total)
+        """Build the optimizer and its schedule."""
+        return configure_optimizer(
+            self.net.parameters(),
+            self.optimizer_factory,
+            self.schedule,
+            float(self.trainer.estimated_stepping_batches),
+        )

@@ -12,28 +12,39 @@ from vqvae_lightning.data.images import Batch
 from vqvae_lightning.errors import check_range
 from vqvae_lightning.metrics import unigram_log_probabilities
 from vqvae_lightning.networks.pixelcnn import PixelCNN
+from vqvae_lightning.tasks.compilation import compile_once
+from vqvae_lightning.tasks.divergence import WatchedTask
 from vqvae_lightning.tasks.optimization import (
     OptimizerFactory,
     WarmupCosine,
-    WatchedTask,
-    compile_once,
-    optimization,
+    configure_optimizer,
 )
 
 
-class PriorTask(WatchedTask):
-    """Maximum likelihood of codes under a PixelCNN (van den Oord et al. 2016, arXiv:1606.05328).
-
-    Beside its own nats per code stand those of the uniform model, log K, and of the unigram model,
-    the histogram of the training codes with one added to each count: what a prior must beat to have
-    learnt anything about how codes go together.
+def compute_loss(logits: Tensor, codes: Tensor, label_smoothing: float) -> Tensor:
+    """Compute the training loss, the mean cross-entropy of the codes in nats.
 
     Args:
-        net: The network.
-        optimizer: Makes the optimizer out of the parameters.
-        schedule: Factor on the learning rate; None keeps it constant.
+        logits: (B, K, h, w) scores of each code.
+        codes: (B, h, w) targets.
         label_smoothing: Share of the target that is spread over all codes (Szegedy et al. 2015,
-            arXiv:1512.00567, section 7), in the loss only: nats per code are never smoothed.
+            arXiv:1512.00567, section 7).
+    """
+    return F.cross_entropy(logits, codes, label_smoothing=label_smoothing)
+
+
+class PriorTask(WatchedTask):
+    """Trains a PixelCNN by maximum likelihood (van den Oord et al. 2016, arXiv:1606.05328).
+
+    Each validation also logs the nats per code of two baselines: the uniform model, log K, and the
+    unigram model, which is the histogram of the training codes with one added to each count. A
+    prior that beats the unigram model has learnt how codes depend on each other.
+
+    Args:
+        net: Network to train.
+        optimizer: Builds the optimizer from the parameters.
+        schedule: Factor on the learning rate; None keeps it constant.
+        label_smoothing: As in `compute_loss`. Logged nats per code are never smoothed.
         channels_last: Store maps and weights with the channels innermost.
         compile: Compile the network with `torch.compile`.
 
@@ -62,16 +73,16 @@ class PriorTask(WatchedTask):
         self.register_buffer("unigram", torch.zeros(net.num_codes), persistent=False)
 
     def setup(self, stage: str) -> None:
-        """Take the unigram model from the training codes."""
+        """Compute the unigram model from the training codes."""
         data: CodesDataModule = self.trainer.datamodule  # type: ignore[attr-defined]
         compile_once(self.parts_to_compile)
         self.unigram.copy_(unigram_log_probabilities(data.histogram()))
         self.codes_per_dim = math.prod(data.grid) / math.prod(data.images.image_shape)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """One step on codes; logs every `trainer.log_every_n_steps`."""
-        logits, codes = self._logits(batch), batch.data
-        loss = F.cross_entropy(logits, codes, label_smoothing=self.label_smoothing)
+        """Return the loss of a batch of codes; log every `trainer.log_every_n_steps`."""
+        logits, codes = self._compute_logits(batch), batch.data
+        loss = compute_loss(logits, codes, self.label_smoothing)
         self.losses.add(self.global_step, loss, {"loss": loss})
         if (self.global_step + 1) % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
             with torch.no_grad():
@@ -86,15 +97,15 @@ class PriorTask(WatchedTask):
         return loss
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """Add a batch to the metrics of the epoch."""
+        """Add a batch to the metrics of the split."""
         self._evaluate(batch, "val")
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
-        """Add a batch to the metrics of the epoch."""
+        """Add a batch to the metrics of the split."""
         self._evaluate(batch, "test")
 
-    def validated(self, grid: tuple[int, int]) -> set[str]:
-        """Names that each validation logs, on any grid of codes."""
+    def list_validation_metrics(self, grid: tuple[int, int]) -> set[str]:
+        """List the names that each validation logs, the same for every grid of codes."""
         return {
             "val/accuracy",
             "val/bits_per_code",
@@ -105,16 +116,20 @@ class PriorTask(WatchedTask):
         }
 
     def configure_optimizers(self) -> Any:
-        """The optimizer and its schedule."""
-        total = float(self.trainer.estimated_stepping_batches)
-        return optimization(self.net.parameters(), self.optimizer_factory, self.schedule, total)
+        """Build the optimizer and its schedule."""
+        return configure_optimizer(
+            self.net.parameters(),
+            self.optimizer_factory,
+            self.schedule,
+            float(self.trainer.estimated_stepping_batches),
+        )
 
-    def _logits(self, batch: Batch) -> Tensor:
+    def _compute_logits(self, batch: Batch) -> Tensor:
         labels = batch.labels if self.net.num_classes else None
         return self.net(batch.data, labels).float()  # type: ignore[no-any-return]
 
     def _evaluate(self, batch: Batch, split: str) -> None:
-        logits, codes = self._logits(batch), batch.data
+        logits, codes = self._compute_logits(batch), batch.data
         nats = F.cross_entropy(logits, codes)
         options: dict[str, Any] = {
             "on_step": False,

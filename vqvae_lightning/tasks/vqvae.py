@@ -11,32 +11,51 @@ from torchmetrics import MeanSquaredError
 from vqvae_lightning.data.images import Batch, PixelDataModule
 from vqvae_lightning.distributed import all_reduce
 from vqvae_lightning.metrics import CodebookUsage, LatentUsage
-from vqvae_lightning.networks.autoencoder import VQVAE
+from vqvae_lightning.networks.autoencoder import VQVAE, VQVAEOutput
 from vqvae_lightning.pixels import to_uint8
 from vqvae_lightning.quantizers import GaussianBottleneck, QuantizerOutput
+from vqvae_lightning.tasks.compilation import compile_once
+from vqvae_lightning.tasks.divergence import WatchedTask
 from vqvae_lightning.tasks.optimization import (
     OptimizerFactory,
     WarmupCosine,
-    WatchedTask,
-    compile_once,
-    optimization,
+    configure_optimizer,
 )
 
 
-class VQVAETask(WatchedTask):
-    """Reconstruction and quantizer losses of a VQ-VAE (arXiv:1711.00937, equation 3).
+def compute_loss(
+    images: Tensor, output: VQVAEOutput, pixel_variance: Tensor
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Compute the training loss of a VQ-VAE (arXiv:1711.00937, equation 3).
 
-    The reconstruction term is the squared error over the variance of the training pixels (NMSE), so
-    that it weighs against the quantizer's terms alike on every data set.
+    The reconstruction term is the squared error divided by the variance of the training pixels
+    (NMSE), so that its weight relative to the quantizer's terms is the same on every data set.
 
     Args:
-        net: The network.
-        optimizer: Makes the optimizer out of the parameters.
+        images: (B, C, H, W) in [-1, 1].
+        output: What the network computes for `images`.
+        pixel_variance: () variance of the training pixels in [0, 1].
+
+    Returns:
+        The loss (), and its terms by name, each () and unweighted.
+    """
+    squared_error = F.mse_loss(output.reconstruction.float(), images)
+    # Pixels in [-1, 1] have 4 times the variance of pixels in [0, 1].
+    nmse = squared_error / (4 * pixel_variance)
+    return nmse + output.quantized.loss, {"nmse": nmse, **output.quantized.terms}
+
+
+class VQVAETask(WatchedTask):
+    """Trains a VQ-VAE, and measures reconstructions and the use of the codebook.
+
+    Args:
+        net: Network to train.
+        optimizer: Builds the optimizer from the parameters.
         schedule: Factor on the learning rate; None keeps it constant.
-        channels_last: Store images and weights with the channels innermost, as convolutions on a
-            CPU and on tensor cores read them; the quantizer's rows are then contiguous.
-        compile: Compile encoder and decoder with `torch.compile`; the quantizer, which talks to
-            other ranks, stays as it is.
+        channels_last: Store images and weights with the channels innermost. Convolutions are faster
+            on CPUs and tensor cores, and the quantizer's rows are contiguous.
+        compile: Compile encoder and decoder with `torch.compile`. The quantizer communicates with
+            other ranks and is not compiled.
     """
 
     pixel_variance: Tensor
@@ -60,12 +79,12 @@ class VQVAETask(WatchedTask):
         quantizer = net.quantizer
         rows = quantizer.num_codes * quantizer.codes_per_position
         self.codebook_usage = CodebookUsage(rows) if rows else None
-        self.code_counts: Tensor | None = None  # hits of each code when last logged
+        self.code_counts: Tensor | None = None  # hits of each code, as last logged
         self.latent_usage: LatentUsage | None = None
         self.squared_error = MeanSquaredError()
 
     def setup(self, stage: str) -> None:
-        """Take the variance of the training pixels, and the size of the grid, from the data."""
+        """Read the variance of the training pixels and the size of the grid from the data."""
         data: PixelDataModule = self.trainer.datamodule  # type: ignore[attr-defined]
         self.pixel_variance.fill_(data.pixel_variance)
         compile_once(self.parts_to_compile)
@@ -74,11 +93,12 @@ class VQVAETask(WatchedTask):
             self.latent_usage = LatentUsage(self.net.quantizer.code_dim, *grid).to(self.device)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """One step on images in [-1, 1]; logs every `trainer.log_every_n_steps`."""
-        loss, terms, _, quantized = self._losses(batch.data)
-        self._use(quantized)
+        """Return the loss of images in [-1, 1]; log every `trainer.log_every_n_steps`."""
+        output = self.net(batch.data)
+        loss, terms = compute_loss(batch.data, output, self.pixel_variance)
+        self._count_use(output.quantized)
         self.losses.add(self.global_step, loss, terms)
-        # Of accumulated batches the last one speaks for all.
+        # Only the last of the accumulated batches is logged.
         accumulated = (batch_idx + 1) % self.trainer.accumulate_grad_batches
         steps = not accumulated or self.trainer.is_last_batch
         if steps and (self.global_step + 1) % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
@@ -92,18 +112,18 @@ class VQVAETask(WatchedTask):
             self.log_dict(logged)
             self.log("train/learning_rate", self.optimizers().param_groups[0]["lr"])  # type: ignore[union-attr]
             self._log_use("train")
-        return loss * self._share(len(batch.data))
+        return loss * self._compute_share(len(batch.data))
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """Add a batch to the metrics of the epoch."""
+        """Add a batch to the metrics of the split."""
         self._evaluate(batch, "val")
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
-        """Add a batch to the metrics of the epoch."""
+        """Add a batch to the metrics of the split."""
         self._evaluate(batch, "test")
 
     def on_validation_epoch_start(self) -> None:
-        """Start the epoch's histogram: training has been filling it."""
+        """Empty the histogram of codes, which training has filled."""
         self._reset_use()
 
     def on_validation_epoch_end(self) -> None:
@@ -115,17 +135,17 @@ class VQVAETask(WatchedTask):
         self._log_epoch("test")
 
     def optimizer_step(self, *args: Any, **options: Any) -> None:
-        """Step the optimizer, then let the quantizer learn from the batches of this step."""
+        """Step the optimizer, then update the quantizer from the batches of this step."""
         super().optimizer_step(*args, **options)
         progress = (self.global_step + 1) / self.total_steps
         for name, value in self.net.quantizer.update(progress).items():
             self.since_logged[name] = self.since_logged.get(name, 0.0) + value
 
     @torch.no_grad()
-    def validated(self, grid: tuple[int, int]) -> set[str]:
-        """Names that each validation logs, for latents of `grid` rows and columns."""
-        # Asked rather than listed, as any quantizer has terms of its own; and a copy is asked, as
-        # those of the library set their codebook at the first call.
+    def list_validation_metrics(self, grid: tuple[int, int]) -> set[str]:
+        """List the names that each validation logs, for latents of `grid` rows and columns."""
+        # The quantizer is called, because each one has its own terms. A copy is called, because a
+        # quantizer of the library sets its codebook in the first call.
         quantizer: Any = copy.deepcopy(cast(Any, self.net.quantizer)).eval()
         with torch.random.fork_rng(devices=[]):
             terms = quantizer(torch.zeros(1, quantizer.encoder_channels, *grid)).terms
@@ -137,36 +157,29 @@ class VQVAETask(WatchedTask):
         return {f"val/{name}" for name in names}
 
     def configure_optimizers(self) -> Any:
-        """The optimizer and its schedule."""
+        """Build the optimizer and its schedule."""
         self.total_steps = float(self.trainer.estimated_stepping_batches)
-        return optimization(
+        return configure_optimizer(
             self.net.parameters(), self.optimizer_factory, self.schedule, self.total_steps
         )
 
-    def _losses(self, images: Tensor) -> tuple[Tensor, dict[str, Tensor], Tensor, QuantizerOutput]:
-        output = self.net(images)
-        squared_error = F.mse_loss(output.reconstruction.float(), images)
-        # 4: pixels in [-1, 1] vary by four times their variance in [0, 1].
-        nmse = squared_error / (4 * self.pixel_variance)
-        loss = nmse + output.quantized.loss
-        terms = {"nmse": nmse, **output.quantized.terms}
-        return loss, terms, output.reconstruction, output.quantized
+    def _compute_share(self, images: int) -> float | Tensor:
+        """Compute this rank's share of the step's images, times the number of ranks.
 
-    def _share(self, images: int) -> float | Tensor:
-        """This rank's part of the step's images, times the ranks: 1 where all have as many.
-
-        DistributedDataParallel averages the ranks' gradients as if their batches were of one size.
+        It is 1 if all ranks have equally many images. DistributedDataParallel averages the ranks'
+        gradients as if they had.
         """
         if self.trainer.world_size == 1:
             return 1.0
-        # Filled there: a copy of a number from here would wait for a GPU.
+        # Created on the device, because copying a number there would wait for the GPU.
         total = all_reduce(torch.full((), float(images), device=self.device))
         return images * self.trainer.world_size / total
 
-    def _use(self, quantized: QuantizerOutput) -> None:
+    def _count_use(self, quantized: QuantizerOutput) -> None:
+        """Add a batch to the use of the codebook or of the latents."""
         if self.codebook_usage is not None and quantized.codes is not None:
             codes = quantized.codes
-            if codes.ndim > 3:  # several codebooks: a row of each is a code of its own
+            if codes.ndim > 3:  # several codebooks, each with its own codes
                 steps = torch.arange(codes.shape[-1], device=codes.device)
                 codes = codes + steps * self.net.quantizer.num_codes
             self.codebook_usage.update(codes)
@@ -174,8 +187,8 @@ class VQVAETask(WatchedTask):
             self.latent_usage.update(*quantized.posterior)
 
     def _log_use(self, split: str) -> None:
-        """Log how codebook or latents were used since the last time, and start anew."""
-        # Decided alike on all ranks: `compute` waits for them. A warm-up gives no codes to count.
+        """Log how the codebook or the latents were used since the last call, and reset."""
+        # All ranks must decide alike, because `compute` waits for all. A warm-up has no codes.
         if self.codebook_usage is not None and (
             split != "train" or self.codebook_usage.update_called
         ):
@@ -196,10 +209,11 @@ class VQVAETask(WatchedTask):
                 metric.reset()
 
     def _evaluate(self, batch: Batch, split: str) -> None:
-        loss, terms, reconstruction, quantized = self._losses(batch.data)
-        self._use(quantized)
+        output = self.net(batch.data)
+        loss, terms = compute_loss(batch.data, output, self.pixel_variance)
+        self._count_use(output.quantized)
         self.squared_error.update(
-            to_uint8(reconstruction).float() / 255, to_uint8(batch.data).float() / 255
+            to_uint8(output.reconstruction).float() / 255, to_uint8(batch.data).float() / 255
         )
         logged = {f"{split}/{name}": value for name, value in terms.items() if name != "nmse"}
         self.log_dict(
