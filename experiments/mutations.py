@@ -424,7 +424,7 @@ MUTATIONS = (
     ),
     *mutations_of(
         "tasks/optimization.py",
-        "test_tasks.py",
+        "tasks/test_tasks.py",
         (
             "cosine upside down",
             "(1 + math.cos(math.pi * done)) / 2",
@@ -634,7 +634,7 @@ MUTATIONS = (
     ),
     *mutations_of(
         "callbacks/codebook.py",
-        "test_callbacks.py",
+        "callbacks/test_callbacks.py",
         (
             "always warned of collapse",
             "self._below + 1 if use < self.threshold else 0",
@@ -644,7 +644,7 @@ MUTATIONS = (
     ),
     *mutations_of(
         "callbacks/reproducibility.py",
-        "test_callbacks.py",
+        "callbacks/test_callbacks.py",
         (
             "configs never differ",
             "            if differing:",
@@ -654,7 +654,7 @@ MUTATIONS = (
     ),
     *mutations_of(
         "callbacks/codebook.py",
-        "test_callbacks.py",
+        "callbacks/test_callbacks.py",
         (
             "codebooks never differ",
             "if len(set(gather(digest))) > 1:",
@@ -664,7 +664,7 @@ MUTATIONS = (
     ),
     *mutations_of(
         "stages/training.py",
-        "test_tasks.py",
+        "tasks/test_tasks.py",
         (
             "a resumed run starts over",
             "ckpt_path=whole_checkpoint(last)",

@@ -8,10 +8,10 @@ from pytorch_lightning.loggers import CSVLogger
 
 
 class MetricsFile(CSVLogger):
-    """Lightning's CSV logger, with `metrics.csv` in the run folder itself and kept on resume.
+    """Lightning's CSV logger, which writes `metrics.csv` in the run folder and keeps it on resume.
 
     Args:
-        save_dir: The run folder.
+        save_dir: Run folder.
         flush_logs_every_n_steps: As in `CSVLogger`.
     """
 
@@ -29,7 +29,7 @@ class MetricsFile(CSVLogger):
                 ]
 
     def log_metrics(self, metrics: Any, step: int | None = None) -> None:
-        """Log; before the first row of a resumed run, put back the rows of the steps before it."""
+        """Log a row. In a resumed run, the first call restores the rows of earlier steps."""
         if self._earlier and step is not None:
             rows = [row for row in self._earlier if int(row["step"]) < step]
             self._earlier = []
@@ -38,4 +38,4 @@ class MetricsFile(CSVLogger):
         super().log_metrics(metrics, step)
 
     def log_hyperparams(self, params: Any = None) -> None:
-        """Nothing: `config.yaml` has them already."""
+        """Do nothing, because `config.yaml` contains the hyperparameters."""

@@ -1,9 +1,9 @@
-"""Weights & Biases: one run per job, with artifacts and their lineage."""
+"""Weights & Biases: one run per job, with pictures, artifacts and their lineage."""
 
 import secrets
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from lightning_fabric.loggers.logger import rank_zero_experiment
 from pytorch_lightning.loggers import WandbLogger
@@ -11,16 +11,20 @@ from torch import nn
 
 from vqvae_lightning.console import console
 from vqvae_lightning.errors import InputError, Key
+from vqvae_lightning.loggers.writer import Array, Histogram
 from vqvae_lightning.units import UNITS
 
-HISTOGRAM_BINS = 512  # the most that Weights & Biases takes
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
 
 
-def name_run(cfg: Any, job_type: str) -> None:
-    """Fill in what names a job's Weights & Biases run, before its ranks share the config.
+def name_run(cfg: "DictConfig", job_type: str) -> None:
+    """Set the name, id and type of a job's Weights & Biases run in the config.
+
+    This happens before the ranks share the config, so that all ranks have the same run.
 
     Args:
-        cfg: Of the job; its `folder` gives the run's name.
+        cfg: Config of the job; the run is named after its `folder`.
         job_type: `vqvae`, `prior` or `evaluation`.
     """
     for part in (cfg.logger or {}).values():
@@ -31,26 +35,27 @@ def name_run(cfg: Any, job_type: str) -> None:
 
 
 class WandbRun(WandbLogger):
-    """One Weights & Biases run per training job: Lightning's logger, made safe for sweeps.
+    """Lightning's logger with one Weights & Biases run per job, also within a sweep.
 
-    A job never logs into another job's run, an unreachable server is a warning and the run goes on
-    offline, and the run's id is in the config, so that a resumed job continues its run.
+    A job never logs into another job's run. If the server cannot be reached, the job prints a
+    warning and logs offline. The config contains the run's id, so that a resumed job continues its
+    run.
 
     Args:
-        save_dir: The run folder; wandb's own files go below it.
-        project: Of Weights & Biases.
-        group: Runs that belong together.
-        job_type: What the run does: `vqvae`, `prior`, `evaluation`.
-        name: Shown in the dashboard.
-        id: Unique in the project.
-        offline: Keep the run on disk, for `wandb sync`. No account and no network.
-        watch: Also log histograms of the network's gradients, its parameters, or all.
-        artifacts: Also keep the best checkpoint as an artifact, with the data or the VQ-VAE that it
-            was made from as the run's input.
+        save_dir: Run folder; wandb writes its files below it.
+        project: Project in Weights & Biases.
+        group: Name shared by runs that belong together.
+        job_type: `vqvae`, `prior` or `evaluation`.
+        name: Name in the dashboard.
+        id: Id of the run, unique in the project.
+        offline: Write the run to disk only, for `wandb sync`. Needs no account and no network.
+        watch: Whether to log histograms of the network's gradients, its parameters, or both.
+        artifacts: Whether to log the best checkpoint as an artifact, with the data or the VQ-VAE
+            that it was made from as the run's input.
         init_timeout: Seconds to wait for the server.
 
     Raises:
-        InputError: If `watch` is none of these.
+        InputError: If `watch` is not one of these values, or wandb is not installed.
     """
 
     def __init__(
@@ -91,16 +96,16 @@ class WandbRun(WandbLogger):
     @property
     @rank_zero_experiment
     def experiment(self) -> Any:
-        """The wandb run, begun at the first use.
+        """The wandb run, which starts at the first use.
 
         Raises:
-            InputError: If wandb refuses the settings, or knows no account.
+            InputError: If wandb refuses the settings or finds no account.
         """
         if self._experiment is None:
             import wandb
 
-            # Lightning would write WANDB_MODE, which the next job would find, and log into a run
-            # that an earlier job had left open.
+            # Lightning would set WANDB_MODE, which affects the next job, and would log into a run
+            # that an earlier job left open.
             options: dict[str, Any] = {
                 **self._wandb_init,
                 "settings": wandb.Settings(init_timeout=self.init_timeout),
@@ -111,16 +116,15 @@ class WandbRun(WandbLogger):
             except wandb.errors.CommError as error:
                 reason = str(error).splitlines()[0]
                 console.print(
-                    f"warning: Weights & Biases cannot be reached ({reason}); the run goes on "
-                    "offline, for `wandb sync`.",
+                    f"warning: Weights & Biases cannot be reached ({reason}); logging offline, "
+                    "for `wandb sync`.",
                     highlight=False,
                 )
-                wandb.teardown()  # its service holds the id for the run that did not start
+                wandb.teardown()  # its service reserves the id for the run that did not start
                 run = wandb.init(**options, mode="offline")
             except wandb.errors.UsageError as error:
                 raise InputError(
-                    f"logger=wandb: {error} Or set logger.wandb.offline=true, which needs no "
-                    "account."
+                    f"logger=wandb: {error} Without an account, set logger.wandb.offline=true."
                 ) from error
             run.define_metric("trainer/global_step")
             run.define_metric("*", step_metric="trainer/global_step", step_sync=True)
@@ -128,26 +132,26 @@ class WandbRun(WandbLogger):
         return self._experiment
 
     def begin(self, net: nn.Module, every: int, facts: Mapping[str, Any]) -> None:
-        """Watch the network if asked to, and keep what is known before the first step.
+        """Add facts to the run's config, and watch the network if `watch` is set.
 
         Args:
-            net: The network to train.
+            net: Network to train.
             every: Steps between two histograms.
-            facts: Into the run's config, beside the units of the logged names.
+            facts: Values for the run's config, which also gets the units of the logged metrics.
         """
         self.log_hyperparams({"facts": dict(facts), "units": UNITS})
         if self.network is not None:
             self.watch(net, log=self.network, log_freq=every, log_graph=False)
 
     def keep(self, kind: str, name: str, checkpoint: Path, made_from: "Input") -> None:
-        """Log a checkpoint as an artifact, and what it was made from as the input of the run.
+        """Log a checkpoint as an artifact, and what it was made from as the run's input.
 
-        Offline, where wandb takes no inputs, the artifact's metadata still names it.
+        Offline, wandb accepts no inputs. The artifact's metadata names the input in any case.
 
         Args:
-            kind: `vqvae` or `prior`: the artifact's type.
-            name: Of the artifact.
-            checkpoint: The file.
+            kind: Type of the artifact, `vqvae` or `prior`.
+            name: Name of the artifact.
+            checkpoint: Checkpoint file.
             made_from: The data set, or the VQ-VAE.
         """
         import wandb
@@ -166,7 +170,7 @@ class WandbRun(WandbLogger):
         run.log_artifact(artifact, aliases=["best"])
 
     def finish(self, status: int) -> None:
-        """End the run, if it has begun; `status` is 0 if the job did what it should."""
+        """End the run if it has started; `status` is 0 if the job succeeded."""
         if self._experiment is not None:
             self._experiment.finish(exit_code=status)
             self._experiment = None
@@ -179,3 +183,30 @@ class Input(NamedTuple):
     kind: str
     facts: dict[str, Any]
     file: Path | None = None
+
+
+class WandbMedia:
+    """Writes pictures and histograms to a Weights & Biases logger.
+
+    Args:
+        logger: Lightning's logger.
+    """
+
+    def __init__(self, logger: WandbLogger) -> None:
+        self.logger = logger
+
+    def write_picture(
+        self, name: str, picture: Array, step: int, parts: dict[str, Array] | None = None
+    ) -> None:
+        """Write the parts with their captions, or the whole picture if there are none."""
+        if parts:
+            self.logger.log_image(name, list(parts.values()), step=step, caption=list(parts))
+        else:
+            self.logger.log_image(name, [picture], step=step)
+
+    def write_histogram(self, name: str, histogram: Histogram, step: int) -> None:
+        """Write the bars."""
+        import wandb
+
+        bars = histogram.bars.tolist(), histogram.edges.tolist()
+        self.logger.log_metrics({name: wandb.Histogram(np_histogram=bars)}, step)  # type: ignore[dict-item]

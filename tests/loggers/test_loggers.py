@@ -19,7 +19,7 @@ from vqvae_lightning.loggers.wandb import Input, WandbRun
 from vqvae_lightning.units import UNITS
 
 TINY = [option for option in TINY_VQVAE if not option.startswith("trainer=")]
-sys.path.append(str(Path(__file__).parents[1] / "experiments"))
+sys.path.append(str(Path(__file__).parents[2] / "experiments"))
 import dashboard  # noqa: E402
 
 OFFLINE = ("logger=wandb", "logger.wandb.offline=true")
@@ -52,7 +52,7 @@ def only(read: list[dict], kind: str) -> dict:
 
 @pytest.fixture(autouse=True)
 def _fresh_service():
-    """wandb reads its environment once per process, as no process of ours changes it."""
+    """Restart wandb's service, because it reads the environment once per process."""
     wandb.teardown()
     yield
     wandb.teardown()
@@ -76,7 +76,7 @@ def sweep(toy_npz, tmp_path_factory) -> Path:
     return folder / "sweep"
 
 
-def test_a_sweep_over_two_ranks_leaves_one_run_per_job(sweep):
+def test_a_sweep_over_two_ranks_writes_one_run_per_job(sweep):
     assert len(list(sweep.rglob("run-*.wandb"))) == 2
     seen = set()
     for job in ("0", "1"):
@@ -98,7 +98,7 @@ def test_a_sweep_over_two_ranks_leaves_one_run_per_job(sweep):
     assert all(run_id == stored for run_id, _, stored in seen)
 
 
-def test_figures_pictures_and_histograms_are_read_back_at_their_steps(sweep):
+def test_metrics_pictures_and_histograms_are_read_back_at_their_steps(sweep):
     rows = history(records(sweep / "0"))
     steps: dict[str, list[int]] = {}
     for row in rows:
@@ -140,7 +140,7 @@ def test_the_best_checkpoint_is_an_artifact_that_names_its_data(sweep):
 
 
 class Online:
-    """The part of a wandb run that `keep` uses, with a server."""
+    """The part of a wandb run that `keep` uses when there is a server."""
 
     offline = False
 
@@ -169,7 +169,7 @@ def test_with_a_server_a_prior_has_its_vqvae_as_input(tmp_path):
     assert list(run.used[0].manifest.entries) == ["best.ckpt"]
 
 
-def test_a_resumed_job_goes_on_with_its_run(toy, command, tmp_path):
+def test_a_resumed_job_continues_its_run(toy, command, tmp_path):
     def run_ids():
         return {path.name for path in (tmp_path / "run").rglob("run-*.wandb")}
 

@@ -180,7 +180,7 @@ def test_a_job_on_the_worse_side_of_the_median_is_stopped(monitor, score, pruned
 def test_a_study_follows_the_direction_of_the_monitor(monitor, wanted, tmp_path):
     from omegaconf import OmegaConf
 
-    path = Path(__file__).parents[1] / "conf/hydra/sweeper/optuna.yaml"
+    path = Path(__file__).parents[2] / "conf/hydra/sweeper/optuna.yaml"
     text = OmegaConf.load(path)
     cfg = OmegaConf.create({"monitor": monitor, "sweeper": {"direction": None}})
     compose("vqvae", folder=tmp_path)  # registers the resolvers
