@@ -434,11 +434,11 @@ MUTATIONS = (
     ),
     *mutations_of(
         "data/images.py",
-        "test_data.py",
+        "data/test_data.py",
         (
             "variance of test images",
-            "partial(_levels, splits.train.images, rows)",
-            "partial(_levels, splits.test.images, torch.arange(len(splits.test.images)))",
+            "partial(_count_levels, splits.train.images, rows)",
+            "partial(_count_levels, splits.test.images, torch.arange(len(splits.test.images)))",
             ERRORS,
         ),
         (
@@ -451,13 +451,13 @@ MUTATIONS = (
             "one order for all epochs",
             '"order", self.epoch)',
             '"order")',
-            "test_each_epoch_has_its_own_order_and_a_seed_repeats_it",
+            "test_each_epoch_has_its_own_order_that_the_seed_repeats",
         ),
         (
             "validated images are trained on",
             "return order[taken:].sort()",
             "return order.sort()",
-            "test_flat_folder_is_split_without_overlap",
+            "test_a_flat_folder_is_split_without_overlap",
         ),
         (
             "flips upside down",
@@ -474,7 +474,7 @@ MUTATIONS = (
     ),
     *mutations_of(
         "data/codes.py",
-        "test_data.py",
+        "data/test_data.py",
         (
             "batches over each other",
             "codes.seek(row * encoded[0].nbytes)",

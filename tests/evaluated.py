@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from vqvae_lightning.data import CodesDataModule, ImageDataModule
-from vqvae_lightning.data.sources.arrays import Split, Splits
+from vqvae_lightning.data.sources import Split, Splits
 from vqvae_lightning.evaluation.likelihood import likelihood_metrics
 from vqvae_lightning.evaluation.reconstruction import reconstruction_metrics
 from vqvae_lightning.networks.autoencoder import VQVAE

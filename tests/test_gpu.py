@@ -22,7 +22,7 @@ from vqvae_lightning.callbacks.progress import StepProgress
 from vqvae_lightning.callbacks.reproducibility import SeedSteps
 from vqvae_lightning.data import ImageDataModule
 from vqvae_lightning.data.images import ArrayDataset, StageDataModule
-from vqvae_lightning.data.sources.arrays import Split, Splits
+from vqvae_lightning.data.sources import Split, Splits
 from vqvae_lightning.devices import Reading, exact_products
 from vqvae_lightning.errors import DivergenceError
 from vqvae_lightning.evaluation import drawing

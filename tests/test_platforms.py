@@ -50,8 +50,8 @@ def test_workers_of_shards_ignore_the_signals_that_there_are(monkeypatch):
     before = signal.getsignal(signal.SIGINT)
     monkeypatch.setattr(workers.torch, "set_num_threads", lambda _: None)  # of this process
     try:
-        with workers._sigterm_held():
-            workers._start_worker(0)
+        with workers.block_sigterm():
+            workers.init_worker(0)
         assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
     finally:
         signal.signal(signal.SIGINT, before)

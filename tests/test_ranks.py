@@ -16,7 +16,7 @@ from omegaconf import OmegaConf
 from vqvae_lightning.callbacks.codebook import CodebookDrift
 from vqvae_lightning.callbacks.reproducibility import SameConfig
 from vqvae_lightning.data import CodesDataModule, ImageDataModule
-from vqvae_lightning.data.sources.arrays import Split, Splits
+from vqvae_lightning.data.sources import Split, Splits
 from vqvae_lightning.errors import DivergenceError, RankError
 from vqvae_lightning.metrics import CodebookUsage, LatentUsage
 from vqvae_lightning.networks.autoencoder import VQVAE

@@ -18,7 +18,8 @@ from PIL import Image
 from vqvae_lightning.callbacks import checkpoints as callbacks
 from vqvae_lightning.checkpoints import load
 from vqvae_lightning.configs import CONF_DIR, read_trusted
-from vqvae_lightning.data.shards.index import View, read_shard, scan_shard
+from vqvae_lightning.data.shards.index import scan_shard
+from vqvae_lightning.data.shards.read import View, read_shard
 from vqvae_lightning.data.sources.folder import ImageFolderSource
 from vqvae_lightning.data.sources.npz import NpzSource
 from vqvae_lightning.errors import InputError

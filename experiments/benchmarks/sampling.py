@@ -37,7 +37,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from vqvae_lightning.data import BundledSource, CodesDataModule, ImageDataModule
-from vqvae_lightning.data.sources.arrays import Split, Splits
+from vqvae_lightning.data.sources import Split, Splits
 from vqvae_lightning.networks.autoencoder import VQVAE
 from vqvae_lightning.networks.pixelcnn import PixelCNN
 from vqvae_lightning.networks.sampling import choose, distribution, sample

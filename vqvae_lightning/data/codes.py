@@ -1,4 +1,4 @@
-"""The second stage's data: the same splits as codes, encoded once and kept on disk."""
+"""The data of the second stage: the same splits as codes, encoded once and stored."""
 
 import json
 import shutil
@@ -18,15 +18,16 @@ from vqvae_lightning.distributed import broadcast, gather, rank_and_world
 from vqvae_lightning.errors import InputError, Key, rename_keys
 from vqvae_lightning.networks.autoencoder import VQVAE
 from vqvae_lightning.pixels import from_uint8
+from vqvae_lightning.quantizers.protocol import Quantizer
 
 SPLITS = ("train", "val", "test")
 
 
-def require_codes(quantizer: Any) -> None:
-    """Refuse a quantizer whose codes no prior could learn.
+def require_codes(quantizer: Quantizer) -> None:
+    """Refuse a quantizer whose codes the prior cannot model.
 
     Raises:
-        InputError: If it has none, or several per position.
+        InputError: If it has no codes, or several per position.
     """
     count = quantizer.codes_per_position
     if count != 1:
@@ -41,20 +42,19 @@ def require_codes(quantizer: Any) -> None:
 class CodesDataModule(StageDataModule):
     """The codes of a data set under a trained VQ-VAE.
 
-    All splits are encoded once, into `folder`/<VQ-VAE hash>-<data fingerprint>: per split the codes
-    in the smallest integer type that holds them, and the labels; and a header. Codes are written as
-    they come and memory-mapped when read, so that they need not fit in memory: those of 1.3 million
-    images are 2.6 GB at 32x32 codes each. The folder is written under another name and then
-    renamed: an interrupted run leaves nothing behind that a later one would read, and of two runs
-    that encode at once the first to finish wins. The ranks of one run share the work, and the
-    folder.
+    All splits are encoded once and stored in `folder`/<VQ-VAE hash>-<data fingerprint>. Each split
+    has its labels and its codes, in the smallest integer type that holds them; a header describes
+    them. Codes are written batch by batch and memory-mapped when read, because they may not fit in
+    memory: 1.3 million images of 32x32 codes take 2.6 GB. The folder is written under a temporary
+    name and then renamed, so that an interrupted run leaves no incomplete codes. If two runs encode
+    at the same time, the first to finish wins. The ranks of a run share the encoding.
 
     Args:
-        images: The images; their batch size, seed and splits are used.
-        vqvae: In evaluation mode.
-        vqvae_hash: Of its weights, as `checkpoints.weights_hash` gives it.
-        folder: Where the codes are kept.
-        batch_size: Images per optimizer step, over all ranks together.
+        images: Images to encode; their evaluation batch size, seed and splits are used.
+        vqvae: Trained VQ-VAE, in evaluation mode.
+        vqvae_hash: Hash of its weights, from `checkpoints.weights_hash`.
+        folder: Folder in which codes are stored.
+        batch_size: Grids of codes per optimizer step, over all ranks together.
 
     Attributes:
         grid: Rows and columns of codes per image.
@@ -89,7 +89,7 @@ class CodesDataModule(StageDataModule):
 
     @property
     def num_codes(self) -> int:
-        """Values a code can take (K)."""
+        """Number of values that a code can take (K)."""
         return self.vqvae.quantizer.num_codes
 
     @property
@@ -99,7 +99,7 @@ class CodesDataModule(StageDataModule):
 
     @property
     def header(self) -> dict[str, Any]:
-        """What the stored codes must have been made from."""
+        """What the stored codes are made from, and their format."""
         return {
             "num_codes": self.num_codes,
             "integer": self.integer.name,
@@ -111,35 +111,35 @@ class CodesDataModule(StageDataModule):
         }
 
     def encode(self, device: torch.device) -> None:
-        """Make the codes, unless they are there; each rank encodes its own part of each split.
+        """Encode all splits, unless the codes are stored; each rank encodes a part of each split.
 
         Raises:
-            InputError: If the folder cannot be written.
+            InputError: If the folder cannot be written to.
         """
-        # The first rank decides for all, so that none waits for another.
+        # Rank 0 decides for all ranks. If they differed, some would wait for others forever.
         if broadcast(self.folder.is_dir()):
             return
         partial = broadcast(self.folder.with_name(f"{self.folder.name}.{uuid.uuid4().hex[:8]}"))
         rank, world = rank_and_world()
         try:
-            # An error of one rank is every rank's, or the others would wait for it for ever.
-            said = gather(_said(lambda: self._encode_part(partial, rank, world, device)))
-            if rank == 0 and not any(said):
-                said = [_said(lambda: self._join(partial, world))]
-            error = next((text for text in broadcast(said) if text), None)
+            # All ranks learn of an error in one. Otherwise they would wait for it forever.
+            errors = gather(_catch_error(lambda: self._encode_part(partial, rank, world, device)))
+            if rank == 0 and not any(errors):
+                errors = [_catch_error(lambda: self._join_parts(partial, world))]
+            error = next((text for text in broadcast(errors) if text), None)
         finally:
             if rank == 0:
                 shutil.rmtree(partial, ignore_errors=True)
         if error:
             raise InputError(
-                f"codes cannot be written into {self.folder.parent}: {error}; set codes_dir."
+                f"codes cannot be written to {self.folder.parent}: {error}; set codes_dir."
             )
 
     def setup(self, stage: str | None = None) -> None:
-        """Map the stored codes; inside a Trainer, make them first if need be, over all its ranks.
+        """Map the stored codes; within a Trainer, encode them first if they are missing.
 
         Raises:
-            InputError: If they are damaged or belong to another VQ-VAE or data set.
+            InputError: If the codes are damaged, or belong to another VQ-VAE or data set.
         """
         if self.datasets:
             return
@@ -149,40 +149,42 @@ class CodesDataModule(StageDataModule):
         try:
             found = json.loads((self.folder / "header.json").read_text())
             arrays = {s: np.load(self.folder / f"{s}.npy", mmap_mode="r") for s in SPLITS}
-            labels = {s: self._labels(s) for s in SPLITS}
+            labels = {s: self._load_labels(s) for s in SPLITS}
         except (OSError, ValueError) as error:
             raise InputError(
-                f"the codes in {self.folder} cannot be read ({error}): delete the folder to make "
-                "them anew."
+                f"the codes in {self.folder} cannot be read ({error}): delete the folder to "
+                "encode them again."
             ) from error
         if not isinstance(found, dict):
-            raise InputError(f"{self.folder}/header.json is none: delete the folder.")
+            raise InputError(
+                f"{self.folder}/header.json is not a header: delete the folder to encode again."
+            )
         for key, value in self.header.items():
             if found.get(key) != value:
                 raise InputError(
                     f"the codes in {self.folder} were made for {key}={found.get(key)}, this run "
-                    f"has {value}: delete the folder to make them anew."
+                    f"has {value}: delete the folder to encode them again."
                 )
         for split, array in arrays.items():
             shape = (self.header["images"][split], *self.grid)
             if array.shape != shape or array.dtype != self.integer:
                 raise InputError(
                     f"{self.folder}/{split}.npy has shape {array.shape} of {array.dtype}, not "
-                    f"{shape} of {self.integer}: delete the folder to make the codes anew."
+                    f"{shape} of {self.integer}: delete the folder to encode again."
                 )
             self.datasets[split] = ArrayDataset(array, labels[split])
 
     def histogram(self) -> Tensor:
-        """Hits per code in the training split, (K,) int64."""
+        """Number of times that each code occurs in the training split, (K,) int64."""
         rows = self.datasets["train"].data
         counts = torch.zeros(self.num_codes, dtype=torch.int64)
-        for start in range(0, len(rows), 8192):  # all of them as int64 may not fit in memory
+        for start in range(0, len(rows), 8192):  # all rows as int64 may not fit in memory
             part = torch.from_numpy(rows[start : start + 8192].astype(np.int64))
             counts += part.flatten().bincount(minlength=self.num_codes)
         return counts
 
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
-        """To int64, on the device."""
+        """Convert codes to int64, on the device."""
         return Batch(batch.data.long(), batch.labels)
 
     def _encode(self, batch: Batch, device: torch.device) -> np.ndarray[Any, np.dtype[Any]]:
@@ -190,7 +192,7 @@ class CodesDataModule(StageDataModule):
             codes = self.vqvae.to(device).encode(from_uint8(batch.data.to(device)))
         return codes.cpu().numpy().astype(self.integer)
 
-    def _labels(self, split: str) -> Tensor | None:
+    def _load_labels(self, split: str) -> Tensor | None:
         if not self.images.num_classes:
             return None
         labels = np.load(self.folder / f"{split}_labels.npy")
@@ -200,7 +202,7 @@ class CodesDataModule(StageDataModule):
         return torch.from_numpy(labels)
 
     def _encode_part(self, partial: Path, rank: int, world: int, device: torch.device) -> None:
-        """Write this rank's part of each split: the rows' bytes, of codes and of labels."""
+        """Write the bytes of this rank's codes and labels of each split."""
         partial.mkdir(parents=True, exist_ok=True)
         with progress_bar("encoding", sum(self.header["images"].values())) as advance:
             for split in SPLITS:
@@ -211,7 +213,7 @@ class CodesDataModule(StageDataModule):
                     open(partial / f"{split}.{rank}.part", "wb") as codes,
                     open(partial / f"{split}_labels.{rank}.part", "wb") as labels,
                 ):
-                    # Each batch to its place: of several workers the batches come out of order.
+                    # Seek, because with several workers the batches come out of order.
                     for part, batch in zip(rows, loader, strict=True):
                         encoded = self._encode(batch, device)
                         row = int(part[0]) - first
@@ -222,8 +224,8 @@ class CodesDataModule(StageDataModule):
                             labels.write(batch.labels.numpy().tobytes())
                         advance(len(batch.data) * world)
 
-    def _join(self, partial: Path, world: int) -> None:
-        """Put the ranks' parts together, write the header, and give the folder its name."""
+    def _join_parts(self, partial: Path, world: int) -> None:
+        """Join the parts of all ranks, write the header and rename the folder."""
         for split, total in self.header["images"].items():
             arrays: list[tuple[str, np.dtype[Any], tuple[int, ...]]] = [
                 (split, self.integer, (total, *self.grid))
@@ -244,12 +246,12 @@ class CodesDataModule(StageDataModule):
         try:
             partial.rename(self.folder)
         except OSError:
-            if not self.folder.is_dir():  # else another run was first
+            if not self.folder.is_dir():  # otherwise another run was first
                 raise
 
 
-def _said(step: Callable[[], None]) -> str | None:
-    """What went wrong with a file in `step`, if anything."""
+def _catch_error(step: Callable[[], None]) -> str | None:
+    """Run `step`; the text of the OSError that it raised, or None."""
     try:
         step()
     except OSError as error:

@@ -1,4 +1,4 @@
-"""The LightningDataModule of both stages: one indexing operation per batch of an array."""
+"""Batches of both stages and their order, and the LightningDataModule of images in arrays."""
 
 from collections.abc import Iterator, Mapping
 from functools import partial
@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from vqvae_lightning.data import mapped
-from vqvae_lightning.data.sources.arrays import Source, rows_per_block
+from vqvae_lightning.data.sources.arrays import rows_per_block
+from vqvae_lightning.data.sources.protocol import Source
 from vqvae_lightning.devices import to_device
 from vqvae_lightning.distributed import rank_and_world
 from vqvae_lightning.errors import InputError, Key, check_positive, check_range, prefix_keys
@@ -27,14 +28,14 @@ class Batch(NamedTuple):
     data: Tensor
     """Images (B, C, H, W), float32 in [-1, 1] on the device; or codes (B, h, w) int64."""
     labels: Tensor | None
-    """(B,) int64, or None where the set has none."""
+    """(B,) int64, or None without labels."""
 
 
 def check_divides(key: str, batch_size: int, world: int) -> None:
-    """Refuse a batch that the devices cannot share evenly.
+    """Refuse a batch size that is not a multiple of the number of devices.
 
     Raises:
-        InputError: Naming `key` and the nearest sizes that they can.
+        InputError: If it is not; the message names `key` and the nearest multiples.
     """
     if batch_size % world:
         down = batch_size // world * world
@@ -47,25 +48,25 @@ def check_divides(key: str, batch_size: int, world: int) -> None:
 
 
 class SplitDataset(Protocol):
-    """One split, in memory or not."""
+    """One split: an array, or a stream from shards."""
 
     def __len__(self) -> int:
-        """Images, or their codes."""
+        """Number of images, or of grids of codes."""
 
     def preview(self, count: int) -> Batch:
-        """The first `count` rows, as they are stored."""
+        """The first `count` rows in the order of storage."""
 
     def loader(self, batch_size: int, seed: int | None) -> "ResumableLoader":
-        """Batches of this rank: in an order that `seed` decides, or each row once if it is None."""
+        """Batches of this rank: shuffled by `seed`, or each row once and in order if it is None."""
 
 
 class ArrayDataset(Dataset[Batch]):
     """Rows of an array and their labels; a whole batch is read by one indexing operation.
 
     Args:
-        array: Images (N, C, H, W) or codes (N, h, w), in memory or mapped from a file.
-        labels: (N,) int64, or None where the set has none.
-        chosen: Rows of the split (n,) int64; None for all.
+        array: Images (N, C, H, W) or codes (N, h, w), in memory or memory-mapped.
+        labels: Classes (N,) int64, or None without labels.
+        chosen: Rows of the array that make up the split, (n,) int64; None for all.
     """
 
     def __init__(self, array: Any, labels: Tensor | None, chosen: Tensor | None = None) -> None:
@@ -78,12 +79,12 @@ class ArrayDataset(Dataset[Batch]):
 
     @property
     def data(self) -> Any:
-        """All rows; copied where the split is some rows of the array."""
+        """All rows of the split; a copy if they are only some rows of the array."""
         return self.array if self.chosen is None else self.array[self.chosen.numpy()]
 
     def __getitems__(self, rows: Tensor) -> Batch:
-        """The batch with these rows."""
-        # As an array: numpy takes a tensor of one element for a number, and drops a dimension.
+        """The batch of the given rows."""
+        # numpy treats a tensor of one element as a number and drops the dimension. Index by array.
         places = rows if self.chosen is None else self.chosen[rows]
         data = torch.as_tensor(self.array[places.numpy()])
         return Batch(data, None if self.labels is None else self.labels[rows])
@@ -93,7 +94,7 @@ class ArrayDataset(Dataset[Batch]):
         return self.__getitems__(torch.arange(min(count, len(self))))
 
     def loader(self, batch_size: int, seed: int | None) -> "ResumableLoader":
-        """Batches of this rank, as `EpochBatches` has them."""
+        """Batches of this rank in the order of `EpochBatches`."""
         return ResumableLoader(self, EpochBatches(len(self), batch_size, seed))
 
 
@@ -101,10 +102,10 @@ class EpochBatches:
     """Row numbers of each batch of this rank; a function of seed, epoch and position alone.
 
     Args:
-        total: Rows of the split.
-        batch_size: Over all ranks together.
-        seed: Order of the epochs; None keeps the rows in order, with a smaller last batch and no
-            padding.
+        total: Number of rows of the split.
+        batch_size: Rows per batch, over all ranks together.
+        seed: Seed of the order of each epoch; None keeps the rows in order, with a smaller last
+            batch and no padding.
     """
 
     def __init__(self, total: int, batch_size: int, seed: int | None) -> None:
@@ -114,75 +115,80 @@ class EpochBatches:
 
     @property
     def sampler(self) -> "EpochBatches":
-        """Itself: Lightning calls `set_epoch` on a batch sampler's sampler."""
+        """The object itself, because Lightning calls `set_epoch` on a batch sampler's `sampler`."""
         return self
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch whose order comes next."""
+        """Set the epoch of the next iteration."""
         self.epoch = epoch
 
     def __len__(self) -> int:
         if self.seed is not None:
             return self.total // self.batch_size
-        return -(-len(self._own()) // self.local)
+        return -(-len(self._own_rows()) // self.local)
 
     @property
     def local(self) -> int:
-        """Rows of a full batch of this rank."""
+        """Number of rows that this rank has of a full batch."""
         return max(1, self.batch_size // self.world)
 
     def rows(self) -> list[Tensor]:
-        """Row numbers of each batch of an evaluation, in the loader's order."""
+        """Row numbers of each batch of an evaluation, in order."""
         return list(self)
 
     def __iter__(self) -> Iterator[Any]:
         start, self.resume_at = self.resume_at % max(1, len(self)), 0
         local = self.local
         if self.seed is None:
-            # A split may have fewer rows than there are ranks.
-            yield from (part for part in self._own().split(local) if len(part))
+            # Empty parts are left out: a split may have fewer rows than there are ranks.
+            yield from (part for part in self._own_rows().split(local) if len(part))
             return
         generator = torch.Generator().manual_seed(stream_seed(self.seed, "order", self.epoch))
         order = torch.randperm(self.total, generator=generator)
         for number in range(start, len(self)):
             self.position = number + 1
-            # Ranks cut one global batch, so that what is learnt does not depend on their number.
+            # All ranks cut the same global batch, so that training does not depend on their number.
             first = number * self.batch_size + self.rank * local
             yield order[first : first + local]
 
-    def _own(self) -> Tensor:
+    def _own_rows(self) -> Tensor:
         return torch.arange(self.total).tensor_split(self.world)[self.rank]
 
 
 def set_aside(total: int, share: float, seed: int) -> tuple[Tensor, Tensor]:
-    """The rows that stay, and `share` of them that `seed` sets aside; both in order.
+    """Split `total` rows at random: those that remain, and a `share` that is set aside.
+
+    Returns:
+        The remaining rows and those set aside, both sorted.
 
     Raises:
-        InputError: If that leaves one of them empty.
+        InputError: If one of the two parts would be empty.
     """
     taken = round(total * share)
     if not 0 < taken < total:
         raise InputError(
             f"{total} images are too few to set ", Key("val_share"), f"={share} of them aside."
         )
-    # The seed as it is, not a `stream_seed`: published results name these validation images.
+    # The plain seed, not a `stream_seed`: published results depend on these validation images.
     order = torch.randperm(total, generator=torch.Generator().manual_seed(seed))
     return order[taken:].sort().values, order[:taken].sort().values
 
 
 class ResumableLoader(DataLoader[Batch]):
-    """A loader that goes on after the last batch it gave.
+    """A loader that resumes after the last batch that it returned.
 
     Lightning stores its state in each checkpoint.
 
     Args:
-        dataset: Gives whole batches.
-        batches: What to ask it for.
-        **options: Of `DataLoader`.
+        dataset: Dataset that returns whole batches.
+        batches: Row numbers of each batch.
+        **options: Further arguments of `DataLoader`.
     """
 
     def __init__(self, dataset: Dataset[Batch], batches: EpochBatches, **options: Any) -> None:
-        super().__init__(dataset, batch_sampler=cast(Any, batches), collate_fn=_as_it_is, **options)
+        super().__init__(
+            dataset, batch_sampler=cast(Any, batches), collate_fn=_keep_batch, **options
+        )
         self.batches = batches
 
     def rows(self) -> list[Tensor]:
@@ -190,16 +196,16 @@ class ResumableLoader(DataLoader[Batch]):
         return self.batches.rows()
 
     def state_dict(self) -> dict[str, int]:
-        """Batches given in this epoch."""
+        """The number of batches returned in this epoch."""
         return {"batches": self.batches.position}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Let the next epoch begin after the batches of `state`."""
+        """Start the next iteration after the batches that `state` counts."""
         self.batches.resume_at = state["batches"]
 
 
-def _as_it_is(batch: Any) -> Any:
-    # A function with a name, which can be sent to a worker.
+def _keep_batch(batch: Any) -> Any:
+    # Not a lambda, because spawned workers pickle it.
     return batch
 
 
@@ -207,7 +213,7 @@ class StageDataModule(pl.LightningDataModule):
     """Batches of the three splits, for images and for codes alike."""
 
     datasets: Mapping[str, SplitDataset]
-    batch_size_key = "dataset.batch_size"  # in the config of a stage
+    batch_size_key = "dataset.batch_size"  # key in the config of a stage
 
     def __init__(self, batch_size: int, eval_batch_size: int, seed: int) -> None:
         super().__init__()
@@ -217,50 +223,51 @@ class StageDataModule(pl.LightningDataModule):
         self.datasets = {}
 
     def train_dataloader(self) -> ResumableLoader:
-        """Shuffled anew in each epoch; a last batch that is not full is left for a later epoch."""
+        """Training batches, shuffled in each epoch; an incomplete last batch is dropped."""
         return self._loader("train", self.batch_size, self.seed)
 
     def val_dataloader(self) -> ResumableLoader:
-        """In order; each image once, over all ranks."""
+        """Validation batches in order; over all ranks, each image comes once."""
         return self.batches("val")
 
     def test_dataloader(self) -> ResumableLoader:
-        """In order; each image once, over all ranks."""
+        """Test batches in order; over all ranks, each image comes once."""
         return self.batches("test")
 
     def batches(self, split: SplitName) -> ResumableLoader:
-        """Any split in order, each image once."""
+        """Batches of any split in order; over all ranks, each image comes once."""
         return self._loader(split, self.eval_batch_size, None)
 
     def transfer_batch_to_device(
         self, batch: Batch, device: torch.device, dataloader_idx: int
     ) -> Batch:
-        """To the device, which need not have finished what it was given before."""
+        """Copy the batch to the device, without waiting for earlier work there."""
         labels = None if batch.labels is None else to_device(batch.labels, device)
         return Batch(to_device(batch.data, device), labels)
 
     def _loader(self, split: str, batch_size: int, seed: int | None) -> ResumableLoader:
-        # Checked here, where the number of ranks is known. Batches of an evaluation change nothing.
+        # The number of ranks is known only now. The batch size of an evaluation need not divide.
         if seed is not None:
             check_divides(self.batch_size_key, batch_size, rank_and_world()[1])
         return self.datasets[split].loader(batch_size, seed)
 
 
 class PixelDataModule(StageDataModule):
-    """Images for both stages, from memory or from shards.
+    """Images for both stages, from arrays or from shards.
 
-    Images stay uint8 on the bus; they are scaled to [-1, 1], and flipped, on the device.
+    Images are transferred to the device as uint8, then scaled to [-1, 1] and flipped there.
 
     Attributes:
-        image_shape: (C, H, W).
-        class_names: Empty without labels.
+        image_shape: Shape (C, H, W) of each image.
+        class_names: Names of the classes; empty without labels.
         fingerprint: 16 hexadecimal digits that change with any image, label or split.
-        pixel_variance: Of all values of the training images, in [0, 1]: the divisor of NMSE.
-        memory: Bytes that the images take in each process.
+        pixel_variance: Variance of all values of the training images, scaled to [0, 1]; NMSE is
+            the squared error divided by it.
+        memory: Bytes of images that each process holds in its own memory.
         mapped: Bytes of images in files that all processes of the machine share.
     """
 
-    size_key = "dataset.source.size"  # in the config of a stage
+    size_key = "dataset.source.size"  # key in the config of a stage
     image_shape: tuple[int, int, int]
     class_names: list[str]
     fingerprint: str
@@ -278,20 +285,20 @@ class PixelDataModule(StageDataModule):
         self.val_share = val_share
 
     def setup(self, stage: str | None = None) -> None:
-        """Make the splits known, once."""
+        """Load the splits, unless they are loaded."""
         raise NotImplementedError
 
     @property
     def num_classes(self) -> int:
-        """0 without labels."""
+        """Number of classes; 0 without labels."""
         return len(self.class_names)
 
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
-        """To [-1, 1] and, in training, flipped; on the device."""
+        """Scale images to [-1, 1]; in training, mirror some of them at random if `flip` is set."""
         images = from_uint8(batch.data)
         if self.flip and self.trainer is not None and self.trainer.training:
-            # A function of seed and batch, so that a resumed run flips what the first would have.
-            number = self.trainer.fit_loop.total_batch_idx + 1  # of the batch that comes now
+            # A function of seed and batch, so that a resumed run flips the same images.
+            number = self.trainer.fit_loop.total_batch_idx + 1  # number of this batch
             generator = torch.Generator().manual_seed(stream_seed(self.seed, "flip", number))
             drawn = draw_for_batch(partial(torch.rand, generator=generator), len(images))
             where = to_device(drawn < 0.5, images.device)[:, None, None, None]
@@ -302,12 +309,12 @@ class PixelDataModule(StageDataModule):
         if self.batch_size > images:
             raise InputError(
                 Key("batch_size"),
-                f"={self.batch_size} is larger than the training split ({images} images): it must "
-                "be at most that.",
+                f"={self.batch_size} is larger than the training split: it must be at most "
+                f"{images}.",
             )
 
-    def _take_levels(self, counts: Tensor) -> None:
-        """Take the variance from how often each of the 256 levels occurs in training images."""
+    def _set_pixel_variance(self, counts: Tensor) -> None:
+        """Set `pixel_variance` from the histogram (256,) of the values of all training pixels."""
         share, levels = counts.double() / counts.sum(), torch.arange(256).double() / 255
         mean = (share * levels).sum()
         self.pixel_variance = float((share * (levels - mean) ** 2).sum())
@@ -318,21 +325,22 @@ class PixelDataModule(StageDataModule):
 class ImageDataModule(PixelDataModule):
     """Images as uint8 arrays, mapped from a file that the processes of a machine share.
 
-    The file is made when a source is first read; see `data.mapped`. A source without a stamp, such
-    as a class of your own, is held in memory.
+    The file is written when a source is first read; see `data.mapped`. Images of a source without
+    a stamp, such as your own class, are held in memory.
 
     Args:
-        source: Where they come from.
+        source: Source of the images.
         batch_size: Images per optimizer step, over all ranks together.
         eval_batch_size: Images per batch in validation, testing and encoding, over all ranks
             together.
         flip: Mirror each training image left to right with probability 1/2.
-        val_share: Share of the training images set aside for validation where the set has no such
-            split, and for testing where it has no test split either.
-        split_seed: Chooses them; not the run's seed, so that all runs see one split.
-        seed: Order of the training batches and flips.
-        cache_dir: Folder to store decoded images in, where nothing can be written beside the
-            source's files; None to hold them in memory then.
+        val_share: Share of the training images to set aside for validation if the data set has no
+            validation split, and for testing if it has no test split.
+        split_seed: Seed that chooses them. It is separate from the run's seed, so that all runs
+            have the same splits.
+        seed: Seed of the order of training batches and of the flips.
+        cache_dir: Folder for decoded images if the folder of the source's files cannot be written
+            to; None to hold them in memory then.
     """
 
     datasets: dict[str, ArrayDataset]
@@ -354,13 +362,13 @@ class ImageDataModule(PixelDataModule):
         self.split_seed = split_seed
 
     def prepare_data(self) -> None:
-        """Download, in one process per node; not where the images are stored already."""
+        """Download the data unless decoded images are stored; called by one process per node."""
         with prefix_keys("source"):
             if not self.datasets and not mapped.is_stored(self.source, self.cache_dir):
                 self.source.prepare()
 
     def setup(self, stage: str | None = None) -> None:
-        """Map or load the images; missing splits are rows of the training images."""
+        """Map or load the images; missing splits are set aside from the training images."""
         if self.datasets:
             return
         with prefix_keys("source"):
@@ -381,18 +389,20 @@ class ImageDataModule(PixelDataModule):
         self.class_names = splits.class_names
         how = f"{self.val_share} {self.split_seed}" if carved else ""
         whole = splits._replace(class_names=[*splits.class_names, how])
-        self.fingerprint = loaded.fact(f"fingerprint {how}", whole.fingerprint)
+        self.fingerprint = loaded.compute_once(f"fingerprint {how}", whole.fingerprint)
         size = sum(split.images.nbytes for split in given.values() if split is not None)
         self.memory, self.mapped = (size, 0) if loaded.folder is None else (0, size)
         channels, height, width = splits.train.images.shape[1:]
         self.image_shape = channels, height, width
-        levels = loaded.fact(f"levels {how}", partial(_levels, splits.train.images, rows))
-        self._take_levels(torch.tensor(levels))
+        levels = loaded.compute_once(
+            f"levels {how}", partial(_count_levels, splits.train.images, rows)
+        )
+        self._set_pixel_variance(torch.tensor(levels))
 
 
-def _levels(images: Tensor, rows: Tensor) -> list[int]:
-    """How often each of the 256 values occurs in the pixels of some rows of `images`."""
+def _count_levels(images: Tensor, rows: Tensor) -> list[int]:
+    """Histogram of the 256 pixel values in the given rows of `images`."""
     counts = torch.zeros(256, dtype=torch.int64)
-    for part in rows.split(rows_per_block(images.shape)):  # `bincount` makes int64 of its input
+    for part in rows.split(rows_per_block(images.shape)):  # `bincount` converts its input to int64
         counts += images[part].flatten().bincount(minlength=256)
     return counts.tolist()

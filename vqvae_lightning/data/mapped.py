@@ -1,9 +1,10 @@
-"""Images in files that the processes of a machine share: read from their source once, then mapped.
+"""Images in files that the processes of a machine share: decoded once, then memory-mapped.
 
-A source's images lie in `.vqvae_lightning` beside its files, or in another folder where nothing can
-be written there: per split an array, and its labels. The folder's name holds a hash of the names,
-sizes and times of the source's files, so that files that change are read again. It is written under
-another name and then renamed: of two processes that write it at once the first to finish wins.
+The images of a source are stored in `.vqvae_lightning` in the folder of its files, or in
+`cache_dir` if that folder cannot be written to. Each split has an array and its labels. The name of
+the stored folder contains a hash of the names, sizes and modification times of the source's files,
+so that changed files are decoded again. The folder is written under a temporary name and then
+renamed. If two processes write it at the same time, the first to finish wins.
 """
 
 import hashlib
@@ -21,88 +22,94 @@ import numpy as np
 import torch
 
 from vqvae_lightning.console import console
-from vqvae_lightning.data.sources.arrays import Array, Source, Split, Splits, Stamp, StorageError
+from vqvae_lightning.data.sources.protocol import (
+    Array,
+    Source,
+    Split,
+    Splits,
+    Stamp,
+    StorageError,
+)
 from vqvae_lightning.errors import InputError
 from vqvae_lightning.files import write_text
 from vqvae_lightning.jobs.ranks import local_rank
 
-BESIDE = ".vqvae_lightning"
-LAYOUT = 1  # increased when an older version's files must not be used
+FOLDER = ".vqvae_lightning"
+LAYOUT = 1  # increase it when files of older versions must not be used
 SPLITS = ("train", "val", "test")
 
 
 class Loaded(NamedTuple):
-    """A source's images, and where they are mapped from."""
+    """The images of a source, and the folder that they are mapped from."""
 
     splits: Splits
     folder: Path | None
-    """None if this process has them in memory of its own."""
+    """None if this process holds them in its own memory."""
 
-    def fact(self, name: str, compute: Callable[[], Any]) -> Any:
-        """What `compute` makes of the images, as JSON holds it; kept beside them under `name`."""
+    def compute_once(self, name: str, compute: Callable[[], Any]) -> Any:
+        """The result of `compute`, stored with the images as JSON under `name`."""
         if self.folder is None:
             return compute()
         path = self.folder / f"fact-{_hash(name)}.json"
         with suppress(OSError, ValueError):
             return json.loads(path.read_text())
         value = compute()
-        with suppress(OSError):  # another user's files
+        with suppress(OSError):  # the files may belong to another user
             write_text(path, json.dumps(value))
         return value
 
 
 def load(source: Source, cache_dir: Path | None) -> Loaded:
-    """The images of `source`, mapped where a folder can be written, else in memory.
+    """The images of `source`: mapped from a folder, or in memory if no folder can be written to.
 
     Args:
-        source: Its files are there.
-        cache_dir: Where to write if nothing can be written beside the source's files.
+        source: Source of the images, whose files are not missing.
+        cache_dir: Folder to use if the folder of the source's files cannot be written to.
 
     Raises:
-        InputError: As `source.load` does, and if the files change while they are read.
+        InputError: If `source.load` raises it, or if the files change while they are read.
     """
-    stamp = _stamp(source)
+    stamp = _stamp_source(source)
     if stamp is None:
         return Loaded(source.load(), None)
-    found = _opened(stamp, cache_dir)
+    found = _open_stored(stamp, cache_dir)
     if found is not None:
         return found
-    said = ""
-    for folder in _folders(stamp, cache_dir):
+    reason = ""
+    for folder in _list_folders(stamp, cache_dir):
         try:
             _write(source, stamp, folder)
             return Loaded(_read(folder), folder)
         except OSError as error:
-            said = str(error)
+            reason = str(error)
     if local_rank() == 0:
         console.print(
             f"warning: the images of {stamp.place} are held in memory by every process, because "
-            f"they cannot be stored ({said}): set dataset.cache_dir to a folder that can be "
-            "written.",
+            f"they cannot be stored ({reason}): set dataset.cache_dir to a writable folder.",
             highlight=False,
         )
     return Loaded(source.load(), None)
 
 
 def is_stored(source: Source, cache_dir: Path | None) -> bool:
-    """Whether `load` will find the images without reading the source's files."""
-    stamp = _stamp(source)
-    return stamp is not None and _opened(stamp, cache_dir) is not None
+    """Whether `load` finds the images stored, and need not read the source's files."""
+    stamp = _stamp_source(source)
+    return stamp is not None and _open_stored(stamp, cache_dir) is not None
 
 
-def _stamp(source: Any) -> Stamp | None:
-    """The stamp of a source that has one: a user's own class need not."""
+def _stamp_source(source: Any) -> Stamp | None:
+    """The stamp of a source; None if its class has no method `stamp`, which is optional."""
     return source.stamp() if hasattr(source, "stamp") else None
 
 
-def _folders(stamp: Stamp, cache_dir: Path | None) -> list[Path]:
-    """Where the images may lie, in the order in which places are tried."""
-    places = [stamp.place / BESIDE] + ([] if cache_dir is None else [cache_dir])
-    return [place / f"{_prefix(stamp)}{_hash([LAYOUT, *stamp])}" for place in places]
+def _list_folders(stamp: Stamp, cache_dir: Path | None) -> list[Path]:
+    """Folders in which the images may be stored, in the order in which they are tried."""
+    places = [stamp.place / FOLDER] + ([] if cache_dir is None else [cache_dir])
+    return [place / f"{_name_prefix(stamp)}{_hash([LAYOUT, *stamp])}" for place in places]
 
 
-def _prefix(stamp: Stamp) -> str:
-    """What the folders of one source have in common, whatever the state of its files."""
+def _name_prefix(stamp: Stamp) -> str:
+    """Start of the names of all folders of one source, whatever the state of its files."""
     return f"{stamp.name}-{_hash([str(stamp.place.resolve()), stamp.view])[:8]}-"
 
 
@@ -110,9 +117,9 @@ def _hash(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, default=str).encode()).hexdigest()[:16]
 
 
-def _opened(stamp: Stamp, cache_dir: Path | None) -> Loaded | None:
-    """The images, if they are stored."""
-    for folder in _folders(stamp, cache_dir):
+def _open_stored(stamp: Stamp, cache_dir: Path | None) -> Loaded | None:
+    """The stored images, or None; damaged ones are deleted."""
+    for folder in _list_folders(stamp, cache_dir):
         try:
             return Loaded(_read(folder), folder)
         except FileNotFoundError as error:
@@ -122,7 +129,7 @@ def _opened(stamp: Stamp, cache_dir: Path | None) -> Loaded | None:
         except (OSError, EOFError, ValueError, KeyError, TypeError) as error:
             damage = error
         if isinstance(damage, PermissionError | NotADirectoryError):
-            continue  # not ours to mend
+            continue  # it cannot be repaired from here
         shutil.rmtree(folder, ignore_errors=True)
     return None
 
@@ -131,7 +138,7 @@ def _read(folder: Path) -> Splits:
     header = json.loads((folder / "header.json").read_text())
     splits: dict[str, Split] = {}
     for name, shape in header["shapes"].items():
-        # Copy on write: torch warns about memory that cannot be written, though nobody does.
+        # Copy on write, because torch warns about read-only memory. Nothing writes to it.
         images = np.load(folder / f"{name}.npy", mmap_mode="c")
         if list(images.shape) != shape or images.dtype != np.uint8:
             raise ValueError(f"{folder}/{name}.npy is {images.dtype} {images.shape}")
@@ -145,35 +152,35 @@ def _read(folder: Path) -> Splits:
 
 
 def _write(source: Source, stamp: Stamp, folder: Path) -> None:
-    """Read the source into `folder`.
+    """Read the source and store its images in `folder`.
 
     Raises:
-        OSError: If that cannot be written, or the disk is too small.
-        InputError: If the files change meanwhile.
+        OSError: If the folder cannot be written to, or the disk is full.
+        InputError: If the source's files change in the meantime.
     """
     partial = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}")
     partial.mkdir(parents=True)
     try:
         header = {**_fill(source, partial), "source": str(stamp.place), "view": stamp.view}
         (partial / "header.json").write_text(json.dumps(header))
-        if _stamp(source) != stamp:
+        if _stamp_source(source) != stamp:
             raise InputError(
-                f"the files in {stamp.place} changed while they were read: start again."
+                f"the files in {stamp.place} changed while they were read: run the command again."
             )
         try:
             partial.rename(folder)
         except OSError:
-            if not folder.is_dir():  # else another process was first
+            if not folder.is_dir():  # otherwise another process was first
                 raise
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    for other in folder.parent.glob(f"{escape(_prefix(stamp))}*"):
-        if other != folder:  # of files that have changed since
+    for other in folder.parent.glob(f"{escape(_name_prefix(stamp))}*"):
+        if other != folder:  # images of an older state of the files
             shutil.rmtree(other, ignore_errors=True)
 
 
 def _fill(source: Source, folder: Path) -> dict[str, Any]:
-    """Write the arrays of images and labels; return what `_read` has to know of them."""
+    """Write the arrays of images and labels, and return the header that `_read` needs."""
     maps: list[Any] = []
 
     def allocate(split: str, shape: tuple[int, ...]) -> Array:
@@ -181,7 +188,7 @@ def _fill(source: Source, folder: Path) -> dict[str, Any]:
         try:
             array: Any = np.lib.format.open_memmap(path, "w+", np.uint8, shape)
             if hasattr(os, "posix_fallocate"):
-                # Now, or a full disk would kill the process when it writes to the map.
+                # On a full disk, writing to the map would kill the process. This raises instead.
                 with open(path, "r+b") as file:
                     os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
         except OSError as error:
@@ -195,7 +202,7 @@ def _fill(source: Source, folder: Path) -> dict[str, Any]:
         if split.labels is not None:
             np.save(folder / f"{name}_labels.npy", split.labels.numpy())
     for array in maps:
-        array.flush()  # or a power cut could leave an array of zeros under the final name
+        array.flush()  # otherwise a power cut could leave zeros under the final name
     return {
         "shapes": {name: list(split.images.shape) for name, split in given.items()},
         "labels": splits.train.labels is not None,

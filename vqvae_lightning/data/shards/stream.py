@@ -1,4 +1,4 @@
-"""Batches of images read from shards as a stream."""
+"""Batches of images that worker processes stream from shards."""
 
 import random
 from bisect import bisect_right
@@ -12,8 +12,9 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from vqvae_lightning.data.images import Batch, EpochBatches, ResumableLoader
-from vqvae_lightning.data.shards.index import Sample, Shard, View, label_of, read_shard
-from vqvae_lightning.data.shards.workers import START, _sigterm_held, _start_worker
+from vqvae_lightning.data.shards.index import Shard
+from vqvae_lightning.data.shards.read import Sample, View, parse_label, read_shard
+from vqvae_lightning.data.shards.workers import START, block_sigterm, init_worker
 from vqvae_lightning.errors import InputError
 from vqvae_lightning.randomness import stream_seed
 
@@ -21,67 +22,66 @@ from vqvae_lightning.randomness import stream_seed
 class ShardBatches(EpochBatches):
     """Which rows each worker of this rank reads; a function of seed, epoch, ranks and workers.
 
-    In training the shards come in a new order in each epoch; in that order their rows are cut into
-    one run per rank and worker, which reads it from end to end and draws from the rows that it has
-    read and not given yet. Each rank has the same number of full batches; rows that fill no last
-    batch, at most batch_size - 1, are those at the end of this epoch's order. In an evaluation each
-    row comes once, the ranks' parts being those of `EpochBatches`.
+    In training, the shards are shuffled in each epoch. Their rows, in that order, are cut into one
+    contiguous part per rank and worker. The worker reads its part from start to end and shuffles it
+    through a buffer. Each rank has the same number of full batches; the rows at the end of the
+    epoch's order that do not fill a batch, at most batch_size - 1, are dropped. In an evaluation
+    each row comes once, and the ranks have the parts of `EpochBatches`.
 
-    It asks for batches by epoch and number. Of W workers, batch n is the next one of worker n % W,
-    as `DataLoader` has it.
+    The items are tickets (epoch, batch number) instead of rows. With W workers, batch n is read by
+    worker n % W, as in `DataLoader`.
 
     Args:
-        sizes: Rows of each shard.
-        batch_size: Over all ranks together.
-        seed: Order of the epochs; None keeps the rows in order.
-        workers: Of this rank; 0 for none, which is one stream too.
-        held: Rows that a worker draws from.
+        sizes: Number of rows of each shard.
+        batch_size: Rows per batch, over all ranks together.
+        seed: Seed of the order of each epoch; None keeps the rows in order.
+        workers: Number of workers of this rank; 0 reads one stream in this process.
+        buffer_size: Number of rows in a worker's shuffle buffer.
     """
 
     def __init__(
-        self, sizes: list[int], batch_size: int, seed: int | None, workers: int, held: int
+        self, sizes: list[int], batch_size: int, seed: int | None, workers: int, buffer_size: int
     ) -> None:
         super().__init__(sum(sizes), batch_size, seed)
-        self.sizes, self.streams, self.held = sizes, max(1, workers), held
+        self.sizes, self.streams, self.buffer_size = sizes, max(1, workers), buffer_size
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
         start, self.resume_at = self.resume_at % max(1, len(self)), 0
-        self.position = start  # counted on by the loader: workers run ahead
+        self.position = start  # the loader counts on from here, because workers run ahead
         yield from ((self.epoch, number) for number in range(start, len(self)))
 
     def rows(self) -> list[Tensor]:
-        """Row numbers of each batch of this epoch, in the loader's order."""
-        orders = [self.stream(self.epoch, stream)[1].split(self.local) for stream in self._all()]
+        """Row numbers of each batch of this epoch, in order."""
+        orders = [
+            self.order_stream(self.epoch, stream)[1].split(self.local)
+            for stream in range(self.streams)
+        ]
         return [
             orders[number % self.streams][number // self.streams] for number in range(len(self))
         ]
 
-    def stream(self, epoch: int, number: int) -> tuple[Tensor, Tensor]:
-        """The rows that a worker reads, in order; and the same in the order that it gives them."""
-        own = self._own()
+    def order_stream(self, epoch: int, number: int) -> tuple[Tensor, Tensor]:
+        """The rows of a worker in the order in which it reads them, and in that of its batches."""
+        own = self._own_rows()
         if self.seed is not None:
             generator = torch.Generator().manual_seed(stream_seed(self.seed, "order", epoch))
             shards = torch.arange(self.total).split(self.sizes)
             order = torch.randperm(len(shards), generator=generator)
             first = self.rank * len(self) * self.local
             own = torch.cat([shards[n] for n in order])[first : first + len(self) * self.local]
-        batches = [len(range(stream, len(self), self.streams)) for stream in self._all()]
+        batches = [len(range(stream, len(self), self.streams)) for stream in range(self.streams)]
         first = sum(batches[:number]) * self.local
         read = own[first : first + batches[number] * self.local]
         if self.seed is None:
             return read, read
         chance = random.Random(stream_seed(self.seed, "shuffle", epoch, self.rank, number))
-        return read, read[
-            torch.tensor(list(_drawn(len(read), self.held, chance)), dtype=torch.long)
-        ]
-
-    def _all(self) -> range:
-        return range(self.streams)
+        returned = list(_shuffle_in_buffer(len(read), self.buffer_size, chance))
+        return read, read[torch.tensor(returned, dtype=torch.long)]
 
 
-def _drawn(count: int, held: int, chance: random.Random) -> Iterator[int]:
-    """0 to `count` - 1 in the order in which a buffer of `held` gives them, filled in order."""
-    buffer = list(range(min(held, count)))
+def _shuffle_in_buffer(count: int, size: int, chance: random.Random) -> Iterator[int]:
+    """The numbers 0 to `count` - 1, shuffled by a buffer of `size` that is filled in order."""
+    buffer = list(range(min(size, count)))
     for number in range(len(buffer), count):
         slot = chance.randrange(len(buffer))
         yield buffer[slot]
@@ -91,10 +91,10 @@ def _drawn(count: int, held: int, chance: random.Random) -> Iterator[int]:
 
 
 class ShardReader(Dataset[Any]):
-    """Reads the batches that `ShardBatches` asks for; in a worker, which stays at its stream.
+    """Reads the batches of `ShardBatches`; each worker has a copy and keeps its stream open.
 
-    A batch out of turn, as the first one after a resume, opens the stream anew, where what has been
-    given already is left out.
+    For a batch out of order, such as the first after a resume, it opens the stream again and skips
+    the rows that earlier batches have returned.
     """
 
     def __init__(self, split: "ShardDataset", batches: ShardBatches) -> None:
@@ -105,46 +105,44 @@ class ShardReader(Dataset[Any]):
         return len(self.split)
 
     def __getitems__(self, ticket: tuple[int, int]) -> Batch | InputError:
-        """The batch, or what is wrong with the shards: an error would lose its shape on its way."""
+        """The batch, or an error as a value; an error raised in a worker would change its type."""
         epoch, number = ticket
         stream, place = number % self.batches.streams, number // self.batches.streams
         try:
             if self._next != (epoch, stream, place):
                 self._open(epoch, stream, place * self.batches.local)
-            samples = [self._take(row) for row in islice(self._given, self.batches.local)]
+            samples = [self._take(row) for row in islice(self._remaining, self.batches.local)]
             self._next = epoch, stream, place + 1
             return self.split.batch(samples)
         except InputError as error:
             self._next = None
             return error.with_traceback(None)
 
-    def _open(self, epoch: int, stream: int, given: int) -> None:
-        read, order = (rows.tolist() for rows in self.batches.stream(epoch, stream))
-        done = set(order[:given])
-        self._given = iter(order[given:])
-        self._left = len(order) - given
+    def _open(self, epoch: int, stream: int, returned: int) -> None:
+        read, order = (rows.tolist() for rows in self.batches.order_stream(epoch, stream))
+        done = set(order[:returned])
+        self._remaining = iter(order[returned:])
+        self._left = len(order) - returned
         self._samples = self.split.read(row for row in read if row not in done)
-        self._held: dict[int, Sample] = {}
+        self._buffer: dict[int, Sample] = {}
 
     def _take(self, row: int) -> Sample:
-        while row not in self._held:
+        while row not in self._buffer:
             found, sample = next(self._samples)
-            self._held[found] = sample
+            self._buffer[found] = sample
         self._left -= 1
         if not self._left:
-            self._samples.close()  # or a connection would stay open until the next epoch
-        return self._held.pop(row)
+            self._samples.close()  # otherwise a connection would stay open until the next epoch
+        return self._buffer.pop(row)
 
 
 class ShardLoader(ResumableLoader):
-    """Batches that workers read.
-
-    They are started once per loader.
+    """Batches that workers read; the workers are started once per loader.
 
     Args:
-        reader: What each worker has a copy of.
-        batches: What to ask it for.
-        workers: Processes; 0 reads in this one.
+        reader: Reader, copied to each worker.
+        batches: Order of the batches.
+        workers: Number of worker processes; 0 reads in this one.
     """
 
     def __init__(self, reader: ShardReader, batches: ShardBatches, workers: int) -> None:
@@ -152,21 +150,22 @@ class ShardLoader(ResumableLoader):
             "num_workers": workers,
             "persistent_workers": True,
             "multiprocessing_context": START,
-            "worker_init_fn": _start_worker,
+            "worker_init_fn": init_worker,
         }
         super().__init__(reader, batches, **(options if workers else {}))
 
     def __iter__(self) -> Any:
-        """This rank's batches.
+        """Iterate over the batches of this rank.
 
         Raises:
-            InputError: If the shards are not what their index says.
+            InputError: If the shards differ from their index.
         """
-        with _sigterm_held():
+        with block_sigterm():
             batches = super().__iter__()
         for batch in batches:
             if isinstance(batch, InputError):
-                raise InputError(*batch.args)  # `batch` would hold this frame, and the workers
+                # Raising `batch` itself would keep this frame, and so the workers, alive.
+                raise InputError(*batch.args)
             self.batches.position += 1
             yield batch
 
@@ -175,34 +174,35 @@ class ShardDataset:
     """One split in shards.
 
     Args:
-        shards: In the order of the rows.
+        shards: Entries of the index, in the order of the rows.
         view: How files become images.
-        workers: Processes that read.
-        held: Images, still packed, that each of them draws from in training.
+        workers: Number of worker processes.
+        buffer_size: Number of encoded images in each worker's shuffle buffer.
     """
 
-    def __init__(self, shards: list[Shard], view: View, workers: int, held: int) -> None:
-        self.shards, self.view, self.workers, self.held = shards, view, workers, held
+    def __init__(self, shards: list[Shard], view: View, workers: int, buffer_size: int) -> None:
+        self.shards, self.view, self.workers = shards, view, workers
+        self.buffer_size = buffer_size
         self._starts = [0, *accumulate(shard.images for shard in shards)]
 
     def __len__(self) -> int:
         return self._starts[-1]
 
     def preview(self, count: int) -> Batch:
-        """The first `count` images, uint8."""
+        """The first `count` images, uint8, and their labels."""
         return self.batch([sample for _, sample in self.read(range(min(count, len(self))))])
 
     def loader(self, batch_size: int, seed: int | None) -> ShardLoader:
-        """Batches of this rank, as `ShardBatches` has them."""
+        """Batches of this rank in the order of `ShardBatches`."""
         sizes = [shard.images for shard in self.shards]
-        batches = ShardBatches(sizes, batch_size, seed, self.workers, self.held)
+        batches = ShardBatches(sizes, batch_size, seed, self.workers, self.buffer_size)
         return ShardLoader(ShardReader(self, batches), batches, self.workers)
 
     def read(self, rows: Iterable[int]) -> Generator[tuple[int, Sample], None, None]:
-        """Rows and their samples, one shard after the other; within each, `rows` must go upwards.
+        """Read rows and their samples, shard by shard; within a shard, `rows` must be ascending.
 
         Raises:
-            InputError: If a shard is not what its index says.
+            InputError: If a shard has fewer samples than its index says.
         """
         for number, wanted in groupby(rows, lambda row: bisect_right(self._starts, row) - 1):
             shard = self.shards[number]
@@ -218,7 +218,7 @@ class ShardDataset:
                     yield row, sample
 
     def batch(self, samples: list[Sample]) -> Batch:
-        """Decode them."""
-        labels = [label_of(sample) for sample in samples]
-        images = torch.stack([self.view.image(sample) for sample in samples])
+        """Decode samples into a batch."""
+        labels = [parse_label(sample) for sample in samples]
+        images = torch.stack([self.view.decode(sample) for sample in samples])
         return Batch(images, None if None in labels else torch.tensor(labels))

@@ -1,4 +1,4 @@
-"""Processes that read shards."""
+"""Worker processes that read shards: how they start and which signals they ignore."""
 
 import os
 import signal
@@ -9,14 +9,14 @@ from contextlib import contextmanager
 
 import torch
 
-# A new interpreter takes seconds to import torch, for each worker of each loader. Workers use no
-# GPU, print nothing and compute on one thread: what makes a fork unsafe they keep away from.
+# A spawned interpreter takes seconds to import torch, for each worker of each loader. Forking is
+# safe here, because workers use no GPU, print nothing and compute on one thread.
 START = "fork" if sys.platform == "linux" else "spawn"
 
 
 @contextmanager
-def _sigterm_held() -> Iterator[None]:
-    """Let workers start with SIGTERM blocked, in threads too that a library starts at the fork."""
+def block_sigterm() -> Iterator[None]:
+    """Start workers with SIGTERM blocked, also in threads that a library starts at the fork."""
     if not hasattr(signal, "pthread_sigmask"):
         yield
         return
@@ -27,19 +27,19 @@ def _sigterm_held() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _start_worker(number: int) -> None:
-    """Leave signals to the process that trains: it may want batches until it has saved."""
-    torch.set_num_threads(1)  # others that the parent had do not survive a fork
+def init_worker(number: int) -> None:
+    """Ignore signals: the training process handles them and may need batches until it has saved."""
+    torch.set_num_threads(1)  # the parent's other threads do not survive a fork
     for name in ("SIGINT", "SIGUSR1", "SIGUSR2"):
-        if hasattr(signal, name):  # Windows has the first one only
+        if hasattr(signal, name):  # Windows has only SIGINT
             signal.signal(getattr(signal, name), signal.SIG_IGN)
     if hasattr(signal, "sigwaitinfo"):
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        threading.Thread(target=_end_for_parent, daemon=True).start()
+        threading.Thread(target=_exit_with_parent, daemon=True).start()
 
 
-def _end_for_parent() -> None:
-    """End at the SIGTERM with which the process that trains ends its workers; at no other's."""
+def _exit_with_parent() -> None:
+    """Exit on SIGTERM from the parent, which ends its workers with it; ignore any other sender."""
     while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
         pass
     os._exit(0)

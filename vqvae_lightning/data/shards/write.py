@@ -1,4 +1,4 @@
-"""Writes tar shards."""
+"""Writing tar shards."""
 
 import io
 from collections.abc import Callable, Iterable
@@ -18,17 +18,17 @@ def write_shards(
     per_shard: int,
     advance: Callable[[int], None] = lambda count: None,
 ) -> int:
-    """Write `NAME-000000.tar` and on.
+    """Write the images of a split to `NAME-000000.tar`, `NAME-000001.tar`, ...
 
     Args:
         samples: Ending (such as `png`), contents and label (or None) of each image, in order.
-        folder: Where to.
-        name: Of the split.
-        per_shard: Images in each shard but the last.
-        advance: Called with the number of images just written.
+        folder: Folder to write to.
+        name: Name of the split.
+        per_shard: Number of images in each shard except the last.
+        advance: Function that is called with the number of images just written.
 
     Returns:
-        Number of shards.
+        The number of shards.
     """
     from webdataset.writer import TarWriter
 
@@ -37,7 +37,7 @@ def write_shards(
         with (
             replace_file(folder / f"{name}-{number:06d}.tar") as path,
             open(path, "wb") as file,
-            TarWriter(file, encoder=False, mtime=0) as tar,  # a time would change the bytes
+            TarWriter(file, encoder=False, mtime=0) as tar,  # the time would change the bytes
         ):
             for key, (ending, contents, label) in part:
                 cls = {} if label is None else {"cls": str(label).encode()}
@@ -47,8 +47,8 @@ def write_shards(
     return shards
 
 
-def png(image: Tensor) -> bytes:
-    """An image (C, H, W) uint8 as the contents of a PNG file."""
+def encode_png(image: Tensor) -> bytes:
+    """The bytes of a PNG file of an image (C, H, W) uint8."""
     file = io.BytesIO()
     array = image.movedim(0, -1).numpy()
     Image.fromarray(array[..., 0] if array.shape[-1] == 1 else array).save(file, "PNG")

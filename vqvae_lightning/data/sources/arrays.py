@@ -1,92 +1,19 @@
-"""What every source of images returns: uint8 arrays, labels and a fingerprint."""
+"""Arrays of uint8 images: filling them block by block, and resizing."""
 
-import hashlib
 import math
-from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Iterable, Sequence
 
-import numpy as np
 import torch
 from torch import Tensor
 from torchvision.transforms.v2 import functional as transforms
 
+from vqvae_lightning.data.sources.protocol import Allocate, Array
 from vqvae_lightning.errors import InputError, Key
 
-Array = np.ndarray[Any, np.dtype[np.uint8]]
-Allocate = Callable[[str, tuple[int, ...]], Array]
-"""Gives the array that the images of a split are read into, by the split's name and its shape."""
-BLOCK = 2**20  # bytes of images that are handled at a time, where it makes copies
+BLOCK = 2**20  # bytes of images to process at a time where processing copies them
 
 
-class StorageError(OSError):
-    """An `Allocate` cannot give the array."""
-
-
-def in_memory(split: str, shape: tuple[int, ...]) -> Array:
-    """An `Allocate` of arrays that only this process has."""
-    return np.empty(shape, np.uint8)
-
-
-class Stamp(NamedTuple):
-    """What tells one state of a source's files, and one way to read them, from all others."""
-
-    place: Path
-    """Folder of the files."""
-    name: str
-    """What people call the source."""
-    view: str
-    """Options that change the images."""
-    files: list[tuple[str, int, int]]
-    """Name within `place`, bytes and time of the last change in nanoseconds."""
-
-
-class Split(NamedTuple):
-    """Images of one split."""
-
-    images: Tensor
-    """(N, C, H, W) uint8."""
-    labels: Tensor | None
-    """(N,) int64, or None where the set has none."""
-
-
-class Splits(NamedTuple):
-    """All of a data set; `val` and `test` are None where the set defines none."""
-
-    train: Split
-    val: Split | None
-    test: Split | None
-    class_names: list[str]
-
-    def fingerprint(self) -> str:
-        """16 hexadecimal digits that change with any pixel, label or class name."""
-        digest = hashlib.sha256(repr(self.class_names).encode())
-        for split in (self.train, self.val, self.test):
-            for tensor in split or ():
-                if tensor is not None:
-                    digest.update(str(tuple(tensor.shape)).encode())
-                    digest.update(tensor.contiguous().numpy().data)
-        return digest.hexdigest()[:16]
-
-
-class Source(Protocol):
-    """A data set that can be brought here and read."""
-
-    def prepare(self) -> None:
-        """Download what is missing; called by one process per node."""
-
-    def load(self, allocate: Allocate = in_memory) -> Splits:
-        """Read everything, into arrays from `allocate`.
-
-        A source that has a method `stamp` besides is read once and then mapped from a file; see
-        `data.mapped`. One that has none may leave `allocate` out.
-
-        Raises:
-            InputError: If something is missing or malformed, with what to do about it.
-        """
-
-
-def _filled(split: str, total: int, parts: Iterable[Tensor], allocate: Allocate) -> Tensor:
+def fill_array(split: str, total: int, parts: Iterable[Tensor], allocate: Allocate) -> Tensor:
     """The images of `parts`, each (n, C, H, W) uint8, in one array (total, C, H, W)."""
     array: Array | None = None
     row = 0
@@ -100,18 +27,8 @@ def _filled(split: str, total: int, parts: Iterable[Tensor], allocate: Allocate)
 
 
 def rows_per_block(shape: Sequence[int]) -> int:
-    """Images of an array (N, ...) uint8 that a block of `BLOCK` bytes has."""
+    """Number of images of a uint8 array (N, ...) in a block of `BLOCK` bytes; at least 1."""
     return max(1, BLOCK // math.prod(shape[1:]))
-
-
-def _stamp(place: Path, name: str, view: str, paths: list[Path]) -> Stamp:
-    status = [(path, path.stat()) for path in paths]
-    files = [(str(p.relative_to(place)), s.st_size, s.st_mtime_ns) for p, s in status]
-    return Stamp(place, name, view, files)
-
-
-def _view(size: tuple[int, int] | None) -> str:
-    return "whole" if size is None else f"{size[0]}x{size[1]}"
 
 
 def check_size(size: int | Sequence[int] | None) -> tuple[int, int] | None:
@@ -126,6 +43,11 @@ def check_size(size: int | Sequence[int] | None) -> tuple[int, int] | None:
     if len(pair) != 2 or not all(isinstance(side, int) and side > 0 for side in pair):
         raise InputError(Key("size"), f"={size} must be a side or [height, width] in pixels.")
     return pair[0], pair[1]
+
+
+def describe_size(size: tuple[int, int] | None) -> str:
+    """Name of a size, as used in names of files and folders."""
+    return "whole" if size is None else f"{size[0]}x{size[1]}"
 
 
 def resize(images: Tensor, size: tuple[int, int] | None) -> Tensor:

@@ -10,37 +10,34 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from vqvae_lightning.console import progress_bar
-from vqvae_lightning.data.sources.arrays import (
+from vqvae_lightning.data.sources.arrays import check_size, describe_size, fill_array, resize
+from vqvae_lightning.data.sources.protocol import (
     Allocate,
     Split,
     Splits,
     Stamp,
-    _filled,
-    _stamp,
-    _view,
-    check_size,
-    in_memory,
-    resize,
+    allocate_in_memory,
+    stamp_files,
 )
 from vqvae_lightning.errors import InputError, Key
 
-# Not all that Pillow reads: it runs Ghostscript on an EPS, whatever the file's name.
+# A subset of Pillow's formats: for an EPS, whatever the file's name, Pillow runs Ghostscript.
 FORMATS = ("PNG", "JPEG", "BMP", "WEBP", "TIFF", "GIF", "PPM")
 SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".ppm", ".pgm"}
 
 
 class ImageFolderSource:
-    """Any folder of images.
+    """A folder of images.
 
-    Subfolders `train`, `val` (or `valid`) and `test` are the splits where they exist; otherwise all
-    images are training images, from which validation and test images are carved. Inside a split,
-    subfolders are classes.
+    Subfolders `train`, `val` (or `valid`) and `test` are the splits if there is a `train`.
+    Otherwise all images are training images, from which validation and test images are set aside.
+    Within a split, subfolders are classes.
 
     Args:
-        root: The folder.
-        size: Side, or [height, width]: the shorter side is resized and the centre cropped. None if
-            all images have one size already.
-        grey: Whether to read grey images instead of RGB.
+        root: Path of the folder.
+        size: Side, or [height, width]: images are resized to cover it and centre-cropped. None if
+            all images already have the same size.
+        grey: Whether to read the images as grey instead of RGB.
     """
 
     def __init__(
@@ -51,17 +48,17 @@ class ImageFolderSource:
         self.grey = grey
 
     def prepare(self) -> None:
-        """Nothing to download."""
+        """Do nothing: there is nothing to download."""
 
     def stamp(self) -> Stamp:
-        """Of all files of images."""
-        paths = [path for listed, _ in self.files()[0].values() for path in listed]
-        view = f"{_view(self.size)}-{'grey' if self.grey else 'rgb'}"
-        return _stamp(self.root, self.root.resolve().name, view, paths)
+        """The stamp of all image files."""
+        paths = [path for listed, _ in self.list_files()[0].values() for path in listed]
+        view = f"{describe_size(self.size)}-{'grey' if self.grey else 'rgb'}"
+        return stamp_files(self.root, self.root.resolve().name, view, paths)
 
-    def load(self, allocate: Allocate = in_memory) -> Splits:
+    def load(self, allocate: Allocate = allocate_in_memory) -> Splits:
         """Decode all images."""
-        found, classes = self.files()
+        found, classes = self.list_files()
         splits = {
             name: Split(
                 self._read(name, paths, allocate),
@@ -71,11 +68,11 @@ class ImageFolderSource:
         }
         return Splits(splits["train"], splits.get("val"), splits.get("test"), classes)
 
-    def files(self) -> tuple[dict[str, tuple[list[Path], list[int] | None]], list[str]]:
-        """Paths and labels (None without classes) of each split there is, and the classes' names.
+    def list_files(self) -> tuple[dict[str, tuple[list[Path], list[int] | None]], list[str]]:
+        """Paths and labels (None without classes) of each existing split, and the class names.
 
         Raises:
-            InputError: If there are no images, or some lie beside the classes' folders.
+            InputError: If there are no images, or only some are in class folders.
         """
         if not self.root.is_dir():
             raise InputError(Key("root"), f"={self.root} is not a folder of images.")
@@ -90,14 +87,19 @@ class ImageFolderSource:
         if folders["train"] is None:
             folders = {"train": self.root, "val": None, "test": None}
         classes = sorted(
-            {path.name for folder in folders.values() if folder for path in _class_folders(folder)}
+            {
+                path.name
+                for folder in folders.values()
+                if folder
+                for path in _list_class_folders(folder)
+            }
         )
         return {
             name: self._list(folder, classes) for name, folder in folders.items() if folder
         }, classes
 
     def _list(self, folder: Path, classes: list[str]) -> tuple[list[Path], list[int] | None]:
-        paths = _images(folder)
+        paths = _list_images(folder)
         if not paths:
             raise InputError(
                 Key("root"),
@@ -106,21 +108,21 @@ class ImageFolderSource:
         inside = [path.relative_to(folder).parts[0] for path in paths]
         if classes and not set(inside) <= set(classes):
             stray = next(p for p, part in zip(paths, inside, strict=True) if part not in classes)
-            raise InputError(f"{stray} lies beside class folders: move it into one of them.")
+            raise InputError(f"{stray} is not in a class folder: move it into one.")
         return paths, [classes.index(part) for part in inside] if classes else None
 
     def _read(self, name: str, paths: list[Path], allocate: Allocate) -> Tensor:
         with progress_bar(f"reading {name}", len(paths)) as advance:
-            return _filled(name, len(paths), self._singles(paths, advance), allocate)
+            return fill_array(name, len(paths), self._decode_each(paths, advance), allocate)
 
-    def _singles(self, paths: list[Path], advance: Callable[[int], None]) -> Iterator[Tensor]:
+    def _decode_each(self, paths: list[Path], advance: Callable[[int], None]) -> Iterator[Tensor]:
         first: tuple[int, ...] | None = None
         for path in paths:
             image = resize(decode(path, self.grey, str(path)), self.size)
             first = first or tuple(image.shape)
             if image.shape != first:
                 raise InputError(
-                    f"{path} is {tuple(image.shape[2:])} and the first image {first[2:]} pixels: "
+                    f"{path} has {tuple(image.shape[2:])} pixels, the first image {first[2:]}: "
                     "set ",
                     Key("size"),
                     " to bring them to one size.",
@@ -130,27 +132,32 @@ class ImageFolderSource:
 
 
 def decode(file: Path | BinaryIO, grey: bool, name: str) -> Tensor:
-    """An image file as (1, C, H, W) uint8: grey, or RGB.
+    """An image file as (1, C, H, W) uint8, grey or RGB.
+
+    Args:
+        file: Path of the file, or the open file.
+        grey: Whether to convert to grey instead of RGB.
+        name: Name of the image for an error message.
 
     Raises:
-        InputError: If it is none, with `name`.
+        InputError: If the file is not a readable image.
     """
     try:
         with Image.open(file, formats=FORMATS) as image:
             whole: Image.Image = image
-            if image.mode.startswith("I;16"):  # which convert() would clip at 255
+            if image.mode.startswith("I;16"):  # convert() would clip these at 255
                 whole = Image.fromarray((np.array(image) >> 8).astype(np.uint8))
             array = np.array(whole.convert("L" if grey else "RGB"))
-    except (OSError, SyntaxError, UnidentifiedImageError) as error:  # a broken PNG is bad syntax
+    except (OSError, SyntaxError, UnidentifiedImageError) as error:  # SyntaxError: a broken PNG
         raise InputError(f"{name} is not a readable image: {error}") from error
     return torch.from_numpy(array.reshape(*array.shape[:2], -1)).movedim(-1, 0)[None]
 
 
-def _class_folders(folder: Path) -> list[Path]:
-    return [path for path in folder.iterdir() if path.is_dir() and _images(path)]
+def _list_class_folders(folder: Path) -> list[Path]:
+    return [path for path in folder.iterdir() if path.is_dir() and _list_images(path)]
 
 
-def _images(folder: Path) -> list[Path]:
-    """Images below `folder`, in order; what a name with a dot hides is left out."""
+def _list_images(folder: Path) -> list[Path]:
+    """Sorted paths of the images below `folder`, without hidden files and folders."""
     paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
     return [p for p in paths if not any(n.startswith(".") for n in p.relative_to(folder).parts)]

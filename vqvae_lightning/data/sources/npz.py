@@ -12,31 +12,34 @@ import torch
 from torch import Tensor
 
 from vqvae_lightning.data.sources.arrays import (
+    check_size,
+    describe_size,
+    fill_array,
+    resize,
+    rows_per_block,
+)
+from vqvae_lightning.data.sources.protocol import (
     Allocate,
     Split,
     Splits,
     Stamp,
     StorageError,
-    _filled,
-    _stamp,
-    _view,
-    check_size,
-    in_memory,
-    resize,
-    rows_per_block,
+    allocate_in_memory,
+    stamp_files,
 )
 from vqvae_lightning.errors import InputError, Key
 
 
 class NpzSource:
-    """Arrays in MedMNIST's layout: `train_images`, `test_images`; optional `val_images`, labels.
+    """Arrays in MedMNIST's layout, in one `.npz` file.
 
-    Images are uint8, (N, H, W) grey or (N, H, W, C) with 1 or 3 channels; labels are integers (N,)
-    or (N, 1). An optional `class_names` holds strings.
+    `train_images` and `test_images` are required; `val_images` and the labels of all splits, such
+    as `train_labels`, are optional. Images are uint8, (N, H, W) grey or (N, H, W, C) with 1 or 3
+    channels. Labels are integers (N,) or (N, 1). An optional `class_names` holds strings.
 
     Args:
-        path: The .npz file.
-        size: Side, or [height, width], to resize and centre-crop to; None keeps the images.
+        path: Path of the file.
+        size: Side, or [height, width], to resize and centre-crop to; None keeps the images' size.
     """
 
     def __init__(self, path: str, size: int | Sequence[int] | None = None) -> None:
@@ -44,29 +47,29 @@ class NpzSource:
         self.size = check_size(size)
 
     def prepare(self) -> None:
-        """Nothing to download."""
+        """Do nothing: there is nothing to download."""
 
     def stamp(self) -> Stamp | None:
-        """Of the file; None if it is missing."""
+        """The stamp of the file; None if it is missing."""
         if not self.path.is_file():
             return None
-        return _stamp(self.path.parent, self.path.name, _view(self.size), [self.path])
+        return stamp_files(self.path.parent, self.path.name, describe_size(self.size), [self.path])
 
-    def load(self, allocate: Allocate = in_memory) -> Splits:
-        """All splits of the file."""
+    def load(self, allocate: Allocate = allocate_in_memory) -> Splits:
+        """Read all splits of the file."""
         if not self.path.is_file():
             raise InputError(Key("path"), f"={self.path} is not a file: give an .npz file.")
         try:
             with np.load(self.path, allow_pickle=False) as archive:
-                return self._splits(archive, allocate)
+                return self._read_splits(archive, allocate)
         except (InputError, StorageError):
             raise
-        except Exception as error:  # numpy raises half a dozen types for a broken archive
+        except Exception as error:  # numpy raises many types for a broken archive
             raise InputError(
                 Key("path"), f"={self.path} is not a readable .npz: {error}"
             ) from error
 
-    def _splits(self, archive: Any, allocate: Allocate) -> Splits:
+    def _read_splits(self, archive: Any, allocate: Allocate) -> Splits:
         names = [name for name in ("train", "val", "test") if f"{name}_images" in archive.files]
         for name in ("train", "test"):
             if name not in names:
@@ -74,14 +77,14 @@ class NpzSource:
                     f"{self.path} has no array {name}_images; it has "
                     f"{', '.join(sorted(archive.files)) or 'none'}."
                 )
-        # What is wrong with a later split is found before the first one's images are read.
-        shapes = {name: self._shape(archive, name) for name in names}
+        # All splits are checked before the images of any are read.
+        shapes = {name: self._check_images(archive, name) for name in names}
         kinds = {
             name: (shape[3:] or (1,)) + (self.size or shape[1:3]) for name, shape in shapes.items()
         }
         if len(set(kinds.values())) > 1:
             raise InputError(f"{self.path}: the splits' images differ in shape: {kinds}.")
-        labels = {name: self._labels(archive, name, shapes[name][0]) for name in names}
+        labels = {name: self._read_labels(archive, name, shapes[name][0]) for name in names}
         if len({numbers is None for numbers in labels.values()}) > 1:
             raise InputError(f"{self.path}: some splits have labels and others have none.")
         found = archive["class_names"] if "class_names" in archive.files else ()
@@ -93,23 +96,25 @@ class NpzSource:
             )
         if top >= shapes["train"][0]:
             raise InputError(
-                f"{self.path}: label {top} is above the number of training images: labels count "
-                "classes from 0."
+                f"{self.path}: label {top} is above the number of training images: labels are "
+                "classes numbered from 0."
             )
         class_names = class_names or [str(number) for number in range(top + 1)]
         read = {
             name: Split(
-                _filled(name, shapes[name][0], self._blocks(archive, name), allocate), labels[name]
+                fill_array(name, shapes[name][0], self._read_blocks(archive, name), allocate),
+                labels[name],
             )
             for name in names
         }
         return Splits(read["train"], read.get("val"), read["test"], class_names)
 
-    def _shape(self, archive: Any, name: str) -> tuple[int, ...]:
-        with _member(archive, f"{name}_images") as (_, shape, dtype, _):
+    def _check_images(self, archive: Any, name: str) -> tuple[int, ...]:
+        """The shape of a split's array of images, checked without reading the values."""
+        with _open_array(archive, f"{name}_images") as (_, shape, dtype, _):
             pass
         if dtype.hasobject:
-            archive[f"{name}_images"]  # numpy's error
+            archive[f"{name}_images"]  # raises numpy's error
         if dtype != np.uint8:
             raise InputError(f"{self.path}: {name}_images is {dtype}, it must be uint8.")
         if len(shape) not in (3, 4) or (len(shape) == 4 and shape[-1] not in (1, 3)):
@@ -121,13 +126,13 @@ class NpzSource:
             raise InputError(f"{self.path}: {name}_images is empty.")
         return shape
 
-    def _blocks(self, archive: Any, name: str) -> Iterator[Tensor]:
-        """The images (n, C, H, W) of a split, resized; unpacked a block at a time."""
-        with _member(archive, f"{name}_images") as (file, shape, _, by_columns):
+    def _read_blocks(self, archive: Any, name: str) -> Iterator[Tensor]:
+        """The images of a split, unpacked and resized in blocks (n, C, H, W)."""
+        with _open_array(archive, f"{name}_images") as (file, shape, _, fortran_order):
             total, each = shape[0], math.prod(shape[1:])
             rows = rows_per_block(shape)
-            # By columns, every image is scattered over the whole file.
-            whole = archive[f"{name}_images"] if by_columns else None
+            # In Fortran order every image is spread over the whole file.
+            whole = archive[f"{name}_images"] if fortran_order else None
             for start in range(0, total, rows):
                 count = min(rows, total - start)
                 if whole is None:
@@ -137,7 +142,7 @@ class NpzSource:
                 images = torch.from_numpy(block.reshape(count, *shape[1:3], -1)).movedim(-1, 1)
                 yield resize(images.contiguous(), self.size)
 
-    def _labels(self, archive: Any, name: str, total: int) -> Tensor | None:
+    def _read_labels(self, archive: Any, name: str, total: int) -> Tensor | None:
         if f"{name}_labels" not in archive.files:
             return None
         labels = archive[f"{name}_labels"]
@@ -152,8 +157,14 @@ class NpzSource:
 
 
 @contextmanager
-def _member(archive: Any, name: str) -> Iterator[tuple[Any, tuple[int, ...], np.dtype[Any], bool]]:
-    """An array of an .npz: its open file, at the first value; shape, type, and whether by columns.
+def _open_array(
+    archive: Any, name: str
+) -> Iterator[tuple[Any, tuple[int, ...], np.dtype[Any], bool]]:
+    """Open an array of an .npz file.
+
+    Yields:
+        The open file at the first value, and the array's shape, type and whether it is in Fortran
+        order.
 
     Raises:
         ValueError: If it is not an array.
@@ -164,18 +175,18 @@ def _member(archive: Any, name: str) -> Iterator[tuple[Any, tuple[int, ...], np.
             (1, 0): np.lib.format.read_array_header_1_0,
             (2, 0): np.lib.format.read_array_header_2_0,
         }.get(version)
-        if read is None:  # used for names of fields only, which images have none of
-            raise ValueError(f"{name} has the format {version}, which no array of numbers needs")
-        shape, by_columns, dtype = read(file)
-        yield file, shape, dtype, by_columns
+        if read is None:  # version 3 is for the names of fields, which images do not have
+            raise ValueError(f"{name} has format version {version}, arrays of numbers 1.0 or 2.0")
+        shape, fortran_order, dtype = read(file)
+        yield file, shape, dtype, fortran_order
 
 
 class BundledSource(NpzSource):
-    """10 000 training and 2 000 test images of Fashion-MNIST, shipped inside the package."""
+    """10 000 training and 2 000 test images of Fashion-MNIST, shipped with the package."""
 
     def __init__(self, size: int | Sequence[int] | None = None) -> None:
         inside = files("vqvae_lightning.data") / "bundled" / "fashion_mnist_mini.npz"
         super().__init__(str(inside), size)
 
     def stamp(self) -> None:
-        """None: 9 MB need not be shared, and the package's folder not be written to."""
+        """None: 9 MB need not be shared, and the package's folder should not be written to."""

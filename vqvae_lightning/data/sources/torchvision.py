@@ -1,4 +1,4 @@
-"""Data sets of torchvision."""
+"""The data sets of torchvision."""
 
 import gzip
 import inspect
@@ -14,17 +14,19 @@ from torch import Tensor
 
 from vqvae_lightning.console import progress_bar
 from vqvae_lightning.data.sources.arrays import (
+    check_size,
+    describe_size,
+    fill_array,
+    resize,
+    rows_per_block,
+)
+from vqvae_lightning.data.sources.protocol import (
     Allocate,
     Split,
     Splits,
     Stamp,
-    _filled,
-    _stamp,
-    _view,
-    check_size,
-    in_memory,
-    resize,
-    rows_per_block,
+    allocate_in_memory,
+    stamp_files,
 )
 from vqvae_lightning.errors import InputError
 
@@ -33,14 +35,13 @@ class TorchvisionSource:
     """A data set of torchvision, downloaded on first use.
 
     Args:
-        dataset: A class of `torchvision.datasets` (or a partial of it) that takes `root`,
-            `download` and either `train` or `split`.
-        root: Folder under which torchvision keeps its files.
-        mirror: Folder that may hold the packed files already, such as the one of Debian's package
-            dataset-fashion-mnist; they are unpacked from there instead of being downloaded.
-        val_split: The name of its validation split, where it has one.
-        size: Side, or [height, width], to resize (shorter side) and centre-crop to; None keeps the
-            images.
+        dataset: Class of `torchvision.datasets`, or a partial of it, that takes `root`, `download`
+            and either `train` or `split`.
+        root: Folder below which torchvision stores its files.
+        mirror: Folder that may hold the packed files already, such as that of Debian's package
+            dataset-fashion-mnist; they are unpacked from there instead of downloaded.
+        val_split: Name of the validation split, if the data set has one.
+        size: Side, or [height, width], to resize and centre-crop to; None keeps the images' size.
     """
 
     def __init__(
@@ -59,7 +60,11 @@ class TorchvisionSource:
         self.size = check_size(size)
 
     def prepare(self) -> None:
-        """Unpack from the mirror or download."""
+        """Unpack the files from the mirror, or download them.
+
+        Raises:
+            InputError: If the files are missing and cannot be downloaded.
+        """
         raw = self.root / self.type.__name__ / "raw"
         if self.mirror and Path(self.mirror).is_dir() and not raw.is_dir():
             partial = raw.with_name(f"raw.{os.getpid()}")
@@ -74,33 +79,32 @@ class TorchvisionSource:
             except (OSError, RuntimeError) as error:
                 raise InputError(
                     f"{self.type.__name__} is not in {self.root} and cannot be downloaded "
-                    f"({error}): put "
-                    f"{self._wanted()}, or set data_dir (or VQVAE_DATA_DIR) to the folder that has "
-                    "them."
+                    f"({error}): put {self._describe_files()}, or set data_dir (or "
+                    "VQVAE_DATA_DIR) to the folder that has them."
                 ) from error
 
     def stamp(self) -> Stamp | None:
-        """Of the files below `root`; None of a class that is not torchvision's own, or of none."""
+        """The stamp of the files below `root`; None without any, or for another package's class."""
         options = getattr(self.dataset, "keywords", {})
         known = self.type.__module__.startswith("torchvision.datasets.")
         if not known or not all(isinstance(v, str | int | None) for v in options.values()):
             return None
-        if hasattr(self.type, "split_list"):  # its files lie among those of other sets
+        if hasattr(self.type, "split_list"):  # `root` may hold files of other data sets
             paths = [self.root / entry[1] for entry in self.type.split_list.values()]
         else:
-            paths = sorted(self._unpacked().rglob("*"))
+            paths = sorted(self._find_folder().rglob("*"))
         paths = [path for path in paths if path.is_file()]
         if not paths:
             return None
-        view = f"{_view(self.size)} {sorted(options.items())} {self.val_split}"
-        return _stamp(self.root, self.type.__name__, view, paths)
+        view = f"{describe_size(self.size)} {sorted(options.items())} {self.val_split}"
+        return stamp_files(self.root, self.type.__name__, view, paths)
 
-    def load(self, allocate: Allocate = in_memory) -> Splits:
-        """The train and test split, and the validation split where the set has one."""
+    def load(self, allocate: Allocate = allocate_in_memory) -> Splits:
+        """Read the training and test split, and the validation split if there is one."""
         opened = self._open("train")
         names = [str(name) for name in getattr(opened, "classes", [])]
         train = self._read(opened, "train", allocate)
-        del opened  # one at a time in the library's memory
+        del opened  # so that torchvision holds one split at a time
         val = self._read(self._open(self.val_split), "val", allocate) if self.val_split else None
         test = self._read(self._open("test"), "test", allocate)
         if not names and train.labels is not None:
@@ -118,33 +122,34 @@ class TorchvisionSource:
         labels = None if found is None else torch.as_tensor(found).long()
         if not hasattr(opened, "data"):
             with progress_bar(f"reading {self.type.__name__}", len(opened)) as advance:
-                read = _filled(split, len(opened), self._singles(opened, advance), allocate)
+                read = fill_array(split, len(opened), self._decode_each(opened, advance), allocate)
             return Split(read, None)
         images = torch.as_tensor(opened.data)
         if images.ndim == 3:
             images = images[:, None]
         elif images.shape[-1] in (1, 3):
             images = images.movedim(-1, 1)
-        as_it_is = self.size in (None, tuple(images.shape[2:])) and images.is_contiguous()
-        if as_it_is and allocate is in_memory:
+        unchanged = self.size in (None, tuple(images.shape[2:])) and images.is_contiguous()
+        if unchanged and allocate is allocate_in_memory:
             return Split(images, labels)
         blocks = images.split(rows_per_block(images.shape))
         resized = (resize(block, self.size) for block in blocks)
-        return Split(_filled(split, len(images), resized, allocate), labels)
+        return Split(fill_array(split, len(images), resized, allocate), labels)
 
-    def _singles(self, opened: Any, advance: Callable[[int], None]) -> Iterator[Tensor]:
+    def _decode_each(self, opened: Any, advance: Callable[[int], None]) -> Iterator[Tensor]:
         for index in range(len(opened)):
             yield resize(
                 torch.from_numpy(np.array(opened[index][0])).movedim(-1, 0)[None], self.size
             )
             advance(1)
 
-    def _unpacked(self) -> Path:
-        """Folder of the unpacked files."""
+    def _find_folder(self) -> Path:
+        """The folder of the unpacked files."""
         return self.root / getattr(self.type, "base_folder", f"{self.type.__name__}/raw")
 
-    def _wanted(self) -> str:
-        folder = self._unpacked()
+    def _describe_files(self) -> str:
+        """Which files the data set needs, and in which folder."""
+        folder = self._find_folder()
         if hasattr(self.type, "resources"):
             names = [name for name, _ in self.type.resources]
         elif hasattr(self.type, "split_list"):

@@ -1,4 +1,4 @@
-"""How much memory there is, and how much a run is going to need."""
+"""How much memory is available, and how much a run will need."""
 
 from types import SimpleNamespace
 
@@ -16,7 +16,7 @@ GIB = 2**30
 
 @pytest.fixture
 def machine(tmp_path):
-    """Write a machine's files below a folder: 8 GiB available, and what is given."""
+    """Writes the files of a machine below a folder: 8 GiB available, and the given files."""
 
     def write(**files):
         given = {"proc/meminfo": "MemTotal: 9 kB\nMemAvailable:  8388608 kB\nHugePages_Total: 0\n"}
@@ -66,7 +66,7 @@ V1 = {"proc/self/cgroup": "5:cpu,cpuacct:/other\n4:memory:/docker/abc\n0::/\n"}
         (V2 | group_v2("slurm/job_7", 3 * GIB, 3 * GIB, cache=GIB), GIB),
         (V2 | group_v2("slurm/job_8", GIB, 0), 8 * GIB),
         ({"proc/self/cgroup": "0::/\n"} | group_v2("", 3 * GIB, GIB), 2 * GIB),
-        (V2 | group_v2("", 2 * GIB, GIB), GIB),  # the path is the host's
+        (V2 | group_v2("", 2 * GIB, GIB), GIB),  # the path is that on the host
         ({"proc/self/cgroup": "0::/../other\n"} | group_v2("", 2 * GIB, GIB), GIB),
         (V2 | group_v2("slurm", GIB, 2 * GIB), 0),
         (V1 | group_v1("docker/abc", 3 * GIB, GIB), 2 * GIB),
@@ -76,18 +76,18 @@ V1 = {"proc/self/cgroup": "5:cpu,cpuacct:/other\n4:memory:/docker/abc\n0::/\n"}
         ({"proc/self/cgroup": "0::/a\n"} | group_v2("unified/a", 3 * GIB, GIB), 2 * GIB),
     ],
 )
-def test_available_memory_is_the_smallest_room_of_machine_and_control_groups(
+def test_available_memory_is_the_least_that_machine_and_control_groups_leave(
     files, expected, machine
 ):
     assert available_memory(machine(**files)) == expected
 
 
-def test_a_system_without_these_files_is_taken_to_have_16_gib(tmp_path):
+def test_a_system_without_these_files_is_assumed_to_have_16_gib(tmp_path):
     assert available_memory(tmp_path) == 16 * GIB
 
 
 def surveys(folder, *overrides):
-    """The preflight of both stages of a pipeline of tiny networks."""
+    """The surveys of both stages of a pipeline of tiny networks."""
     small = [option for option in TINY_VQVAE if not option.startswith("trainer=")]
     cfg = compose("pipeline", "experiment=smoke", *small, *overrides, folder=folder)
     configs = stage_configs(cfg)
@@ -95,13 +95,13 @@ def surveys(folder, *overrides):
 
 
 def memory(survey):
-    """Bytes that a device is said to need."""
+    """Bytes that a stage needs on a device, as its survey reports them."""
     number, unit = survey.facts["memory"].split()[:2]
     return float(number) * {"kB": 1e3, "MB": 1e6, "GB": 1e9}[unit]
 
 
 def test_the_logits_of_a_priors_validation_are_counted(toy, tmp_path, monkeypatch):
-    # Float32, and their logarithms; the larger split has 30 images, of 3x2 codes of 4096 each.
+    # Logits and log probabilities in float32, for the 30 images of 3x2 codes of the larger split.
     logits = 2 * 30 * 3 * 2 * 4096 * 4
     wide = ("model.net.quantizer.num_codes=4096", "prior.batch_size=1", *toy)
     one, all_ = (
@@ -120,31 +120,32 @@ def test_mapped_images_that_memory_cannot_hold_are_a_warning(toy, tmp_path, monk
     assert "the images take 43.2 kB and this machine has 43 kB left" in warning
 
 
-def test_the_vectors_for_the_first_codebook_are_counted(toy, tmp_path, monkeypatch):
-    wide = ("model.net.quantizer.code_dim=500", *toy)  # 16 codes, and 16 vectors for each
+def test_the_vectors_that_initialize_the_codebook_are_counted(toy, tmp_path, monkeypatch):
+    wide = ("model.net.quantizer.code_dim=500", *toy)  # 16 codes with 16 vectors for each
     without, counted = (
         surveys(tmp_path, *wide, f"model.net.quantizer.init={init}")["vqvae"]
         for init in ("uniform", "kmeans")
     )
     gathered = 16 * 16 * (500 * 4 + 8)
     assert memory(counted) - memory(without) == pytest.approx(gathered, rel=0.02)
-    free = SimpleNamespace(free=4 * gathered)  # of four checkpoints, without anything else
+    # Enough for these vectors in four checkpoints, but not for the rest of the checkpoints.
+    free = SimpleNamespace(free=4 * gathered)
     monkeypatch.setattr(preflight.shutil, "disk_usage", lambda path: free)
     with pytest.raises(InputError, match="4 checkpoints of"):
         surveys(tmp_path, *wide, "model.net.quantizer.init=kmeans")
 
 
-def test_the_images_are_counted_in_every_rank(toy, tmp_path, monkeypatch):
+def test_the_images_are_counted_once_per_rank(toy, tmp_path, monkeypatch):
     pixels = (96 + 24 + 30) * 12 * 8 * 3
     mapped = surveys(tmp_path, *toy)["vqvae"]
     assert f"{pixels / 1e3:.3g} kB mapped from a file" in mapped.facts["data"]
-    # Without a place for the file.
-    monkeypatch.setattr("vqvae_lightning.data.mapped._folders", lambda *_: [])
+    # No folder can be written to.
+    monkeypatch.setattr("vqvae_lightning.data.mapped._list_folders", lambda *_: [])
     survey = surveys(tmp_path, *toy)["vqvae"]
     assert f"{pixels / 1e3:.3g} kB in memory" in survey.facts["data"]
     three = (*toy, "trainer.devices=3", "dataset.batch_size=33", "prior.batch_size=33")
     assert surveys(tmp_path, *three)["vqvae"].warnings == []
-    # This process has its images already, the two others want 86 kB together.
+    # This process has loaded its images; the other two need 86 kB together.
     monkeypatch.setattr(preflight, "_room", lambda *_: (2**40, "anywhere"))
     monkeypatch.setattr(preflight, "available_memory", lambda: 2 * pixels)
     assert surveys(tmp_path, *three)["vqvae"].warnings == []

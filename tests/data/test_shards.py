@@ -1,4 +1,4 @@
-"""Shards are seen once per epoch over ranks and workers, and give what memory gives."""
+"""Each image of a shard comes once per epoch, and results equal those from memory."""
 
 import functools
 import http.server
@@ -25,7 +25,7 @@ from vqvae_lightning.data import images as images_module
 from vqvae_lightning.data.images import EpochBatches
 from vqvae_lightning.data.shards import index, stream
 from vqvae_lightning.data.shards.stream import ShardBatches
-from vqvae_lightning.data.shards.write import png, write_shards
+from vqvae_lightning.data.shards.write import encode_png, write_shards
 from vqvae_lightning.errors import InputError
 from vqvae_lightning.evaluation.drawing import nearest_training_images
 from vqvae_lightning.evaluation.likelihood import likelihood_metrics
@@ -39,14 +39,16 @@ from vqvae_lightning.tasks import VQVAETask
 SPLITS = ("train", "val", "test")
 
 
-def numbered(folder, count=103, per_shard=17):
-    """Shards of images that say which row they are: seven, the last of one image."""
+def write_numbered(folder, count=103, per_shard=17):
+    """Write seven shards, the last with one image; each image holds its row number."""
     rows = torch.arange(count)
     images = rows.to(torch.uint8).view(-1, 1, 1, 1).expand(-1, 1, 4, 4)
-    samples = (("png", png(image), row % 3) for row, image in enumerate(images))
+    samples = (("png", encode_png(image), row % 3) for row, image in enumerate(images))
     assert write_shards(samples, folder, "train", per_shard) == -(-count // per_shard)
     for name in ("val", "test"):
-        write_shards([("png", png(images[9]), 0), ("png", png(images[5]), 1)], folder, name, 10)
+        write_shards(
+            [("png", encode_png(images[9]), 0), ("png", encode_png(images[5]), 1)], folder, name, 10
+        )
     return str(folder)
 
 
@@ -74,14 +76,14 @@ def on_ranks(monkeypatch, count):
     world=st.integers(1, 3),
     workers=st.integers(0, 3),
     local=st.integers(1, 4),
-    held=st.integers(1, 12),
+    buffer=st.integers(1, 12),
     epoch=st.integers(0, 2),
 )
-def test_each_row_comes_once_over_ranks_and_workers(sizes, world, workers, local, held, epoch):
+def test_each_row_comes_once_over_ranks_and_workers(sizes, world, workers, local, buffer, epoch):
     for seed in (3, None):
         steps, seen = set(), []
         for rank in range(world):
-            plan = ShardBatches(sizes, local * world, seed, workers, held)
+            plan = ShardBatches(sizes, local * world, seed, workers, buffer)
             plan.rank, plan.world = rank, world
             plan.set_epoch(epoch)
             rows = plan.rows()
@@ -99,7 +101,7 @@ def test_each_row_comes_once_over_ranks_and_workers(sizes, world, workers, local
 
 
 def test_two_ranks_of_two_workers_see_each_image_once(tmp_path, monkeypatch):
-    data = module(numbered(tmp_path), num_workers=2, shuffle=10, eval_batch_size=6)
+    data = module(write_numbered(tmp_path), num_workers=2, shuffle=10, eval_batch_size=6)
     given: dict[tuple[str, int], list[int]] = {}
     for _ in on_ranks(monkeypatch, 2):
         loader = data.train_dataloader()
@@ -108,7 +110,7 @@ def test_two_ranks_of_two_workers_see_each_image_once(tmp_path, monkeypatch):
             batches = []
             for number, batch in enumerate(loader):
                 batches.append(values(batch))
-                if number == 2:  # what a scheduler sends to all processes of a job
+                if number == 2:  # a scheduler may signal all processes of a job
                     pids = [str(worker.pid) for worker in loader._iterator._workers]
                     subprocess.run(["kill", "-TERM", *pids], check=True)
             assert [len(batch) for batch in batches] == [4] * 12
@@ -125,22 +127,23 @@ def test_two_ranks_of_two_workers_see_each_image_once(tmp_path, monkeypatch):
     assert sorted(given["all", 0]) == list(range(103))
     first, second = given["train", 0], given["train", 1]
     assert len(set(first)) == len(first) == len(set(second)) == len(second) == 96
-    assert set(first) != set(second), "the same images are left over in each epoch"
+    assert set(first) != set(second), "each epoch drops the same images"
     assert first != second
-    # The buffer mixes, within the limits of what it holds.
+    # The buffer shuffles.
     assert sum(abs(one - other) > 1 for one, other in pairwise(first)) > 60
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_resumed_epoch_goes_on_where_it_was(workers, tmp_path, monkeypatch):
-    data = module(numbered(tmp_path), num_workers=workers, shuffle=20)
+def test_a_resumed_epoch_continues_after_its_last_batch(workers, tmp_path, monkeypatch):
+    data = module(write_numbered(tmp_path), num_workers=workers, shuffle=20)
     whole = data.train_dataloader()
     whole.batch_sampler.set_epoch(4)
     batches = [values(batch) for batch in whole]
     broken = data.train_dataloader()
     broken.batch_sampler.set_epoch(4)
     running = iter(broken)
-    assert [values(next(running)) for _ in range(5)] == batches[:5]  # an odd number: workers turn
+    # An odd number, so that the two workers swap.
+    assert [values(next(running)) for _ in range(5)] == batches[:5]
     state = json.loads(json.dumps(broken.state_dict()))
     resumed = data.train_dataloader()
     resumed.load_state_dict(state)
@@ -157,22 +160,24 @@ def test_a_resumed_epoch_goes_on_where_it_was(workers, tmp_path, monkeypatch):
     late = module(str(tmp_path), shuffle=1).train_dataloader()
     late.load_state_dict({"batches": 11})
     assert len(list(late)) == 1
-    assert len(opened) <= 2, "shards that have been seen are read again"
+    assert len(opened) <= 2, "finished shards are read again"
 
 
 @pytest.fixture(scope="module")
 def toy_shards(toy_npz, tmp_path_factory):
-    """The toy data in shards that do not divide, in the order of the arrays."""
+    """The toy data in shards of unequal sizes, in the order of the arrays."""
     folder = tmp_path_factory.mktemp("shards")
     source = NpzSource(str(toy_npz)).load()
     for name, per_shard in (("train", 22), ("val", 9), ("test", 40)):
         split = getattr(source, name)
         samples = zip(split.images, split.labels.tolist(), strict=True)
-        write_shards((("png", png(i), label) for i, label in samples), folder, name, per_shard)
+        write_shards(
+            (("png", encode_png(i), label) for i, label in samples), folder, name, per_shard
+        )
     return folder
 
 
-def both(toy_npz, toy_shards, workers=2, **options):
+def load_both(toy_npz, toy_shards, workers=2, **options):
     """The same data from memory and from shards."""
     memory = ImageDataModule(NpzSource(str(toy_npz)), **options)
     shards = ShardDataModule(str(toy_shards), num_workers=workers, shuffle=7, **options)
@@ -184,7 +189,7 @@ def both(toy_npz, toy_shards, workers=2, **options):
 def test_training_on_shards_gives_the_model_of_training_from_memory(
     toy_npz, toy_shards, tmp_path, monkeypatch
 ):
-    memory, shards = both(toy_npz, toy_shards, batch_size=32, eval_batch_size=10, flip=True)
+    memory, shards = load_both(toy_npz, toy_shards, batch_size=32, eval_batch_size=10, flip=True)
     plan = shards.train_dataloader().batches
 
     class SameOrder(EpochBatches):
@@ -211,33 +216,33 @@ def test_training_on_shards_gives_the_model_of_training_from_memory(
         assert ended["shards"][1][name]["value"] == pytest.approx(entry["value"], rel=1e-5), name
 
 
-def test_codes_and_figures_of_shards_are_those_from_memory(toy_npz, toy_shards, tmp_path):
+def test_codes_and_metrics_of_shards_are_those_from_memory(toy_npz, toy_shards, tmp_path):
     torch.manual_seed(0)
     quantizer = EMAQuantizer(300, 4, init="uniform", warmup_steps=0)
     net = VQVAE(quantizer, 3, hidden=8, residual_hidden=4).eval()
     device, found = torch.device("cpu"), {}
-    pair = both(toy_npz, toy_shards, batch_size=8, eval_batch_size=10)
-    with torch.no_grad():  # rows among the encoder's vectors, or all images had one code
+    pair = load_both(toy_npz, toy_shards, batch_size=8, eval_batch_size=10)
+    with torch.no_grad():  # encoder vectors as rows, otherwise all images would have one code
         z = net.encoder(from_uint8(pair[0].datasets["train"].data))
         quantizer.codebook.copy_(z.movedim(1, -1).reshape(-1, 4)[:300])
     for name, images in zip(("memory", "shards"), pair, strict=True):
         codes = CodesDataModule(images, net, "hash", str(tmp_path / name), 8)
         codes.encode(device)
         codes.setup()
-        figures = reconstruction_metrics(codes, "train", device)
-        figures |= likelihood_metrics(codes, None, "train", device)
+        metrics = reconstruction_metrics(codes, "train", device)
+        metrics |= likelihood_metrics(codes, None, "train", device)
         seen = 0
         for levels, labels, grid in _pairs(codes, "train", device, "pairing"):
             with torch.no_grad():
                 assert torch.equal(net.encode(from_uint8(levels)), grid)
-            # The class is the place of a bright bar.
+            # The class is the position of a bright bar.
             bars = levels.unflatten(2, (3, 4)).amax(1).float().mean((2, 3))
             assert torch.equal(bars.argmax(1), labels)
             seen += len(levels)
         assert seen == 96
         samples = images.datasets["test"].preview(5).data
-        found[name] = images, codes, figures, nearest_training_images(images, samples)
-    (memory, one, figures, nearest), (shards, other, figures_, nearest_) = found.values()
+        found[name] = images, codes, metrics, nearest_training_images(images, samples)
+    (memory, one, metrics, nearest), (shards, other, shard_metrics, nearest_) = found.values()
     for split in SPLITS:
         assert np.array_equal(one.datasets[split].data, other.datasets[split].data), split
         assert torch.equal(one.datasets[split].labels, other.datasets[split].labels)
@@ -245,7 +250,7 @@ def test_codes_and_figures_of_shards_are_those_from_memory(toy_npz, toy_shards, 
             memory.datasets[split].preview(9), shards.datasets[split].preview(9), strict=True
         ):
             assert torch.equal(ours, theirs)
-    assert figures_ == pytest.approx(figures, rel=1e-5)
+    assert shard_metrics == pytest.approx(metrics, rel=1e-5)
     assert torch.equal(nearest, nearest_)
     assert memory.image_shape == shards.image_shape == (3, 12, 8)
     assert memory.class_names == shards.class_names == ["0", "1", "2"]
@@ -273,8 +278,8 @@ def test_the_pipeline_runs_on_shards_on_two_ranks(toy_shards, command):
         ("vqvae-sample", [f"prior_checkpoint={checkpoint}", "complete=test", "num_samples=4"]),
         ("vqvae-reconstruct", [f"vqvae_checkpoint={outcome.folder}/vqvae/checkpoints/best.ckpt"]),
     ):
-        drawn = command(name, *options, folder=outcome.folder / name)
-        assert drawn.status == 0, drawn.err
+        outcome = command(name, *options, folder=outcome.folder / name)
+        assert outcome.status == 0, outcome.err
 
 
 def test_a_run_on_shards_resumes_exactly(toy_shards, tmp_path, command, monkeypatch):
@@ -310,7 +315,7 @@ def test_a_run_on_shards_resumes_exactly(toy_shards, tmp_path, command, monkeypa
 
 
 @pytest.mark.parametrize("size", [None, [6, 6]])
-def test_a_folder_of_images_in_shards_is_the_folder(size, tmp_path, command):
+def test_shards_of_a_folder_hold_its_images(size, tmp_path, command):
     generator = np.random.default_rng(0)
     photos = tmp_path / "photos"
     for number in range(40):
@@ -340,7 +345,9 @@ def test_a_folder_of_images_in_shards_is_the_folder(size, tmp_path, command):
             for part in (ours, theirs)
         ]
         assert rows[0] == rows[1]
-        assert torch.equal(ours.data, theirs.data) == (name != "train"), "training is mixed"
+        assert torch.equal(ours.data, theirs.data) == (name != "train"), (
+            "training images are shuffled"
+        )
     with tarfile.open(made / "train-000000.tar") as tar:
         endings = {name.rpartition(".")[2] for name in tar.getnames()}
     assert endings == {"png" if size else "jpg", "cls"}
@@ -349,8 +356,8 @@ def test_a_folder_of_images_in_shards_is_the_folder(size, tmp_path, command):
     assert again.status == 1
 
 
-def test_splits_that_are_not_given_are_the_last_shards(tmp_path):
-    numbered(tmp_path)
+def test_missing_splits_are_the_last_training_shards(tmp_path):
+    write_numbered(tmp_path)
     for name in ("val", "test"):
         (tmp_path / f"{name}-000000.tar").unlink()
     data = module(str(tmp_path), val_share=0.1)
@@ -361,15 +368,16 @@ def test_splits_that_are_not_given_are_the_last_shards(tmp_path):
         module(None, train=str(tmp_path / "train-000000.tar"))
     grouped = tmp_path / "grouped"
     samples = [
-        ("png", png(torch.full((1, 4, 4), n * 9, dtype=torch.uint8)), n // 5) for n in range(20)
+        ("png", encode_png(torch.full((1, 4, 4), n * 9, dtype=torch.uint8)), n // 5)
+        for n in range(20)
     ]
     write_shards(samples, grouped, "train", 5)
     with pytest.raises(InputError, match=r"of class 3: the shards were written class by class"):
         module(str(grouped), batch_size=2)
 
 
-def test_ranges_lists_and_patterns_of_shards(tmp_path):
-    root = numbered(tmp_path)
+def test_shards_are_given_as_ranges_lists_or_globs(tmp_path):
+    root = write_numbered(tmp_path)
     held_out = {"val": f"{root}/val-000000.tar", "test": [f"{root}/test-*.tar"]}
     ranged = module(None, train=f"{root}/train-{{000000..000006}}.tar", **held_out)
     listed = module(
@@ -381,8 +389,8 @@ def test_ranges_lists_and_patterns_of_shards(tmp_path):
     assert fewer.fingerprint != ranged.fingerprint
 
 
-def test_the_index_is_made_once_and_anew_for_what_changed(tmp_path, monkeypatch):
-    root = numbered(tmp_path)
+def test_only_new_and_changed_shards_are_indexed(tmp_path, monkeypatch):
+    root = write_numbered(tmp_path)
     scanned = []
     scan = index.scan_shard
     monkeypatch.setattr(
@@ -399,7 +407,7 @@ def test_the_index_is_made_once_and_anew_for_what_changed(tmp_path, monkeypatch)
     (tmp_path / "index-whole-grey.json").write_text("{")
     module(root)
     assert len(scanned) == 19
-    # Where nothing can be written beside the shards.
+    # The folder of the shards cannot be written to.
     (tmp_path / "index-whole-grey.json").unlink()
     monkeypatch.setattr(os, "access", lambda *_: False)
     for _ in range(2):
@@ -409,8 +417,8 @@ def test_the_index_is_made_once_and_anew_for_what_changed(tmp_path, monkeypatch)
 
 
 @pytest.mark.skipif(shutil.which("curl") is None, reason="webdataset reads URLs with curl")
-def test_shards_behind_a_url(tmp_path):
-    root = numbered(tmp_path / "served")
+def test_shards_behind_a_url_are_read(tmp_path):
+    root = write_numbered(tmp_path / "served")
     handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=root)
     handler.func.log_message = lambda *_: None
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
@@ -421,7 +429,7 @@ def test_shards_behind_a_url(tmp_path):
         data = module(None, **options)
         seen = [row for batch in data.batches("train") for row in values(batch)]
         assert seen == list(range(103))
-        assert len(data.datasets["train"].preview(3).data) == 3  # a stream that is left early
+        assert len(data.datasets["train"].preview(3).data) == 3  # leaves the stream early
         with pytest.raises(InputError, match=r"none\.tar cannot be read at its start"):
             module(None, **{**options, "train": f"{url}/none.tar"})
         server.shutdown()
@@ -436,8 +444,8 @@ def pack(path, *files):
             tar.addfile(entry, io.BytesIO(contents))
 
 
-GOOD = png(torch.arange(48, dtype=torch.uint8).view(3, 4, 4))
-WIDE = png(torch.zeros(3, 4, 6, dtype=torch.uint8))
+GOOD = encode_png(torch.arange(48, dtype=torch.uint8).view(3, 4, 4))
+WIDE = encode_png(torch.zeros(3, 4, 6, dtype=torch.uint8))
 
 
 @pytest.mark.parametrize(
@@ -450,15 +458,15 @@ WIDE = png(torch.zeros(3, 4, 6, dtype=torch.uint8))
         ([("a.png", GOOD), ("b.txt", b"")], r"sample b of .*bad.tar has no image .*\(txt\)"),
         ([("a.png", GOOD), ("a.jpg", GOOD)], r"sample a of .*bad.tar has png, jpg among"),
         ([("a.png", GOOD), ("a.png", GOOD)], r"bad.tar cannot be read at its start: .*duplicate"),
-        ([("a.png", GOOD), ("a.cls", b"cat")], r"sample a of .*bad.tar: its .cls says 'cat'"),
-        ([("a.png", GOOD), ("a.cls", b"-1")], r"its .cls says '-1', it must be a class number"),
+        ([("a.png", GOOD), ("a.cls", b"cat")], r"sample a of .*bad.tar: its .cls holds 'cat'"),
+        ([("a.png", GOOD), ("a.cls", b"-1")], r"its .cls holds '-1', it must be a class number"),
         ([("a.png", GOOD), ("a.cls", b"1")], r"images of shard .*test.tar have no .cls, unlike"),
         ([("a.png", GOOD), ("a.cls", b"7")], r"class 7 of a .cls is above the number of images"),
         (
             [("a.png", GOOD), ("a.cls", b"0"), ("b.png", GOOD)],
             r"sample b of .*bad.tar has no .cls, unlike",
         ),
-        ([("a.png", GOOD), ("b.png", WIDE)], r"sample b of .*bad.tar is .*set size"),
+        ([("a.png", GOOD), ("b.png", WIDE)], r"sample b of .*bad.tar has .*set size"),
         ([("readme", b"")], r"bad.tar holds no samples"),
     ],
 )
@@ -484,15 +492,15 @@ def test_bad_samples_are_named(files, message, tmp_path):
     ],
 )
 def test_damaged_shards_are_named(damage, message, tmp_path):
-    root = numbered(tmp_path)
+    root = write_numbered(tmp_path)
     file = tmp_path / "train-000001.tar"
     file.write_bytes(damage(file.read_bytes()))
     with pytest.raises(InputError, match=message):
         module(root)
 
 
-def test_shards_that_change_while_they_are_used_are_named(tmp_path):
-    root = numbered(tmp_path)
+def test_shards_that_change_during_use_are_named(tmp_path):
+    root = write_numbered(tmp_path)
     data = module(root, num_workers=1)
     shutil.copyfile(tmp_path / "train-000006.tar", tmp_path / "train-000002.tar")
     with pytest.raises(InputError, match=r"^shard \S+train-000002.tar has fewer samples"):
@@ -509,7 +517,7 @@ def test_shards_that_change_while_they_are_used_are_named(tmp_path):
         ({"val": "{root}/train-000001.tar"}, r"train-000001\.tar is given twice"),
         ({"val": "pipe:rm -rf x"}, r"^val=.*there is no file pipe:rm"),
         ({"val": "s3://bucket/x.tar"}, r"must be a path, or start with one of http://"),
-        ({"val": "http://host/x-*.tar"}, r"nothing lists URLs; give a range"),
+        ({"val": "http://host/x-*.tar"}, r"URLs cannot be listed; give a range"),
         ({"val": "{root}/{{0..1"}, r"^val="),
         ({"size": 0}, r"^size=0"),
         ({"num_workers": -1}, r"^num_workers=-1"),
@@ -520,7 +528,7 @@ def test_shards_that_change_while_they_are_used_are_named(tmp_path):
     ],
 )
 def test_bad_options_are_named(options, message, tmp_path):
-    root = numbered(tmp_path)
+    root = write_numbered(tmp_path)
     (tmp_path / "two.txt").write_text("zero\none\n")
     filled = {
         key: value.replace("{root}", root) if isinstance(value, str) else value

@@ -1,4 +1,4 @@
-"""Sources, splits, batches and the code store."""
+"""Sources, splits, batches and stored codes."""
 
 import gzip
 import json
@@ -46,7 +46,7 @@ def write_npz(path, **changes):
     return str(path)
 
 
-def test_bundled_set_has_ten_even_classes_and_is_small():
+def test_the_bundled_data_set_has_ten_equal_classes_and_is_small():
     source = BundledSource()
     splits = source.load()
     assert splits.train.labels.bincount().tolist() == [1000] * 10
@@ -63,7 +63,7 @@ def test_bundled_test_images_are_not_training_images():
     assert sum(row.tobytes() in train for row in splits.test.images.numpy()) <= 2
 
 
-def test_validation_is_carved_from_train_and_test_stays_whole(toy_npz, tmp_path):
+def test_validation_images_are_set_aside_from_training_images(toy_npz, tmp_path):
     path = write_npz(
         tmp_path / "a.npz", train_images=np.arange(40 * 64).reshape(40, 8, 8).astype(np.uint8)
     )
@@ -85,7 +85,7 @@ def test_predicting_the_training_mean_has_an_nmse_of_one(tmp_path):
     assert ((pixels - pixels.mean()) ** 2).mean().item() / data.pixel_variance == pytest.approx(1)
 
 
-def test_each_epoch_has_its_own_order_and_a_seed_repeats_it():
+def test_each_epoch_has_its_own_order_that_the_seed_repeats():
     def epoch(number, seed=5):
         batches = EpochBatches(50, 8, seed)
         batches.set_epoch(number)
@@ -141,7 +141,7 @@ def test_a_batch_is_one_indexing_operation(tmp_path):
     assert calls == [8]
 
 
-def test_colour_and_grey_non_square_and_labels_optional(toy_npz, tmp_path):
+def test_images_may_be_grey_or_colour_not_square_and_without_labels(toy_npz, tmp_path):
     colour = module(NpzSource(str(toy_npz)))
     assert colour.image_shape == (3, 12, 8)
     assert colour.num_classes == 3
@@ -205,7 +205,7 @@ def save_image(path, size=(20, 14), mode="RGB", value=128):
     Image.new(mode, size, value if mode == "L" else (value, 0, 0)).save(path)
 
 
-def test_folder_with_classes_and_splits(tmp_path):
+def test_a_folder_with_classes_and_splits_is_read(tmp_path):
     for split, count in (("train", 6), ("test", 2)):
         for name in ("cat", "dog"):
             for number in range(count):
@@ -218,7 +218,7 @@ def test_folder_with_classes_and_splits(tmp_path):
     assert splits.train.images[:, 0].float().mean() == pytest.approx(128)
 
 
-def test_flat_folder_is_split_without_overlap(tmp_path):
+def test_a_flat_folder_is_split_without_overlap(tmp_path):
     for number in range(60):
         save_image(tmp_path / f"{number:02}.png", (8, 8), "L", number)
     data = module(ImageFolderSource(str(tmp_path), grey=True), val_share=0.1)
@@ -269,7 +269,7 @@ def idx_files(folder, packed):
 
 
 @pytest.mark.parametrize("dataset", [torchvision.datasets.MNIST, torchvision.datasets.FashionMNIST])
-def test_torchvision_files_are_read_where_torchvision_keeps_them(dataset, tmp_path):
+def test_torchvision_files_are_read_from_the_folders_of_torchvision(dataset, tmp_path):
     idx_files(tmp_path / dataset.__name__ / "raw", packed=False)
     data = module(TorchvisionSource(dataset, str(tmp_path)))
     assert data.image_shape == (1, 28, 28)
@@ -277,7 +277,7 @@ def test_torchvision_files_are_read_where_torchvision_keeps_them(dataset, tmp_pa
     assert data.num_classes == 10
 
 
-def test_packed_files_of_debians_package_are_unpacked(tmp_path):
+def test_packed_files_of_the_mirror_are_unpacked(tmp_path):
     idx_files(tmp_path / "mirror", packed=True)
     source = TorchvisionSource(
         torchvision.datasets.FashionMNIST, str(tmp_path / "data"), mirror=str(tmp_path / "mirror")
@@ -285,7 +285,7 @@ def test_packed_files_of_debians_package_are_unpacked(tmp_path):
     assert len(module(source).datasets["test"]) == 10
 
 
-def test_cifar_layout_is_read(tmp_path):
+def test_the_layout_of_cifar_is_read(tmp_path):
     class Fake:
         classes = ("a", "b")
 
@@ -358,7 +358,7 @@ def test_stored_codes_are_the_encoders_in_order(codes):
 
 
 def test_a_batch_of_one_row_is_a_batch(codes):
-    # numpy takes a tensor of one element for a number: a last batch of one grid was no batch.
+    # numpy treats a tensor of one element as a number, so a last batch of one grid lost an axis.
     data = codes()
     data.encode(torch.device("cpu"))
     data.setup()
@@ -368,7 +368,7 @@ def test_a_batch_of_one_row_is_a_batch(codes):
         assert np.array_equal(batch.data, data.datasets["train"].data[rows])
 
 
-def test_a_second_run_encodes_nothing(codes, monkeypatch):
+def test_a_second_run_uses_the_stored_codes(codes, monkeypatch):
     codes().encode(torch.device("cpu"))
     again = codes()
     monkeypatch.setattr(again, "_encode", lambda *_: pytest.fail("encoded again"))
@@ -415,12 +415,12 @@ def test_damaged_or_foreign_codes_are_refused(codes, damage):
         codes().setup()
 
 
-def test_two_runs_that_encode_at_once_do_not_harm_each_other(codes, monkeypatch, tmp_path):
+def test_two_runs_can_encode_at_the_same_time(codes, monkeypatch, tmp_path):
     first, second = codes(), codes()
     whole = first._encode
 
     def meanwhile(*arguments):
-        # In the middle of the first one's work the second, another process, does all of its own.
+        # The second run encodes everything while the first is still encoding.
         if not second.folder.is_dir():
             second.encode(torch.device("cpu"))
         return whole(*arguments)
@@ -433,7 +433,7 @@ def test_two_runs_that_encode_at_once_do_not_harm_each_other(codes, monkeypatch,
     assert torch.equal(first.histogram(), second.histogram())
 
 
-def test_the_code_store_says_what_it_holds(codes):
+def test_the_header_describes_the_stored_codes(codes):
     data = codes()
     data.encode(torch.device("cpu"))
     header = json.loads((data.folder / "header.json").read_text())

@@ -1,4 +1,4 @@
-"""Images are read once, into a file that processes share; what they are, does not change."""
+"""Images are decoded once, into a file that processes share; their values do not change."""
 
 import errno
 import gc
@@ -18,8 +18,8 @@ from PIL import Image
 from test_data import idx_files
 
 from vqvae_lightning.data import ImageDataModule, ImageFolderSource, NpzSource, TorchvisionSource
-from vqvae_lightning.data.mapped import BESIDE
-from vqvae_lightning.data.sources.arrays import Split, Splits
+from vqvae_lightning.data.mapped import FOLDER
+from vqvae_lightning.data.sources import Split, Splits
 from vqvae_lightning.errors import InputError
 
 LINUX = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
@@ -47,7 +47,7 @@ def photos(tmp_path):
 
 @contextmanager
 def without_reading(monkeypatch):
-    """A part of a test in which no image is decoded, and not all bytes are read."""
+    """Fails the test if the block decodes an image, or reads all bytes of stored images."""
     with monkeypatch.context() as patch:
         for name in (
             "sources.folder.decode",
@@ -57,12 +57,13 @@ def without_reading(monkeypatch):
             patch.setattr(f"vqvae_lightning.data.{name}", lambda *_, **__: pytest.fail("read"))
         patch.setattr(Splits, "fingerprint", lambda _: pytest.fail("all bytes were read"))
         patch.setattr(
-            "vqvae_lightning.data.images._levels", lambda *_: pytest.fail("all bytes were read")
+            "vqvae_lightning.data.images._count_levels",
+            lambda *_: pytest.fail("all bytes were read"),
         )
         yield
 
 
-def stored(folder):
+def list_folder(folder):
     return sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
 
 
@@ -71,14 +72,12 @@ def assert_equal(one, other):
     assert one.pixel_variance == other.pixel_variance
     assert one.class_names == other.class_names
     for name in ("train", "val", "test"):
-        for ours, theirs in zip(
-            one.datasets[name].preview(999), other.datasets[name].preview(999), strict=True
-        ):
-            assert torch.equal(ours, theirs), name
+        pairs = zip(one.datasets[name].preview(999), other.datasets[name].preview(999), strict=True)
+        assert all(torch.equal(*pair) for pair in pairs), name
 
 
-def copied(images, labels, share, seed):
-    """Images set aside as they were before they were rows of one array: as copies."""
+def copy_splits(images, labels, share, seed):
+    """Split the images as before splits were rows of one array: as copies."""
     taken = round(len(images) * share)
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed)).numpy()
     rest, aside = np.sort(order[taken:]), np.sort(order[:taken])
@@ -86,13 +85,13 @@ def copied(images, labels, share, seed):
 
 
 @pytest.mark.parametrize("split_seed", [0, 3])
-def test_carved_splits_fingerprint_and_variance_are_those_of_copies(photos, split_seed):
+def test_splits_set_aside_have_the_images_fingerprint_and_variance_of_copies(photos, split_seed):
     paths = sorted(photos.rglob("*.png"))
     images = np.stack([np.moveaxis(np.asarray(Image.open(path)), -1, 0) for path in paths])
     labels = np.array(["ab".index(path.parent.name) for path in paths])
     data = module(ImageFolderSource(str(photos)), split_seed=split_seed)
-    train, test = copied(images, labels, 0.25, split_seed + 1)
-    train, val = copied(*train, 0.25, split_seed)
+    train, test = copy_splits(images, labels, 0.25, split_seed + 1)
+    train, val = copy_splits(*train, 0.25, split_seed)
     for name, (rows, numbers) in {"train": train, "val": val, "test": test}.items():
         assert np.array_equal(data.datasets[name].data, rows), name
         assert np.array_equal(data.datasets[name].labels, numbers), name
@@ -103,7 +102,7 @@ def test_carved_splits_fingerprint_and_variance_are_those_of_copies(photos, spli
     assert data.fingerprint == digest.hexdigest()[:16]
 
 
-def test_a_batch_of_a_carved_split_has_its_rows(photos):
+def test_a_batch_has_the_rows_of_its_split(photos):
     data = module(ImageFolderSource(str(photos)))
     train = data.datasets["train"]
     batches = list(data.batches("train"))
@@ -115,7 +114,7 @@ def test_a_batch_of_a_carved_split_has_its_rows(photos):
 
 
 @pytest.mark.parametrize("kind", ["folder", "npz", "torchvision"])
-def test_a_second_start_reads_nothing(kind, photos, toy_npz, tmp_path, monkeypatch):
+def test_a_second_run_decodes_nothing(kind, photos, toy_npz, tmp_path, monkeypatch):
     if kind == "folder":
         source, place = ImageFolderSource(str(photos), size=6), photos
     elif kind == "npz":
@@ -126,24 +125,24 @@ def test_a_second_start_reads_nothing(kind, photos, toy_npz, tmp_path, monkeypat
         idx_files(tmp_path / "MNIST" / "raw", packed=False)
         source, place = TorchvisionSource(torchvision.datasets.MNIST, str(tmp_path)), tmp_path
     first = module(source)
-    (folder,) = (place / BESIDE).iterdir()
+    (folder,) = (place / FOLDER).iterdir()
     assert first.mapped == sum(d.nbytes for d in source.load()[:3] if d for d in [d.images])
     with without_reading(monkeypatch):
         again = module(source)
     assert_equal(first, again)
-    # Another choice of validation images needs the bytes once more, but no decoding.
+    # Other validation images need one pass over the bytes, but no decoding.
     with monkeypatch.context() as patch:
         patch.setattr(type(source), "load", lambda *_: pytest.fail("read"))
         module(source, split_seed=7)
     with without_reading(monkeypatch):
         module(source, split_seed=7)
-    assert stored(place / BESIDE) == [folder.name]
+    assert list_folder(place / FOLDER) == [folder.name]
 
 
 @LINUX
 def test_processes_share_the_pages_of_one_file(photos):
     data = module(ImageFolderSource(str(photos)))
-    (folder,) = (photos / BESIDE).iterdir()
+    (folder,) = (photos / FOLDER).iterdir()
     address = data.datasets["train"].array.untyped_storage().data_ptr()
     for line in Path("/proc/self/maps").read_text().splitlines():
         first, last = (int(side, 16) for side in line.split()[0].split("-"))
@@ -159,7 +158,7 @@ def change(path, value=9):
 @pytest.mark.parametrize("how", ["other pixels", "same size", "renamed", "removed", "added"])
 def test_files_that_change_are_read_again(how, photos):
     before = module(ImageFolderSource(str(photos)))
-    names = stored(photos / BESIDE)
+    names = list_folder(photos / FOLDER)
     path = photos / "a" / "00.png"
     if how == "other pixels":
         change(path)
@@ -176,8 +175,8 @@ def test_files_that_change_are_read_again(how, photos):
         change(photos / "a" / "99.png")
     after = module(ImageFolderSource(str(photos)))
     assert after.fingerprint != before.fingerprint
-    assert len(stored(photos / BESIDE)) == 1, "the images of the old files are left"
-    assert stored(photos / BESIDE) != names
+    assert len(list_folder(photos / FOLDER)) == 1, "images of the old files remain"
+    assert list_folder(photos / FOLDER) != names
 
 
 def test_each_view_of_a_folder_has_its_own_images(photos):
@@ -185,13 +184,13 @@ def test_each_view_of_a_folder_has_its_own_images(photos):
     for _ in range(2):
         shapes = [module(ImageFolderSource(str(photos), **view)).image_shape for view in views]
         assert shapes == [(3, 8, 8), (1, 8, 8), (3, 4, 4), (3, 4, 6)]
-    assert len(stored(photos / BESIDE)) == 4
+    assert len(list_folder(photos / FOLDER)) == 4
 
 
 @pytest.mark.parametrize("damage", ["truncated", "missing", "header", "labels", "dtype"])
 def test_damaged_images_are_read_again(damage, photos):
     before = module(ImageFolderSource(str(photos)))
-    (folder,) = (photos / BESIDE).iterdir()
+    (folder,) = (photos / FOLDER).iterdir()
     del before.datasets["train"].array
     if damage == "truncated":
         os.truncate(folder / "train.npy", 300)
@@ -208,36 +207,36 @@ def test_damaged_images_are_read_again(damage, photos):
 
 
 def refuse(folder):
-    """Let nothing be written into `folder`; root may write where permissions forbid it."""
-    folder.write_text("a file, where a folder would have to be")
+    """Make `folder` unwritable by a file of its name, because root ignores permissions."""
+    folder.write_text("a file instead of the folder")
 
 
-def test_data_in_a_read_only_folder_are_stored_elsewhere(photos, tmp_path, monkeypatch, capsys):
-    refuse(photos / BESIDE)
+def test_images_of_a_read_only_folder_are_stored_in_the_cache_dir(
+    photos, tmp_path, monkeypatch, capsys
+):
+    refuse(photos / FOLDER)
     source, elsewhere = ImageFolderSource(str(photos)), tmp_path / "images"
     first = module(source, str(elsewhere))
-    assert len(stored(elsewhere)) == 1
+    assert len(list_folder(elsewhere)) == 1
     with without_reading(monkeypatch):
         assert_equal(first, module(source, str(elsewhere)))
     assert "warning" not in capsys.readouterr().out
 
 
-def test_without_a_place_to_write_images_are_held_in_memory_with_a_warning(
-    photos, tmp_path, capsys
-):
+def test_images_that_cannot_be_stored_are_held_in_memory_with_a_warning(photos, tmp_path, capsys):
     kept = module(ImageFolderSource(str(photos)))
-    (folder,) = (photos / BESIDE).iterdir()
+    (folder,) = (photos / FOLDER).iterdir()
     copy = tmp_path / "copy"
     photos.rename(copy)
-    folder = copy / BESIDE
+    folder = copy / FOLDER
     folder.rename(tmp_path / "aside")
     refuse(folder)
     refuse(tmp_path / "images")
     assert capsys.readouterr().out == ""
     held = module(ImageFolderSource(str(copy)), str(tmp_path / "images"))
-    said = capsys.readouterr().out
-    assert said.count("warning") == 1
-    assert "dataset.cache_dir" in said
+    printed = capsys.readouterr().out
+    assert printed.count("warning") == 1
+    assert "dataset.cache_dir" in printed
     assert (held.mapped, held.memory) == (0, kept.mapped)
     kept = module(ImageFolderSource(str(copy)), str(tmp_path / "other"))
     assert_equal(held, kept)
@@ -252,7 +251,7 @@ def test_a_full_disk_is_found_before_anything_is_written(photos, monkeypatch, ca
     data = module(ImageFolderSource(str(photos)))
     assert data.mapped == 0
     assert "No space left" in capsys.readouterr().out
-    assert stored(photos / BESIDE) == []
+    assert list_folder(photos / FOLDER) == []
 
 
 def test_an_interrupted_reading_leaves_nothing_behind(photos, monkeypatch):
@@ -262,15 +261,15 @@ def test_an_interrupted_reading_leaves_nothing_behind(photos, monkeypatch):
     monkeypatch.setattr("vqvae_lightning.data.sources.folder.decode", interrupt)
     with pytest.raises(KeyboardInterrupt):
         module(ImageFolderSource(str(photos)))
-    assert stored(photos / BESIDE) == []
+    assert list_folder(photos / FOLDER) == []
 
 
-def test_two_processes_that_read_at_once_do_not_harm_each_other(photos, monkeypatch):
+def test_two_processes_can_read_at_the_same_time(photos, monkeypatch):
     whole = ImageFolderSource._read
     others = []
 
     def meanwhile(self, *arguments):
-        # In the middle of the first one's reading the second, another process, does all of its own.
+        # The second process reads everything while the first is still reading.
         if not others:
             others.append(None)
             others[0] = module(ImageFolderSource(str(photos)))
@@ -279,7 +278,7 @@ def test_two_processes_that_read_at_once_do_not_harm_each_other(photos, monkeypa
     monkeypatch.setattr(ImageFolderSource, "_read", meanwhile)
     first = module(ImageFolderSource(str(photos)))
     assert_equal(first, others[0])
-    assert len(stored(photos / BESIDE)) == 1
+    assert len(list_folder(photos / FOLDER)) == 1
 
 
 def test_files_that_change_while_they_are_read_are_an_error(photos, monkeypatch):
@@ -292,10 +291,10 @@ def test_files_that_change_while_they_are_read_are_an_error(photos, monkeypatch)
     monkeypatch.setattr(ImageFolderSource, "_read", meanwhile)
     with pytest.raises(InputError, match="changed while they were read"):
         module(ImageFolderSource(str(photos)))
-    assert stored(photos / BESIDE) == []
+    assert list_folder(photos / FOLDER) == []
 
 
-def test_a_source_of_ones_own_needs_no_stamp():
+def test_a_users_source_needs_no_stamp():
     class Own:
         def prepare(self):
             pass
@@ -310,7 +309,7 @@ def test_a_source_of_ones_own_needs_no_stamp():
 
 @pytest.mark.parametrize("order", ["C", "F"])
 @pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
-def test_an_npz_that_is_unpacked_in_blocks_is_what_numpy_reads(
+def test_an_npz_unpacked_in_blocks_equals_what_numpy_reads(
     order, save, toy_npz, tmp_path, monkeypatch
 ):
     monkeypatch.setattr("vqvae_lightning.data.sources.arrays.BLOCK", 7 * 12 * 8 * 3)
@@ -324,7 +323,7 @@ def test_an_npz_that_is_unpacked_in_blocks_is_what_numpy_reads(
 
 @contextmanager
 def anonymous_memory():
-    """Most bytes that the block needs at a time, without the pages of files that it maps."""
+    """Yields a list that gets the peak memory of the block in bytes, without mapped files."""
 
     def now():
         (line,) = (
@@ -338,7 +337,7 @@ def anonymous_memory():
         while not over.wait(0.002):
             seen.append(now())
 
-    gc.collect()  # or memory of earlier tests would be freed meanwhile
+    gc.collect()  # otherwise memory of earlier tests might be freed within the block
     before, seen, over = now(), [now()], threading.Event()
     thread = threading.Thread(target=watch)
     thread.start()
@@ -352,24 +351,24 @@ def anonymous_memory():
 
 
 @LINUX
-@pytest.mark.parametrize("carved", [True, False])
-def test_loading_takes_memory_for_one_array_and_mapping_for_none(carved, tmp_path):
-    # It took four times the images, in each rank.
-    names = ("train", "test") if carved else ("train", "val", "test")
+@pytest.mark.parametrize("set_aside", [True, False])
+def test_loading_takes_memory_for_one_array_and_mapping_for_none(set_aside, tmp_path):
+    # It once took four times the size of the images, in each rank.
+    names = ("train", "test") if set_aside else ("train", "val", "test")
     images = np.random.default_rng(0).integers(0, 256, (40_000, 32, 32, 3), dtype=np.uint8)
     arrays = {f"{name}_images": images[:: 1 if name == "train" else 2] for name in names}
     size = sum(array.nbytes for array in arrays.values())
     np.savez(tmp_path / "big.npz", **arrays)
     del images, arrays
     source = NpzSource(str(tmp_path / "big.npz"))
-    refuse(tmp_path / BESIDE)
+    refuse(tmp_path / FOLDER)
     with anonymous_memory() as needed:
         held = module(source)
     assert 0.9 * size < needed[0] < 1.3 * size
     fingerprint = held.fingerprint
     del held
-    (tmp_path / BESIDE).unlink()
-    for _ in range(2):  # when the file is made, and later
+    (tmp_path / FOLDER).unlink()
+    for _ in range(2):  # when the file is written, and later
         with anonymous_memory() as needed:
             data = module(source)
         assert needed[0] < 0.3 * size
