@@ -203,9 +203,9 @@ class ShardDataModule(PixelDataModule):
                 f"class {top} of a .cls is above the number of images ({total}): classes are "
                 "numbered from 0."
             )
-        beside = Path(shards[0].url).with_name("classes.txt")
-        path = Path(self.classes) if self.classes is not None else beside
-        if self.classes is None and (is_remote(shards[0].url) or not beside.is_file()):
+        default = Path(shards[0].url).with_name("classes.txt")
+        path = Path(self.classes) if self.classes is not None else default
+        if self.classes is None and (is_remote(shards[0].url) or not default.is_file()):
             return [str(number) for number in range(top + 1)]
         try:
             names = path.read_text(encoding="utf-8").split("\n")

@@ -58,9 +58,9 @@ def index_folder(
         InputError: If a shard cannot be used.
     """
     file = f"index-{view.name}.json"
-    own = index_dir / hashlib.sha256(folder.encode()).hexdigest()[:16] / file
-    beside = None if is_remote(folder) else Path(folder or ".") / file
-    stored = {**_read_index(beside), **_read_index(own)}
+    fallback = index_dir / hashlib.sha256(folder.encode()).hexdigest()[:16] / file
+    local = None if is_remote(folder) else Path(folder or ".") / file
+    stored = {**_read_index(local), **_read_index(fallback)}
     stamps = {url: _stamp_shard(url) for url in urls}
     known: dict[str, Shard] = {}
     for url in urls:
@@ -88,8 +88,8 @@ def index_folder(
             entry = {**shard._asdict(), "stamp": stamps[url]}
             del entry["url"]
             entries[url.rpartition("/")[2]] = entry
-        writable = beside is not None and os.access(beside.parent, os.W_OK)
-        write_text(beside if beside is not None and writable else own, json.dumps(entries))
+        writable = local is not None and os.access(local.parent, os.W_OK)
+        write_text(local if local is not None and writable else fallback, json.dumps(entries))
     return known
 
 

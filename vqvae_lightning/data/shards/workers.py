@@ -35,10 +35,10 @@ def init_worker(number: int) -> None:
             signal.signal(getattr(signal, name), signal.SIG_IGN)
     if hasattr(signal, "sigwaitinfo"):
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        threading.Thread(target=_exit_with_parent, daemon=True).start()
+        threading.Thread(target=_exit_on_sigterm, daemon=True).start()
 
 
-def _exit_with_parent() -> None:
+def _exit_on_sigterm() -> None:
     """Exit on SIGTERM from the parent, which ends its workers with it; ignore any other sender."""
     while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
         pass
