@@ -55,7 +55,7 @@ MODULES = {name: name.replace("vqvae-", "vqvae_lightning.commands.") for name in
 MODULES["vqvae-report"] = "vqvae_lightning.commands.report"  # takes a folder instead of overrides
 
 
-def imported(path):
+def list_imports(path):
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and node.module:
             yield node.module
@@ -72,7 +72,7 @@ def test_imports_run_one_way(path):
     part = path.relative_to(PACKAGE).with_suffix("").parts[0]
     if part == "__init__":
         return
-    for module in imported(path):
+    for module in list_imports(path):
         names = module.split(".")
         if names[0] != "vqvae_lightning" or len(names) == 1:
             continue
@@ -82,12 +82,12 @@ def test_imports_run_one_way(path):
 @pytest.mark.parametrize("folder", ["quantizers", "networks"])
 def test_networks_need_neither_lightning_nor_hydra(folder):
     for path in (PACKAGE / folder).glob("*.py"):
-        roots = {module.split(".")[0] for module in imported(path)}
+        roots = {module.split(".")[0] for module in list_imports(path)}
         own = roots - sys.stdlib_module_names
         assert own <= {"vqvae_lightning", "torch", "vector_quantize_pytorch"}, path
 
 
-def output_and_heavy_modules(code):
+def run_and_list_heavy_modules(code):
     listing = (
         "import sys; print(sorted({'torch','pytorch_lightning','matplotlib'} & set(sys.modules)))"
     )
@@ -99,7 +99,7 @@ def output_and_heavy_modules(code):
 
 
 def test_importing_the_package_is_light():
-    assert output_and_heavy_modules("import vqvae_lightning") == ["[]"]
+    assert run_and_list_heavy_modules("import vqvae_lightning") == ["[]"]
 
 
 @pytest.mark.parametrize("name", MODULES)
@@ -115,7 +115,7 @@ except SystemExit as stop:
     status = stop.code
 print(status)
 """
-    *helped, status, heavy = output_and_heavy_modules(code)
+    *helped, status, heavy = run_and_list_heavy_modules(code)
     assert heavy == "[]"
     assert status in ("0", "None")
     assert ("Powered by Hydra" if name in COMMANDS else "usage: vqvae-report") in "".join(helped)

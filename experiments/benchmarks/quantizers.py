@@ -241,7 +241,7 @@ def judge(z: Tensor, codebook: Tensor, codes: dict[str, Tensor]) -> dict[str, fl
     return {name: count / len(flat) for name, count in right.items()}
 
 
-def resident(key: str) -> int:
+def read_memory(key: str) -> int:
     """Read the bytes of this process: `VmRSS` for now, `VmHWM` for the peak."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(f"{key}:"):
@@ -249,7 +249,7 @@ def resident(key: str) -> int:
     raise LookupError(f"/proc/self/status has no {key}")
 
 
-def peak_of_two_steps(name: str, shape: Shape, device: torch.device) -> int:
+def measure_peak(name: str, shape: Shape, device: torch.device) -> int:
     """Measure the peak memory above the start, in bytes; call it in a fresh process."""
     z, codebook = make_input(shape, device)
     step = CONTESTANTS[name].make(codebook)
@@ -260,18 +260,18 @@ def peak_of_two_steps(name: str, shape: Shape, device: torch.device) -> int:
         # Not ru_maxrss: a child inherits the peak of its parent, and making the input would count.
         # Writing 5 resets VmHWM to the current size.
         Path("/proc/self/clear_refs").write_text("5")
-        before = resident("VmRSS")
+        before = read_memory("VmRSS")
     for _ in range(2):
         z.grad = None
         step(z)
     synchronise(device)
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) - before
-    return resident("VmHWM") - before
+    return read_memory("VmHWM") - before
 
 
 def measure_memory(name: str, shape: Shape, args: argparse.Namespace) -> float:
-    """Run `peak_of_two_steps` in a separate process."""
+    """Run `measure_peak` in a separate process."""
     options = {"--shapes": shape, "--device": args.device, "--threads": args.threads}
     command = [sys.executable, __file__, "--memory-of", name]
     command += [str(part) for pair in options.items() for part in pair]
@@ -282,7 +282,7 @@ def measure_memory(name: str, shape: Shape, args: argparse.Namespace) -> float:
 
 
 @contextmanager
-def busy_process() -> Iterator[None]:
+def keep_core_busy() -> Iterator[None]:
     """Keep one core busy with another process while the block runs."""
     process = subprocess.Popen([sys.executable, "-c", "while True: pass"])
     try:
@@ -293,7 +293,7 @@ def busy_process() -> Iterator[None]:
         process.wait()
 
 
-def reason_to_leave_out(name: str, shape: Shape, memory_gb: float) -> str | None:
+def find_reason_to_leave_out(name: str, shape: Shape, memory_gb: float) -> str | None:
     """Return why this contestant cannot run here, or None if it can."""
     if name == "library":
         try:
@@ -308,7 +308,7 @@ def measure(shape: Shape, args: argparse.Namespace, console: Console) -> Row:
     """Measure one shape."""
     row = Row(shape)
     for name in CONTESTANTS:
-        reason = reason_to_leave_out(name, shape, args.memory_gb)
+        reason = find_reason_to_leave_out(name, shape, args.memory_gb)
         if reason is not None:
             row.left_out[name] = reason
             console.print(f"{shape}: {name} left out, {reason}")
@@ -319,12 +319,12 @@ def measure(shape: Shape, args: argparse.Namespace, console: Console) -> Row:
     row.agreement = judge(z, codebook, {name: step(z) for name, step in steps.items()})
     row.seconds, row.rounds = time_interleaved(steps, z, args.rounds)
     if args.busy:
-        with busy_process():
+        with keep_core_busy():
             row.busy_seconds, _ = time_interleaved(steps, z, args.rounds)
     return row
 
 
-def cells(row: Row) -> dict[str, str]:
+def format_row(row: Row) -> dict[str, str]:
     """Format a row of the table: heading to text."""
     texts = {"N": str(row.shape.vectors), "K": str(row.shape.codes), "D": str(row.shape.dim)}
     for name in CONTESTANTS:
@@ -349,7 +349,7 @@ def cells(row: Row) -> dict[str, str]:
     return texts
 
 
-def machine(args: argparse.Namespace) -> str:
+def describe_machine(args: argparse.Namespace) -> str:
     """Describe the machine in one line: processor, threads, versions."""
     processor = platform.machine()
     for line in Path("/proc/cpuinfo").read_text().splitlines():
@@ -365,22 +365,22 @@ def machine(args: argparse.Namespace) -> str:
     return f"{processor}, {args.threads} threads, torch {torch.__version__}, {rival}"
 
 
-def rich_table(rows: list[Row]) -> Table:
+def make_table(rows: list[Row]) -> Table:
     """Make the table for the terminal."""
     table = Table(caption="median per training step; in brackets the multiple of the column ours")
-    for heading in cells(rows[0]):
+    for heading in format_row(rows[0]):
         table.add_column(heading, justify="right")
     for row in rows:
-        table.add_row(*cells(row).values())
+        table.add_row(*format_row(row).values())
     return table
 
 
 def write_markdown(path: Path, rows: list[Row], args: argparse.Namespace) -> None:
     """Write the table, the command and the machine to a Markdown file, atomically."""
-    headings = list(cells(rows[0]))
+    headings = list(format_row(rows[0]))
     lines = [
         "Median time of a training step (in brackets: multiple of the column ours), and peak",
-        f"memory above the start. {machine(args)}.",
+        f"memory above the start. {describe_machine(args)}.",
         "",
         "```bash",
         shlex.join(["python", *sys.argv]),
@@ -388,7 +388,7 @@ def write_markdown(path: Path, rows: list[Row], args: argparse.Namespace) -> Non
         "",
         f"| {' | '.join(headings)} |",
         f"|{' ---: |' * len(headings)}",
-        *(f"| {' | '.join(cells(row).values())} |" for row in rows),
+        *(f"| {' | '.join(format_row(row).values())} |" for row in rows),
     ]
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
@@ -432,14 +432,12 @@ def main() -> None:
     args = parse_args()
     torch.set_num_threads(args.threads)
     if args.memory_of is not None:
-        print(
-            json.dumps(peak_of_two_steps(args.memory_of, args.shapes[0], torch.device(args.device)))
-        )
+        print(json.dumps(measure_peak(args.memory_of, args.shapes[0], torch.device(args.device))))
         return
     console = Console()
     if not console.is_terminal:
         console = Console(width=200)  # the default of 80 would break each cell into three lines
-    console.print(machine(args))
+    console.print(describe_machine(args))
     start = time.perf_counter()
     rows = []
     for shape in args.shapes:
@@ -447,7 +445,7 @@ def main() -> None:
         console.print(f"{shape}: done after {time.perf_counter() - start:.0f} s")
         if args.markdown is not None:
             write_markdown(args.markdown, rows, args)
-    console.print(rich_table(rows))
+    console.print(make_table(rows))
 
 
 if __name__ == "__main__":

@@ -48,7 +48,7 @@ from vqvae_lightning.tasks import PriorTask
 PARTS = ("sampling", "encoding", "training")
 
 
-def seconds(function: Callable[[], object]) -> float:
+def time_call(function: Callable[[], object]) -> float:
     """Time a call, in seconds."""
     start = time.perf_counter()
     function()
@@ -65,20 +65,20 @@ def alternate(functions: dict[str, Callable[[], object]], rounds: int) -> dict[s
     taken: dict[str, list[float]] = {name: [] for name in functions}
     for number in range(rounds + 1):
         for name, function in functions.items():
-            took = seconds(function)
+            took = time_call(function)
             if number:
                 taken[name].append(took)
     return {name: median(values) for name, values in taken.items()}
 
 
-def matrix_rate(device: torch.device) -> float:
+def measure_matrix_rate(device: torch.device) -> float:
     """Measure the floating-point operations per second of a float32 product of side 2048."""
     a, b = torch.randn(2, 2048, 2048, device=device)
     return 2 * 2048**3 / alternate({"product": lambda: a @ b}, 5)["product"]
 
 
 @torch.no_grad()
-def naive(prior: PixelCNN, size: int, batch: int, seed: int) -> Tensor:
+def sample_naively(prior: PixelCNN, size: int, batch: int, seed: int) -> Tensor:
     """Sample codes (batch, size, size) with a full forward pass for each position."""
     generator = torch.Generator().manual_seed(seed)
     device = prior.embedding.weight.device
@@ -94,7 +94,7 @@ def naive(prior: PixelCNN, size: int, batch: int, seed: int) -> Tensor:
 def bench_sampling(args: argparse.Namespace, console: Console) -> list[dict[str, str]]:
     """Measure sampling: one row per grid and batch."""
     device = torch.device(args.device)
-    rate = matrix_rate(device)
+    rate = measure_matrix_rate(device)
     console.print(f"matrix products: {rate / 1e9:.0f} GFLOP/s")
     rows = []
     for size in args.sizes:
@@ -122,7 +122,7 @@ def bench_sampling(args: argparse.Namespace, console: Console) -> list[dict[str,
             whole, equal = times["pass"] * size * size, "-"
             if complete:
                 start = time.perf_counter()
-                slow = naive(prior, size, batch, 0)
+                slow = sample_naively(prior, size, batch, 0)
                 whole = time.perf_counter() - start
                 equal = f"{float((slow == ours()).float().mean()):.2%}"
             rows.append(
@@ -155,7 +155,7 @@ class FiveTimes(BundledSource):
         return Splits(*repeated, names)
 
 
-def bundled(args: argparse.Namespace) -> tuple[ImageDataModule, VQVAE]:
+def make_inputs(args: argparse.Namespace) -> tuple[ImageDataModule, VQVAE]:
     """Make the images and a network of the recipe's size."""
     images = ImageDataModule(FiveTimes())
     images.setup()
@@ -166,7 +166,7 @@ def bundled(args: argparse.Namespace) -> tuple[ImageDataModule, VQVAE]:
 
 def bench_encoding(args: argparse.Namespace, console: Console) -> list[dict[str, str]]:
     """Measure the code store against the bare encoder."""
-    images, vqvae = bundled(args)
+    images, vqvae = make_inputs(args)
     device = torch.device(args.device)
     splits = [dataset.data for dataset in images.datasets.values()]
     total = sum(len(data) for data in splits)
@@ -195,7 +195,7 @@ def bench_encoding(args: argparse.Namespace, console: Console) -> list[dict[str,
 
 def bench_training(args: argparse.Namespace, console: Console) -> list[dict[str, str]]:
     """Measure Lightning's Trainer against a bare loop."""
-    images, vqvae = bundled(args)
+    images, vqvae = make_inputs(args)
     folder = Path(tempfile.mkdtemp())
     data = CodesDataModule(images, vqvae, "benchmark", str(folder), 64)
     data.encode(torch.device(args.device))

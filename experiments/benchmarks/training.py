@@ -102,7 +102,7 @@ class TextbookQuantizer(nn.Module):
         return QuantizerOutput(z + (chosen - z).detach(), codes, loss, {})
 
 
-def batches(loader: Any) -> Iterator[Tensor]:
+def repeat_batches(loader: Any) -> Iterator[Tensor]:
     """Yield batches of images in [-1, 1], epoch after epoch."""
     while True:
         for batch in loader:
@@ -134,7 +134,7 @@ class ByHand:
         self.bfloat16 = bfloat16
         self.variance = 4 * images.pixel_variance
         pictures = Pictures(images.datasets["train"].data.movedim(1, -1).contiguous().numpy())
-        self.batches = batches(
+        self.batches = repeat_batches(
             images.train_dataloader()
             if in_memory
             else DataLoader(pictures, images.batch_size, shuffle=True, drop_last=True)
@@ -212,7 +212,7 @@ class Command:
         return clock.starts[UNTIMED + steps] - clock.starts[UNTIMED]
 
 
-def contestants(
+def make_runs(
     images: ImageDataModule, folder: Path, compiled: bool
 ) -> dict[str, Callable[[int], float]]:
     """Make the `run` method of each row, in the order of the table."""
@@ -254,7 +254,7 @@ def measure(
     return taken
 
 
-def share_of_convolutions(run: Callable[[int], float]) -> float:
+def measure_convolutions(run: Callable[[int], float]) -> float:
     """Measure the share of convolutions in the time of a few steps, with torch's profiler."""
     with torch.profiler.profile() as profile:
         run(3)
@@ -288,9 +288,9 @@ def main() -> None:
             data = [f"dataset.source.path={folder}/images.npz", f"dataset.batch_size={args.batch}"]
             cfg = compose("vqvae", ["dataset=npz", *data])
         images = load_images(cfg.dataset)
-        runs = contestants(images, folder, args.compile)
+        runs = make_runs(images, folder, args.compile)
         taken = measure(runs, args.steps, args.rounds, console)
-        share = share_of_convolutions(runs["+ bfloat16"])
+        share = measure_convolutions(runs["+ bfloat16"])
     table = Table(title=f"images/s at batch {args.batch}, medians of {args.rounds} blocks")
     for heading in ("loop", "ms per step", "images/s", "times the textbook", "best to worst, ms"):
         table.add_column(heading, justify="left" if heading == "loop" else "right")
