@@ -639,7 +639,7 @@ MUTATIONS = (
             "always warned of collapse",
             "self._below + 1 if use < self.threshold else 0",
             "self._below + 1",
-            "test_collapse_is_told_once_after_patience_with_what_to_change",
+            "test_collapse_is_reported_once_after_patience_with_suggestions",
         ),
     ),
     *mutations_of(
@@ -669,7 +669,7 @@ MUTATIONS = (
             "a resumed run starts over",
             "ckpt_path=whole_checkpoint(last)",
             "ckpt_path=None",
-            "test_the_same_command_goes_on_with_an_unfinished_run",
+            "test_the_same_command_resumes_an_unfinished_run",
         ),
     ),
     *mutations_of(

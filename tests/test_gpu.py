@@ -1,4 +1,4 @@
-"""What holds on a GPU: proved on stand-ins for one, and on a GPU where there is one."""
+"""Behaviour on a GPU, tested on stand-ins and on a GPU if there is one."""
 
 import io
 import pickle
@@ -46,7 +46,7 @@ def on_a_gpu(test):
 
 
 class Inside(TorchDispatchMode):
-    """Sees the operations within `nearest_codes` too, which is one operation from outside."""
+    """Sees the operations within `nearest_codes`, which torch dispatches as one operation."""
 
     def __torch_dispatch__(self, function, types, arguments=(), options=None):
         if function is torch.ops.vqvae_lightning.nearest_codes.default:
@@ -292,7 +292,7 @@ STAGES = {
 
 
 def fit(stage, folder, *callbacks, **options):
-    """Six steady steps, without a log or a checkpoint, and with all callbacks of each batch."""
+    """Train six steps with all per-batch callbacks, without logging or saving."""
     task, data = STAGES[stage]()
     trainer = pl.Trainer(
         max_steps=6,
@@ -317,19 +317,19 @@ def fit(stage, folder, *callbacks, **options):
 
 
 class Nowhere(SingleDeviceStrategy):
-    """Trains on the meta device, whose tensors have no values that anything could wait for."""
+    """Trains on the meta device, whose tensors have no values to wait for."""
 
     def teardown(self):
-        """Leave the weights there."""
+        """Leave the weights on the device."""
 
 
 class AnyDevice(CPUAccelerator):
     def setup_device(self, device):
-        """Take any."""
+        """Accept any device."""
 
 
 class NoWaitingCopies(TorchDispatchMode):
-    """Refuses copies to the meta device that a GPU would let wait."""
+    """Refuses copies to the meta device that would wait on a GPU."""
 
     def __torch_dispatch__(self, function, types, arguments=(), options=None):
         options = options or {}
@@ -353,11 +353,11 @@ class WithinSteps(pl.Callback):
         self.context.__exit__(None, None, None)
 
     def on_exception(self, trainer, pl_module, exception):
-        self.context.__exit__(None, None, None)  # or the tests that follow would be within it
+        self.context.__exit__(None, None, None)  # otherwise later tests would run within it
 
 
 class Unread(Reading):
-    """Numbers whose time of reading is kept; all are finite."""
+    """Finite numbers that record when they are read."""
 
     def __init__(self, values):
         self.asked, self.size = Unread.step, values.numel()
@@ -418,7 +418,7 @@ def test_a_loss_that_is_found_late_reaches_no_checkpoint(toy, command, monkeypat
     assert all(value.isfinite().all() for value in last["state_dict"].values())
 
 
-def test_a_loss_is_looked_at_before_a_validation_and_at_the_end():
+def test_a_loss_is_checked_before_a_validation_and_at_the_end():
     for hook in ("on_validation_start", "on_train_end"):
         task, _ = prior_task()
         with pytest.MonkeyPatch.context() as patch:
@@ -429,8 +429,8 @@ def test_a_loss_is_looked_at_before_a_validation_and_at_the_end():
 
 
 @pytest.mark.parametrize("place", ["state_dict", "current_model_state"])
-def test_weights_that_are_no_numbers_are_not_saved(place):
-    # A finite loss whose gradient overflows.
+def test_weights_that_are_not_finite_are_not_saved(place):
+    # A finite loss can have a gradient that overflows.
     task, _ = prior_task()
     state = {name: value.clone() for name, value in task.state_dict().items()}
     checkpoint = {"state_dict": state, "current_model_state": dict(state), "global_step": 4}
@@ -443,7 +443,7 @@ def test_weights_that_are_no_numbers_are_not_saved(place):
 
 def test_ranks_of_gpus_read_their_agreement_to_stop_one_step_late(monkeypatch):
     callback = LastCheckpoint("last.ckpt", 1000, ())
-    callback._asked = signal.SIGTERM
+    callback._requested = signal.SIGTERM
     strategy = SimpleNamespace(root_device=torch.device("cpu"))
     agreed = {}
     for late in (False, True):

@@ -14,7 +14,7 @@ import torch.multiprocessing as mp
 from omegaconf import OmegaConf
 
 from vqvae_lightning.callbacks.codebook import CodebookDrift
-from vqvae_lightning.callbacks.reproducibility import SameConfig
+from vqvae_lightning.callbacks.reproducibility import ConfigComparison
 from vqvae_lightning.data import CodesDataModule, ImageDataModule
 from vqvae_lightning.data.sources import Split, Splits
 from vqvae_lightning.errors import DivergenceError, RankError
@@ -105,12 +105,12 @@ def said_of_codebooks(number, change):
 
 
 def said_of_configs(number, other):
-    """What `SameConfig` says when the second rank's config is changed by `other`."""
+    """What `ConfigComparison` says when the second rank's config is changed by `other`."""
     config = OmegaConf.create({"model": {"lr": 0.1, "beta": 1}, "seed": 0})
     if number == 1:
         config.merge_with(other)
     try:
-        SameConfig(config).setup(None, None, "fit")
+        ConfigComparison(config).setup(None, None, "fit")
     except RankError as error:
         return str(error)
     return ""

@@ -23,7 +23,7 @@ def watch(callback, quantizer, values, name="val/codebook_use", images=100):
         callback.on_validation_end(trainer, module)
 
 
-def test_collapse_is_told_once_after_patience_with_what_to_change(capsys):
+def test_collapse_is_reported_once_after_patience_with_suggestions(capsys):
     quantizer = EMAQuantizer(50, 3, init="uniform", warmup_steps=0, revive_below=0)
     watch(CollapseWarning(0.3, 2), quantizer, [0.1, 0.5, 0.1])
     assert capsys.readouterr().out == ""
@@ -35,7 +35,7 @@ def test_collapse_is_told_once_after_patience_with_what_to_change(capsys):
         assert key in said
 
 
-def test_collapse_is_not_told_before_the_codebook_is_set(capsys):
+def test_collapse_is_not_reported_before_the_codebook_is_set(capsys):
     watch(CollapseWarning(0.3, 1), EMAQuantizer(50, 3, warmup_steps=10), [0.0, 0.0])
     assert capsys.readouterr().out == ""
 
@@ -49,7 +49,7 @@ def test_few_validation_images_are_no_collapse(capsys):
     assert "warning" in capsys.readouterr().out
 
 
-def test_posterior_collapse_is_told_too(capsys):
+def test_posterior_collapse_is_reported_too(capsys):
     watch(CollapseWarning(0.3, 1), GaussianBottleneck(10), [2.0], "val/active_dims")
     said = capsys.readouterr().out
     assert "20.0% of the 10 latent channels" in said
@@ -77,8 +77,8 @@ def test_drift_is_the_mean_distance_over_the_mean_length():
         assert drift(one, quantizer)["val/codebook_drift"] == pytest.approx(4 / 6)
 
 
-def test_training_logs_drift_and_tells_of_collapse(command, toy, tmp_path):
-    # A codebook far from the data: few codes are ever used.
+def test_training_logs_drift_and_reports_collapse(command, toy, tmp_path):
+    # The codebook is far from the data, so that few codes are ever used.
     options = (*toy, *TINY_VQVAE, "trainer.max_steps=6", "model.net.quantizer.init=uniform")
     said = {}
     for threshold in (0.01, 0.9):

@@ -1,4 +1,4 @@
-"""What a run is judged by: a name that its validation logs, and the better of two values."""
+"""The monitored metric of a run: its name, its direction, and when it is logged."""
 
 import csv
 import io
@@ -46,7 +46,7 @@ def logged(folder: Path) -> set[str]:
 
 @pytest.mark.parametrize("extra", [[], ["model.net.quantizer.free_bits=0.1"]])
 @pytest.mark.parametrize("quantizer", QUANTIZERS)
-def test_a_vqvae_says_what_its_validation_logs(quantizer, extra, toy, tmp_path):
+def test_a_vqvae_lists_what_its_validation_logs(quantizer, extra, toy, tmp_path):
     if extra and quantizer != "gaussian":
         return
     if quantizer in ("fsq", "residual_vq"):
@@ -72,7 +72,7 @@ def vqvae(toy_npz, tmp_path_factory) -> Path:
 PRIOR = ("trainer=debug", "model.net.channels=8", "model.net.layers=2", "batch_size=8")
 
 
-def test_a_prior_says_what_its_validation_logs(vqvae, toy, tmp_path):
+def test_a_prior_lists_what_its_validation_logs(vqvae, toy, tmp_path):
     steps = ("trainer.val_check_interval=1", "model.optimizer.lr=0.1")
     cfg = compose("prior", *toy, *PRIOR, *steps, f"vqvae_checkpoint={vqvae}", folder=tmp_path)
     images = load_images(cfg.dataset)
@@ -112,7 +112,7 @@ def test_the_pipeline_checks_both_monitors_before_it_trains(toy, command):
 
 
 def test_the_best_checkpoint_has_the_highest_psnr(toy, tmp_path, monkeypatch):
-    # It kept the worst: Lightning takes lower for better unless it is told.
+    # Lightning assumes that lower is better unless the mode is set.
     steps = ("trainer.max_steps=4", "trainer.val_check_interval=1", "model.optimizer.lr=0.05")
     weights = []
     monkeypatch.setattr(
@@ -202,7 +202,7 @@ def test_the_direction_of_a_checkpoint_is_that_of_its_name(tmp_path):
         (["trainer.max_steps=3", "trainer.val_check_interval=50"], [3]),
         (["trainer.max_steps=5", "trainer.val_check_interval=2"], [2, 4, 5]),
         (["trainer.max_steps=4", "trainer.val_check_interval=2"], [2, 4]),
-        # 96 images are 3 batches, so an epoch ends between the steps.
+        # 96 images are 3 batches, so that an epoch ends within a step.
         (
             [
                 "trainer.max_steps=3",
@@ -252,9 +252,9 @@ def test_a_resumed_run_validates_its_last_step_too(toy, tmp_path, command, monke
 
 
 def test_without_a_terminal_each_status_is_one_line(toy, tmp_path, monkeypatch):
-    # rich breaks at 80 columns where it finds no terminal.
+    # Without a terminal, rich breaks lines at 80 columns.
     file = io.StringIO()
-    monkeypatch.setattr(console.console, "_file", file)  # `file` would stay what it is now
+    monkeypatch.setattr(console.console, "_file", file)  # setting `file` could not be undone
     long = f"warning: {'word ' * 60}end"
     console.console.print(long)
     steps = ("trainer.max_steps=4", "trainer.val_check_interval=2")

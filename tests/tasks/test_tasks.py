@@ -1,4 +1,4 @@
-"""Both tasks learn, log what they say, and resume exactly."""
+"""Both tasks learn, log the right values, and resume exactly."""
 
 import csv
 import os
@@ -76,11 +76,11 @@ def test_vqvae_overfits_one_batch(make):
     overfit(task, Batch(images, None), 300, pixel_variance=float(images.var() / 4))
     with torch.no_grad():
         error = (net.eval()(images).reconstruction - images).square().mean() / images.var()
-    assert error < 0.2  # a constant image scores 1; noise has no structure to be compressed
+    assert error < 0.2  # a constant image scores 1, and noise cannot be compressed
 
 
 def test_lightnings_sanity_check_does_not_set_the_codebook():
-    # The library's k-means started in it.
+    # It once started the library's k-means.
     import pytorch_lightning as pl
 
     quantizer = EMAQuantizer(8, 4, init="data", warmup_steps=0)
@@ -121,8 +121,7 @@ def test_prior_overfits_one_batch():
     overfit(task, Batch(codes, labels), 200, **attributes)
     with torch.no_grad():
         loss = torch.nn.functional.cross_entropy(net.eval()(codes, labels), codes)
-    # The first code of each image cannot be known: at best log 4 for 4 images per class, in 1 of 16
-    # places.
+    # The first of 16 codes cannot be predicted. With 4 images per class it costs log 4 at best.
     assert loss < 0.25
 
 
@@ -150,7 +149,7 @@ def trained(toy, tmp_path):
     return tmp_path
 
 
-def test_a_checkpoint_alone_gives_back_the_network(trained):
+def test_a_checkpoint_alone_restores_the_network(trained):
     prior, vqvae = load_pair(trained / "prior/checkpoints/best.ckpt")
     assert prior.net.num_codes == vqvae.net.quantizer.num_codes == 16
     assert (prior.net.height, prior.net.width, prior.net.num_classes) == (3, 2, 3)
@@ -225,9 +224,9 @@ def interrupt(monkeypatch, task, step, how):
 
 
 def trained_steps(monkeypatch, task):
-    """The steps that `task` trains from now on.
+    """Record the steps that `task` trains from now on.
 
-    The weights do not tell whether a run went on: one that starts over ends with the same.
+    The weights do not show whether a run resumed, because one that starts over ends with the same.
     """
     original, steps = task.training_step, []
 
@@ -239,7 +238,7 @@ def trained_steps(monkeypatch, task):
     return steps
 
 
-# Three steps are an epoch: in its middle, at its end, and after it.
+# An epoch has three steps: stop within it, at its end, and after it.
 @pytest.mark.parametrize(("how", "step"), [("crash", 2), ("crash", 3), ("ctrl-c", 4)])
 @pytest.mark.parametrize("stage", ["vqvae", "prior"])
 def test_resume_equals_uninterrupted(stage, step, how, toy, tmp_path, command, monkeypatch):
@@ -283,7 +282,7 @@ def test_resume_equals_uninterrupted(stage, step, how, toy, tmp_path, command, m
         assert torch.equal(value, other["state_dict"][name]), name
     with (tmp_path / "broken/metrics.csv").open() as file:
         steps = [int(row["step"]) for row in csv.DictReader(file) if row.get("train/learning_rate")]
-    # The step in which Ctrl-C came is saved, but stops before its row is written.
+    # The step of Ctrl-C is saved, but the run stops before its row is written.
     assert steps == [step_ for step_ in range(8) if how == "crash" or step_ != step]
 
 
@@ -291,8 +290,8 @@ def checkpoints_of(*folders):
     return [torch.load(folder / "checkpoints/last.ckpt", weights_only=True) for folder in folders]
 
 
-def test_a_killed_run_goes_on_by_itself_with_resume_auto(toy, tmp_path, command, monkeypatch):
-    # What a requeued cluster job does: the very same command, in the same folder.
+def test_a_killed_run_resumes_with_resume_auto(toy, tmp_path, command, monkeypatch):
+    # A requeued cluster job runs the same command in the same folder.
     steps = ("trainer.max_steps=400", "trainer.val_check_interval=200", "resume=auto")
     options = (*toy, *TINY_VQVAE, *steps, "callbacks.last.every_n_steps=20", "dataset.flip=true")
     whole = command("vqvae-train", *options, folder=tmp_path / "whole")
@@ -324,7 +323,7 @@ def test_a_killed_run_goes_on_by_itself_with_resume_auto(toy, tmp_path, command,
 
 
 @pytest.mark.parametrize("requeued", [False, True], ids=["resume=auto", "requeued by Slurm"])
-def test_the_same_command_goes_on_with_an_unfinished_run(requeued, toy, command, monkeypatch):
+def test_the_same_command_resumes_an_unfinished_run(requeued, toy, command, monkeypatch):
     options = [*toy, *TINY_VQVAE, "trainer.max_steps=6", "callbacks.last.every_n_steps=1"]
     if not requeued:
         options.append("resume=auto")
@@ -345,7 +344,7 @@ def test_the_same_command_goes_on_with_an_unfinished_run(requeued, toy, command,
     assert trained == [4, 5]
 
 
-def test_a_damaged_checkpoint_falls_back_to_the_one_before(toy, tmp_path, command, monkeypatch):
+def test_a_damaged_checkpoint_falls_back_to_the_previous_one(toy, tmp_path, command, monkeypatch):
     options = (*toy, *TINY_VQVAE, "trainer.max_steps=8", "callbacks.last.every_n_steps=1")
     whole = command("vqvae-train", *options, folder=tmp_path / "whole")
     assert whole.status == 0, whole.err
@@ -364,7 +363,7 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(toy, tmp_path, comman
         assert torch.equal(value, other["state_dict"][name]), name
 
 
-def test_a_schedulers_signal_saves_and_asks_to_be_run_again(toy, tmp_path, command, monkeypatch):
+def test_a_schedulers_signal_saves_and_asks_to_be_rerun(toy, tmp_path, command, monkeypatch):
     options = (*toy, *TINY_VQVAE, "trainer.max_steps=8")
     interrupt(monkeypatch, VQVAETask, 4, "sigterm")
     outcome = command("vqvae-train", *options)
@@ -403,8 +402,8 @@ def test_the_same_seed_gives_the_same_weights(toy, tmp_path):
 
 
 def test_validation_and_pictures_change_no_weight(toy, tmp_path):
-    # Sanity checks, validation and pictures must not learn: no validation must equal much
-    # validation.
+    # Sanity checks, validation and pictures must not learn, so that it does not matter how many
+    # there are.
     states = []
     for name, every in (("often", 1), ("never", 6)):
         options = (*TINY_VQVAE, "trainer.max_steps=6", f"trainer.val_check_interval={every}")
@@ -416,11 +415,11 @@ def test_validation_and_pictures_change_no_weight(toy, tmp_path):
         for key, value in last[0].items():
             assert torch.equal(value, last[1][key]), key
     else:
-        pytest.fail("the best checkpoint is not the last: lengthen the run")
+        pytest.fail("the best checkpoint is not the last; lengthen the run")
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR2])
-def test_a_schedulers_signal_counts_in_every_phase(number, toy, tmp_path, command, monkeypatch):
+def test_a_schedulers_signal_stops_every_phase(number, toy, tmp_path, command, monkeypatch):
     import vqvae_lightning.evaluation.classifier as evaluation
 
     def stopped(*arguments):

@@ -10,18 +10,18 @@ from vqvae_lightning.errors import check_range
 
 
 class AveragedWeights(WeightAveraging):
-    """Exponential moving average of the weights; it is what is validated, saved and sampled.
+    """Averages the weights; the average is validated, saved, tested and sampled.
 
-    Lightning's callback, with an average that starts short (the share kept after n steps is at most
-    (1 + n) / (10 + n), as in TensorFlow's ExponentialMovingAverage), so that the random first
-    weights are soon forgotten, and with the averaged weights, not the last ones, when a checkpoint
-    is tested.
+    This is Lightning's callback with two changes. The decay after n steps is at most
+    (1 + n) / (10 + n), as in TensorFlow's ExponentialMovingAverage, so that the random initial
+    weights lose their influence early. A checkpoint is tested with the averaged weights rather than
+    the last ones.
 
     Args:
-        decay: Share of the old average kept per step.
+        decay: Share of the old average that is kept per step.
 
     Raises:
-        InputError: If it is outside [0, 1].
+        InputError: If `decay` is outside [0, 1].
     """
 
     def __init__(self, decay: float = 0.998) -> None:
@@ -29,14 +29,14 @@ class AveragedWeights(WeightAveraging):
         super().__init__(use_buffers=False)
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Copy the weights; the number of steps stays on the CPU, as each step reads it."""
+        """Copy the weights. The number of steps stays on the CPU, because each step reads it."""
         super().setup(trainer, pl_module, stage)
         if stage == "fit":
             assert self._average_model is not None
             self._average_model.n_averaged = torch.zeros((), dtype=torch.int64)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Bring the average to the device, which the module reaches after Lightning copies it."""
+        """Move the average to the device, because Lightning copies the module before moving it."""
         if self._average_model is not None:
             steps = self._average_model.n_averaged
             self._average_model.to(pl_module.device)
@@ -53,13 +53,13 @@ class AveragedWeights(WeightAveraging):
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Restore the last weights beside the averaged ones, to train on; not to test."""
+        """Restore both averaged and last weights to resume training; only the average to test."""
         if trainer.state.fn == "fit":
             super().on_load_checkpoint(trainer, pl_module, checkpoint)
 
     @torch.no_grad()
     def _average(self, pl_module: pl.LightningModule) -> None:
-        # `AveragedModel.update_parameters` without its copies of the number of steps to the GPU.
+        # Like `AveragedModel.update_parameters`, but never copies the number of steps to the GPU.
         assert self._average_model is not None
         steps = int(self._average_model.n_averaged)
         kept = min(self.decay, (1 + steps) / (10 + steps)) if steps else 0.0

@@ -15,12 +15,12 @@ from vqvae_lightning.quantizers import GaussianBottleneck, VectorQuantizer
 
 
 class CollapseWarning(Callback):
-    """Say so, and what to change, when codes or latents go unused for several validations.
+    """Warns when few codes or latents are used for several validations, and suggests changes.
 
     Args:
-        threshold: Share of the codes (of the latent channels of a variational autoencoder) below
-            which use counts as collapsed.
-        patience: Validations in a row below it before the warning.
+        threshold: Smallest share of codes in use that does not count as collapse. For a variational
+            autoencoder, the share of active latent channels.
+        patience: Validations in a row below the threshold before the warning.
 
     Raises:
         InputError: If a value is outside its range.
@@ -32,7 +32,7 @@ class CollapseWarning(Callback):
         self._below = 0
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        """Look at the figures of this validation."""
+        """Check the metrics of this validation."""
         quantizer = pl_module.net.quantizer
         if trainer.sanity_checking or not getattr(quantizer, "initialised", True):
             return
@@ -41,7 +41,7 @@ class CollapseWarning(Callback):
             data: PixelDataModule = trainer.datamodule  # type: ignore[attr-defined]
             rows, columns = pl_module.net.grid(*data.image_shape[1:])
             total = quantizer.num_codes
-            # Few validation images cannot use a large codebook up.
+            # Few validation images cannot use all codes of a large codebook.
             seen = len(data.datasets["val"]) * rows * columns
             use = float(metrics["val/codebook_use"]) * total / min(total, seen)
             what = f"{total} codes are in use"
@@ -56,7 +56,7 @@ class CollapseWarning(Callback):
             limit = f"callbacks.collapse.threshold={self.threshold:g}"
             console.print(
                 f"warning: {use:.1%} of the {what}, below {limit} for {self.patience} "
-                f"validations. Try {self._advice(quantizer)}",
+                f"validations. Try {_suggest_changes(quantizer)}",
                 highlight=False,
             )
 
@@ -68,34 +68,20 @@ class CollapseWarning(Callback):
         """Restore `state_dict`."""
         self._below = state_dict["below"]
 
-    def _advice(self, quantizer: Any) -> str:
-        key = "model.net.quantizer"
-        if isinstance(quantizer, GaussianBottleneck):
-            return f"a lower {key}.beta, or {key}.free_bits=0.05."
-        if not isinstance(quantizer, VectorQuantizer):
-            return f"other {key}.options, or quantizer=ema."
-        advice = []
-        if quantizer.revive_below == 0:
-            advice.append(f"{key}.revive_below=0.03")
-        if quantizer.init == "uniform":
-            advice.append(f"{key}.init=kmeans")
-        if quantizer.warmup_steps < 100:
-            advice.append(f"{key}.warmup_steps=200")
-        return " or ".join([*advice, f"a smaller {key}.code_dim or num_codes."])
-
 
 class CodebookDrift(Callback):
-    """Log how far the codebook moved since the last validation; see that all ranks have the same.
+    """Logs how far the codebook moved, and checks that all ranks have the same codebook.
 
-    `val/codebook_drift` is the mean distance that a row moved over the mean length of a row. A
-    prior needs codes that stand still: it should fall towards 0.
+    `val/codebook_drift` is the mean distance that a row moved since the last validation, divided by
+    the mean length of a row. It should fall towards 0, because a prior needs codes that no longer
+    change.
     """
 
     def __init__(self) -> None:
         self._last: Tensor | None = None
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        """Compare with the rows of the last validation.
+        """Compare the rows with those of the last validation.
 
         Raises:
             DivergenceError: If the ranks' codebooks differ.
@@ -104,7 +90,7 @@ class CodebookDrift(Callback):
         if trainer.sanity_checking or not isinstance(quantizer, VectorQuantizer):
             return
         rows = quantizer.table().detach().clone()
-        # A digest of the bytes, which a sum is not: permuted rows have the same sum.
+        # A hash of the bytes, because permuted rows have the same sum.
         digest = hashlib.sha256(rows.cpu().contiguous().numpy().data).hexdigest()
         if len(set(gather(digest))) > 1:
             raise DivergenceError(
@@ -123,3 +109,20 @@ class CodebookDrift(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore `state_dict`."""
         self._last = state_dict["rows"]
+
+
+def _suggest_changes(quantizer: Any) -> str:
+    """Suggest options for the quantizer that make more codes be used."""
+    key = "model.net.quantizer"
+    if isinstance(quantizer, GaussianBottleneck):
+        return f"a lower {key}.beta, or {key}.free_bits=0.05."
+    if not isinstance(quantizer, VectorQuantizer):
+        return f"other {key}.options, or quantizer=ema."
+    suggestions = []
+    if quantizer.revive_below == 0:
+        suggestions.append(f"{key}.revive_below=0.03")
+    if quantizer.init == "uniform":
+        suggestions.append(f"{key}.init=kmeans")
+    if quantizer.warmup_steps < 100:
+        suggestions.append(f"{key}.warmup_steps=200")
+    return " or ".join([*suggestions, f"a smaller {key}.code_dim or num_codes."])

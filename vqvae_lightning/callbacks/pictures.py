@@ -1,4 +1,4 @@
-"""Pictures while a run trains: reconstructions and samples."""
+"""Pictures of reconstructions and samples during training."""
 
 from pathlib import Path
 from typing import Any
@@ -19,19 +19,20 @@ PICTURED = 20  # images in a picture of reconstructions
 
 
 class ReconstructionPictures(Callback):
-    """Validation images above their reconstructions and above their codes, after each validation.
+    """Shows validation images above their reconstructions and above their codes.
 
-    Loggers that take histograms also get the hits of each code in the validation split.
+    Pictures are made after each validation. Loggers that show histograms also get the hits of each
+    code in the validation split.
 
     Args:
-        folder: Where the PNGs go; every logger gets them too.
+        folder: Folder for the PNGs, which every logger gets too.
     """
 
     def __init__(self, folder: str) -> None:
         self.folder = Path(folder)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        """Draw; in evaluation mode, so the codebook does not move."""
+        """Make the pictures, in evaluation mode, so that the codebook does not change."""
         if trainer.sanity_checking or not trainer.is_global_zero:
             return
         data: PixelDataModule = trainer.datamodule  # type: ignore[attr-defined]
@@ -48,11 +49,11 @@ class ReconstructionPictures(Callback):
 
 
 class SamplePictures(Callback):
-    """Samples of the prior, decoded, after each validation; a column per class if there are any.
+    """Shows decoded samples of the prior after each validation, with one column per class.
 
     Args:
-        folder: Where the PNGs go; every logger gets them too.
-        seed: Of the samples, the same each time, so that pictures can be compared.
+        folder: Folder for the PNGs, which every logger gets too.
+        seed: Seed for sampling, the same each time, so that pictures can be compared.
         rows: Samples per class.
     """
 
@@ -62,7 +63,7 @@ class SamplePictures(Callback):
         self.rows = rows
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        """Draw; before the averaged weights are swapped out again."""
+        """Sample while the averaged weights are still in place."""
         if trainer.sanity_checking or not trainer.is_global_zero:
             return
         net, data = pl_module.net, trainer.datamodule  # type: ignore[attr-defined]

@@ -1,4 +1,4 @@
-"""Stops jobs of a sweep that fall behind the others."""
+"""Stop jobs of a sweep that lag behind the others."""
 
 import math
 import statistics
@@ -15,18 +15,18 @@ from vqvae_lightning.units import direction
 
 
 class MedianPruning(Callback):
-    """Stop a job whose best score lags behind the median of the finished jobs beside it.
+    """Stops a job whose best score is worse than the median of the sweep's finished jobs.
 
-    At each validation this job's best score so far is compared with what each finished job of the
-    sweep had reached by the same step, as their `metrics.csv` tell: Optuna's median rule, for every
-    sweeper and launcher. A stopped job ends as finished, is tested, and has `pruned: true` in its
-    `result.json`; others are not compared with it. The stages of a pipeline have no jobs beside
-    them and are never stopped.
+    This is Optuna's median rule for every sweeper and launcher. Each validation compares this job's
+    best score so far with the best score that each finished job had reached by the same step, read
+    from its `metrics.csv`. A stopped job counts as finished, is tested, and has `pruned: true` in
+    its `result.json`. Other jobs are not compared with a stopped job. The stages of a pipeline are
+    never stopped, because they have no other jobs in the same folder.
 
     Args:
-        folder: Of this job; its siblings are the other jobs.
-        monitor: Name of the score; whether higher is better follows from it.
-        min_jobs: Finished jobs that there must be to compare with; None never stops.
+        folder: Folder of this job; the other jobs are in the same parent folder.
+        monitor: Name of the score, from which follows whether higher is better.
+        min_jobs: Number of finished jobs needed for a comparison; None never stops.
         warmup: Validations of this job before the first comparison.
 
     Raises:
@@ -50,7 +50,7 @@ class MedianPruning(Callback):
         self._validations = 0
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Compare; the first rank decides for all."""
+        """Compare on rank 0, which decides for all ranks."""
         if self.min_jobs is None or trainer.sanity_checking:
             return
         self._validations += 1
@@ -58,7 +58,7 @@ class MedianPruning(Callback):
         self._best = min(self._best, score)
         if self._validations <= self.warmup:
             return
-        median = self._median(trainer.global_step) if trainer.is_global_zero else None
+        median = self._compute_median(trainer.global_step) if trainer.is_global_zero else None
         median = trainer.strategy.broadcast(median)
         if median is None or self._best <= median:
             return
@@ -66,21 +66,21 @@ class MedianPruning(Callback):
         if trainer.is_global_zero:
             console.print(
                 f"stopped after step {trainer.global_step}: best {self.monitor} "
-                f"{self._sign * self._best:.4g}, the median of the other jobs was "
-                f"{self._sign * median:.4g} by then (callbacks.pruning).",
+                f"{self._sign * self._best:.4g}; the median of the other jobs at that step was "
+                f"{self._sign * median:.4g} (callbacks.pruning).",
                 highlight=False,
             )
 
     def state_dict(self) -> dict[str, Any]:
-        """The best score and how many there were."""
+        """The best score, and the number of validations."""
         return {"best": self._best, "validations": self._validations}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore `state_dict`."""
         self._best, self._validations = state_dict["best"], state_dict["validations"]
 
-    def _median(self, step: int) -> float | None:
-        """Of what the finished jobs had reached by `step`, lower is better; None if too few."""
+    def _compute_median(self, step: int) -> float | None:
+        """Median of the finished jobs' best scores by `step`, lower is better; None if too few."""
         assert self.min_jobs is not None
         reached = []
         for path in self.folder.parent.glob("*/metrics.csv"):

@@ -1,6 +1,6 @@
 """The same seed and config give the same run, on every rank and after every interruption."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytorch_lightning as pl
 import torch
@@ -11,14 +11,17 @@ from vqvae_lightning.distributed import gather
 from vqvae_lightning.errors import RankError
 from vqvae_lightning.randomness import stream_seed
 
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
 
 class SeedSteps(Callback):
-    """Seed torch before each training batch with the run's seed and the number of the batch.
+    """Seeds torch before each training batch with the run's seed and the number of the batch.
 
-    Dropout and noise are then a function of the step: a resumed run draws what an uninterrupted one
-    would have, and neither pictures nor validation change what follows. All ranks get one seed, so
-    that `draw_for_batch` can give each its part of one draw. A module that draws for its own images
-    only, such as `nn.Dropout`, draws the same on each rank.
+    Dropout and noise then depend on the step only. A resumed run draws the same values as an
+    uninterrupted one, and neither pictures nor validation change later draws. All ranks get the
+    same seed, so that `draw_for_batch` can give each rank its part of one draw. A module that draws
+    for its own images only, such as `nn.Dropout`, draws the same values on each rank.
 
     Args:
         seed: The run's seed.
@@ -30,30 +33,32 @@ class SeedSteps(Callback):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Seed."""
+        """Seed torch."""
         number = trainer.fit_loop.total_batch_idx
         torch.manual_seed(stream_seed(self.seed, "noise", number))
 
 
-class SameConfig(Callback):
-    """See that all ranks train with one config: another learning rate on one would not show.
+class ConfigComparison(Callback):
+    """Checks that all ranks train with the same config.
+
+    A rank with another learning rate, for example, would cause no error.
 
     Args:
-        cfg: The resolvable config of the run, complete when training starts.
+        cfg: Config of the run, complete when training starts.
     """
 
-    def __init__(self, cfg: Any) -> None:
+    def __init__(self, cfg: "DictConfig") -> None:
         self.cfg = cfg
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Compare, now that the ranks are connected.
+        """Compare the configs of all ranks, which are connected by now.
 
         Raises:
-            RankError: Naming the first rank that differs, and the keys.
+            RankError: If a rank differs from rank 0; names the rank and the keys.
         """
         if stage != "fit":
             return
-        first, *others = gather(_flat(to_plain(self.cfg)))
+        first, *others = gather(_flatten(to_plain(self.cfg)))
         for rank, config in enumerate(others, 1):
             differing = sorted(dict(first.items() ^ config.items()))
             if differing:
@@ -62,23 +67,23 @@ class SameConfig(Callback):
                 )
 
 
-def _flat(value: Any, place: str = "") -> dict[str, str]:
-    """A config's leaves by their full keys."""
+def _flatten(value: Any, place: str = "") -> dict[str, str]:
+    """Map the full keys of a config to its leaves, as text."""
     if not isinstance(value, dict):
         return {place: repr(value)}
     children = ((f"{place}.{key}".lstrip("."), child) for key, child in value.items())
-    return {k: v for place, child in children for k, v in _flat(child, place).items()}
+    return {k: v for place, child in children for k, v in _flatten(child, place).items()}
 
 
 class FinalValidation(Callback):
-    """Validate after the last step, also where `val_check_interval` does not divide `max_steps`.
+    """Validates after the last step, even if `val_check_interval` does not divide `max_steps`.
 
-    So the last weights always have a score, and the best checkpoint is chosen by one.
+    The last weights then always have a score, and can become the best checkpoint.
     """
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Ask for the end, at which Lightning validates; once, if validation is due anyway."""
+        """Request a stop, before which Lightning validates once."""
         if trainer.global_step >= trainer.estimated_stepping_batches:
             trainer.should_stop = True

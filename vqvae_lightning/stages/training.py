@@ -191,8 +191,8 @@ def fit(cfg: Any, images: Any = None, watch: Any = None) -> dict[str, Any]:
     """
     import torch
 
-    from vqvae_lightning.callbacks.checkpoints import KeepTime
-    from vqvae_lightning.callbacks.reproducibility import FinalValidation, SameConfig
+    from vqvae_lightning.callbacks.checkpoints import TimeKeeper
+    from vqvae_lightning.callbacks.reproducibility import ConfigComparison, FinalValidation
     from vqvae_lightning.checkpoints import load, weights_hash
     from vqvae_lightning.configs import build, to_plain
     from vqvae_lightning.console import console
@@ -206,9 +206,9 @@ def fit(cfg: Any, images: Any = None, watch: Any = None) -> dict[str, Any]:
     trainer = build(
         cfg.trainer,
         callbacks=[
-            SameConfig(cfg),
+            ConfigComparison(cfg),
             FinalValidation(),
-            *([] if watch is None else [KeepTime(watch)]),
+            *([] if watch is None else [TimeKeeper(watch)]),
             *[build(part) for part in cfg.callbacks.values() if part is not None],
         ],
         plugins=[environment()],
