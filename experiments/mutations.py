@@ -667,7 +667,7 @@ MUTATIONS = (
         "tasks/test_tasks.py",
         (
             "a resumed run starts over",
-            "ckpt_path=whole_checkpoint(last)",
+            "ckpt_path=find_checkpoint(last)",
             "ckpt_path=None",
             "test_the_same_command_resumes_an_unfinished_run",
         ),

@@ -159,6 +159,21 @@ def checkpoints(toy_npz, tmp_path_factory) -> Path:
     return folder
 
 
+class Prepared(NamedTuple):
+    task: Any
+    survey: Any
+
+
+def prepare(cfg: Any, images: Any) -> Prepared:
+    """A stage, completed, built and checked as `train` does before its first step."""
+    from vqvae_lightning.stages.training import build_task, complete_config, load_data, survey_stage
+
+    data = load_data(cfg, images)
+    complete_config(cfg, data)
+    task = build_task(cfg)
+    return Prepared(task, survey_stage(cfg, task, data))
+
+
 @pytest.fixture(autouse=True)
 def _isolated():
     """Seed each test, and fail a test that changes the number of threads for later tests.

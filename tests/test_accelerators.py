@@ -5,6 +5,7 @@ import torch
 from conftest import TINY_VQVAE, compose
 
 from vqvae_lightning.jobs import ranks as launch
+from vqvae_lightning.stages import training
 from vqvae_lightning.stages.training import train
 
 
@@ -43,6 +44,6 @@ def test_ranks_on_the_cpu_talk_without_a_gpu(rank):
 @pytest.mark.usefixtures("forbidden_gpu")
 @pytest.mark.filterwarnings("ignore:GPU available but not used")
 def test_a_training_on_the_cpu_uses_no_gpu(toy, tmp_path, monkeypatch):
-    monkeypatch.setattr(launch, "local_rank", lambda: 1)
+    monkeypatch.setattr(training, "local_rank", lambda: 1)
     result = train(compose("vqvae", *toy, *TINY_VQVAE, folder=tmp_path))
     assert result["peak_gpu_bytes"] is None

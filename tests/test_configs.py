@@ -112,6 +112,41 @@ def test_the_pipelines_stages_are_configured_as_their_own_commands_would(tmp_pat
         assert needed <= set(stages[name]), name
 
 
+def test_the_pipelines_stages_take_its_values_and_their_own(tmp_path):
+    from vqvae_lightning.stages.pipeline import stage_configs
+
+    options = ("seed=3", "trainer=debug", "logger=wandb", "evaluation.split=val", "study=mine")
+    more = (
+        "prior.batch_size=9",
+        "prior.codes_dir=c",
+        "sampling.num_samples=5",
+        "dataset.flip=true",
+    )
+    cfg = compose("pipeline", *options, *more, folder=tmp_path)
+    stages = stage_configs(cfg)
+    best = {name: str(tmp_path / name / "checkpoints" / "best.ckpt") for name in stages}
+    for name, stage in stages.items():
+        assert stage.kind == name
+        assert (stage.seed, stage.study, stage.folder) == (3, "mine", str(tmp_path / name))
+    vqvae, prior, judge, samples = stages.values()
+    assert vqvae.dataset == prior.dataset == cfg.dataset
+    assert vqvae.logger.wandb.save_dir == str(tmp_path / "vqvae")
+    assert prior.logger.wandb.save_dir == str(tmp_path / "prior")
+    assert set(judge.logger) == {"wandb"}, "its metrics are in result.json"
+    assert (vqvae.monitor, prior.monitor) == ("val/nmse", "val/nats_per_code")
+    assert (prior.batch_size, prior.trainer.accelerator) == (9, "cpu")
+    assert prior.vqvae_checkpoint == judge.vqvae_checkpoint == best["vqvae"]
+    assert judge.prior_checkpoint == samples.prior_checkpoint == best["prior"]
+    assert (judge.split, judge.codes_dir, judge.dataset) == ("val", "c", None)
+    assert judge.trainer == {
+        "accelerator": "cpu",
+        "devices": 1,
+        "num_nodes": 1,
+        "precision": "32-true",
+    }
+    assert (samples.num_samples, samples.accelerator) == (5, "cpu")
+
+
 @pytest.mark.parametrize("target", ["os.system", "builtins.eval", "subprocess.run"])
 def test_targets_that_hydra_blocks_are_refused_in_one_line(target):
     with pytest.raises(InputError, match=target) as caught:

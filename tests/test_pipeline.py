@@ -153,9 +153,9 @@ def test_a_broken_run_goes_on_after_its_last_finished_stage(
 ):
     places = {
         "prior": "vqvae_lightning.tasks.PriorTask.training_step",
-        "evaluation": "vqvae_lightning.evaluation.reconstruction.reconstruction_metrics",
-        "samples": "vqvae_lightning.stages.sampling.draw_samples",
-        "report": "vqvae_lightning.report.run.write_report",
+        "evaluation": "vqvae_lightning.stages.evaluating.reconstruction_metrics",
+        "samples": "vqvae_lightning.stages.pipeline.draw_samples",
+        "report": "vqvae_lightning.stages.pipeline.write_report",
     }
 
     def fail(*arguments, **options):

@@ -5,14 +5,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import TINY_VQVAE, compose
+from conftest import TINY_VQVAE, compose, prepare
 from torch import nn
 
 from vqvae_lightning.errors import InputError
 from vqvae_lightning.networks.autoencoder import Encoder
-from vqvae_lightning.stages import preflight
+from vqvae_lightning.stages import preflight, training
 from vqvae_lightning.stages.inputs import load_images
-from vqvae_lightning.stages.training import prepare
 from vqvae_lightning.tasks.optimization import check_optimizer
 
 SMALL = [option for option in TINY_VQVAE if not option.startswith("trainer=")]
@@ -45,6 +44,16 @@ def test_a_run_begins_with_its_line_and_its_checkpoints_are_as_large_as_told(toy
         told = re.search(rf"{stage} 1 x cpu.*?checkpoints of ([\d.]+ [kMG]B)", text).group(1)
         written = (outcome.folder / stage / "checkpoints" / "last.ckpt").stat().st_size
         assert bytes_of(told) == pytest.approx(written, rel=0.1), stage
+
+
+def test_a_pipeline_surveys_each_training_stage_once(toy, command, monkeypatch):
+    seen = []
+    survey = preflight.survey
+    monkeypatch.setattr(
+        training, "survey", lambda cfg, *rest: seen.append(cfg.kind) or survey(cfg, *rest)
+    )
+    assert command("vqvae-pipeline", "experiment=smoke", *toy).status == 0
+    assert seen == ["vqvae", "prior"]
 
 
 def test_activations_are_the_bytes_kept_for_the_backward_pass():

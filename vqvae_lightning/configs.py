@@ -123,6 +123,7 @@ def register_resolvers() -> None:
         group.pop(path.name, None)
 
     OmegaConf.register_new_resolver("run_folder", _run_folder, replace=True)
+    OmegaConf.register_new_resolver("without", _without, replace=True)
     OmegaConf.register_new_resolver("cuda_or_cpu", _cuda_or_cpu, replace=True)
     OmegaConf.register_new_resolver("fast_precision", _fast_precision, replace=True)
     OmegaConf.register_new_resolver("study_direction", _study_direction, replace=True)
@@ -137,6 +138,11 @@ def _run_folder(resume: str | None, fresh: str) -> str:
     if not (Path(resume) / "config.yaml").is_file():
         raise InputError(f"resume={resume} is not the folder of a run: it has no config.yaml.")
     return resume
+
+
+def _without(node: Any, *keys: str) -> dict[str, Any]:
+    """The resolved `node` without these keys."""
+    return {key: value for key, value in to_plain(node, missing=True).items() if key not in keys}
 
 
 def _cuda_or_cpu() -> str:

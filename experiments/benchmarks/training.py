@@ -45,7 +45,7 @@ from vqvae_lightning.networks.autoencoder import VQVAE
 from vqvae_lightning.pixels import from_uint8
 from vqvae_lightning.quantizers import EMAQuantizer, QuantizerOutput
 from vqvae_lightning.stages.inputs import load_images
-from vqvae_lightning.stages.training import prepare
+from vqvae_lightning.stages.training import build_task, complete_config
 
 IMAGES = 10_240
 CODES, DIM, HIDDEN, RESIDUAL = 512, 64, 128, 32
@@ -195,7 +195,8 @@ class Command:
         with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
             self.cfg = compose("vqvae", overrides)
         self.images = images
-        self.task = prepare(self.cfg, images).task
+        complete_config(self.cfg, images)
+        self.task = build_task(self.cfg)
 
     def run(self, steps: int) -> float:
         """Time `steps` steps, in seconds."""

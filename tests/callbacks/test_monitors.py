@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import TINY_VQVAE, compose
+from conftest import TINY_VQVAE, compose, prepare
 
 from vqvae_lightning import callbacks, console, units
 from vqvae_lightning.callbacks.checkpoints import BestCheckpoint
@@ -17,7 +17,7 @@ from vqvae_lightning.checkpoints import load
 from vqvae_lightning.errors import InputError
 from vqvae_lightning.report.sweep import read_jobs
 from vqvae_lightning.stages.inputs import load_images
-from vqvae_lightning.stages.training import prepare, train
+from vqvae_lightning.stages.training import train
 from vqvae_lightning.units import direction
 
 NETWORK = [text for text in TINY_VQVAE if ".quantizer." not in text]

@@ -3,13 +3,13 @@
 from pathlib import Path
 
 import pytest
-from conftest import TINY_VQVAE, compose
+from conftest import TINY_VQVAE, compose, prepare
 
 from vqvae_lightning.errors import InputError, Key, check_positive, prefix_keys, rename_keys
 from vqvae_lightning.stages.evaluating import build_classifier, check_evaluation
 from vqvae_lightning.stages.inputs import load_images
 from vqvae_lightning.stages.pipeline import check_stages, stage_configs
-from vqvae_lightning.stages.training import prepare, train
+from vqvae_lightning.stages.training import train
 
 
 def test_keys_of_an_error_grow_on_its_way_up():
@@ -155,9 +155,10 @@ def test_the_size_of_shards_is_named_by_their_own_key(toy, tmp_path):
 
 def test_reconstruct_and_sample_name_the_keys_that_they_have(toy, tmp_path, command, monkeypatch):
     from vqvae_lightning import checkpoints
+    from vqvae_lightning.stages import reconstructing
 
     net = prepared_net(toy, tmp_path)
-    monkeypatch.setattr(checkpoints, "load", lambda *_: checkpoints.Loaded(net, {}))
+    monkeypatch.setattr(reconstructing, "load", lambda *_: checkpoints.Loaded(net, {}))
     outcome = command("vqvae-reconstruct", "vqvae_checkpoint=x.ckpt", "input=/nowhere")
     assert outcome.err == "error: input=/nowhere is not a folder of images.\n"
 

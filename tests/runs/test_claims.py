@@ -1,6 +1,7 @@
 """A folder has one command at a time, also if many threads or processes want it at once."""
 
 import datetime
+import importlib
 import json
 import os
 import signal
@@ -183,8 +184,11 @@ def held(command, tmp_path, monkeypatch):
     """Run a command while another process holds its folder; it may neither read data nor write."""
 
     def run(*arguments, **options):
-        for place in ("configs.build", "checkpoints.load", "checkpoints.load_pair"):
-            monkeypatch.setattr(f"vqvae_lightning.{place}", lambda *_: pytest.fail("it read"))
+        stages = ("evaluating", "inputs", "reconstructing", "sampling", "sharding", "training")
+        # All are imported first, or a later one would keep what an earlier one was given here.
+        for module in [importlib.import_module(f"vqvae_lightning.stages.{n}") for n in stages]:
+            for reader in {"build", "load", "load_pair", "load_images"} & set(vars(module)):
+                monkeypatch.setattr(module, reader, lambda *_: pytest.fail("it read"))
         folder = options.get("folder") or tmp_path / "run"
         with claim_folder(folder):
             before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}

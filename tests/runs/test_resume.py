@@ -12,6 +12,7 @@ from vqvae_lightning.runs.results import read_result
 from vqvae_lightning.runs.resume import stored_config
 from vqvae_lightning.runs.stopwatch import SECONDS, Stopwatch, time_stage
 from vqvae_lightning.stages.inputs import load_images
+from vqvae_lightning.stages.pipeline import stage_configs
 from vqvae_lightning.stages.training import train
 from vqvae_lightning.tasks import PriorTask, VQVAETask
 
@@ -82,6 +83,23 @@ def test_the_stages_of_a_pipeline_see_the_same_data(data, command, tmp_path):
     # On purpose.
     outcome = command("vqvae-evaluate", checkpoint, *overrides, folder=tmp_path / "other")
     assert outcome.status == 0, outcome.err
+
+
+def test_stages_that_had_not_begun_are_resumed_in_their_own_folders(toy, command, tmp_path):
+    # The prior's best checkpoint was written into the pipeline's folder, and its last one tested.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(VQVAETask, "training_step", _stop)
+        assert command("vqvae-pipeline", *SMOKE, *toy).status == 130
+    run = (tmp_path / "run").rename(tmp_path / "moved")
+    before = stage_configs(compose("pipeline", *SMOKE, *toy, folder=run))
+    resumed = stage_configs(stored_config(run, run, []))
+    filled_in = ("command", "commit", "data_fingerprint")
+    for name in ("prior", "evaluation", "samples"):
+        for key in set(before[name]) - set(filled_in):
+            assert resumed[name][key] == before[name][key], (name, key)
+    assert command("vqvae-pipeline", f"resume={run}").status == 0
+    assert (run / "prior/checkpoints/best.ckpt").is_file()
+    assert not (run / "checkpoints").exists()
 
 
 def _stop(*_):
@@ -171,14 +189,13 @@ def test_a_resumed_stage_counts_the_seconds_of_all_its_parts(end, toy, clock, tm
 
 
 def test_a_pipeline_adds_up_the_parts_of_its_stages(toy, clock, command, tmp_path):
-    from vqvae_lightning.evaluation import drawing
-    from vqvae_lightning.report import run as report
+    from vqvae_lightning.stages import evaluating, pipeline
 
     def stopped(*_, **__):
         clock.now += 100
         raise KeyboardInterrupt
 
-    places = [(PriorTask, "training_step"), (drawing, "draw_images"), (report, "write_report")]
+    places = [(PriorTask, "training_step"), (evaluating, "draw_images"), (pipeline, "write_report")]
     overrides = [*SMOKE, *toy]
     for place, name in places:
         with pytest.MonkeyPatch.context() as patch:

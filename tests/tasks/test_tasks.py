@@ -420,7 +420,7 @@ def test_validation_and_pictures_change_no_weight(toy, tmp_path):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR2])
 def test_a_schedulers_signal_stops_every_phase(number, toy, tmp_path, command, monkeypatch):
-    import vqvae_lightning.evaluation.classifier as evaluation
+    from vqvae_lightning.stages import evaluating
 
     def stopped(*arguments):
         os.kill(os.getpid(), number)
@@ -429,7 +429,7 @@ def test_a_schedulers_signal_stops_every_phase(number, toy, tmp_path, command, m
     before = signal.getsignal(number)
     smoke = ("experiment=smoke", "evaluation.num_samples=12", "sampling.num_samples=6", *toy)
     with monkeypatch.context() as patch:
-        patch.setattr(evaluation, "train_classifier", stopped)
+        patch.setattr(evaluating, "train_classifier", stopped)
         outcome = command("vqvae-pipeline", *smoke)
     assert outcome.status == 75
     assert f"Stopped by {signal.Signals(number).name}" in outcome.err

@@ -15,14 +15,15 @@ def run(cfg: Any) -> None:
 
     from vqvae_lightning.commands.app import silence_warnings
     from vqvae_lightning.stages.evaluating import load_subject, measure
-    from vqvae_lightning.stages.training import fit
+    from vqvae_lightning.stages.training import build_task, fit, load_data
 
     silence_warnings()
     OmegaConf.set_struct(cfg, True)
     if cfg.kind == "evaluation":
         measure(cfg, load_subject(cfg))
     else:
-        fit(cfg)
+        data = load_data(cfg)
+        fit(cfg, build_task(cfg), data)
 
 
 def main() -> None:

@@ -1,19 +1,49 @@
-"""Evaluate finished checkpoints on a held-out split."""
+"""vqvae-evaluate: evaluate finished checkpoints on a held-out split."""
 
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+import pytorch_lightning as pl
+import torch
+from omegaconf import DictConfig
+
+from vqvae_lightning.checkpoints import load, load_pair
+from vqvae_lightning.configs import build, to_plain
+from vqvae_lightning.data import CodesDataModule
+from vqvae_lightning.data.images import PixelDataModule
+from vqvae_lightning.devices import choose_devices
+from vqvae_lightning.errors import InputError, Key, check_positive, check_range, prefix_keys
+from vqvae_lightning.evaluation.classifier import classifier_metrics, train_classifier
+from vqvae_lightning.evaluation.drawing import draw_images, nearest_training_images
+from vqvae_lightning.evaluation.likelihood import likelihood_metrics
+from vqvae_lightning.evaluation.reconstruction import decode_images, reconstruction_metrics
+from vqvae_lightning.files import replace_file
+from vqvae_lightning.jobs.ranks import (
+    count_ranks,
+    detect_launcher,
+    join_ranks,
+    local_rank,
+    start_ranks,
+)
+from vqvae_lightning.loggers.media import log_result
+from vqvae_lightning.loggers.wandb import name_run
+from vqvae_lightning.networks.pixelcnn import PixelCNN
+from vqvae_lightning.pictures import pairs, save_png
+from vqvae_lightning.randomness import stream_seed
+from vqvae_lightning.runs.results import read_result, write_config, write_result
+from vqvae_lightning.runs.stopwatch import Stopwatch, time_stage
 from vqvae_lightning.stages.inputs import build_codes, load_checkpoint_images, load_images
+from vqvae_lightning.tasks import ClassifierTask
+from vqvae_lightning.tasks.optimization import check_optimizer
 
 
-def check_evaluation(cfg: Any) -> None:
-    """Refuse settings of an evaluation that cannot work.
+def check_evaluation(cfg: DictConfig) -> None:
+    """Check the settings in `conf/evaluation`, except those of the classifier.
 
     Raises:
-        InputError: With the key.
+        InputError: If a setting cannot work; it names the key.
     """
-    from vqvae_lightning.errors import InputError, Key, check_positive, check_range
-
     if cfg.split not in ("train", "val", "test"):
         raise InputError(Key("split"), f"={cfg.split} must be one of train, val, test.")
     for name in ("pictured", "num_samples", "classifier_steps", "classifier_batch_size"):
@@ -23,44 +53,37 @@ def check_evaluation(cfg: Any) -> None:
     check_range("temperature", cfg.temperature, 0)
 
 
-def build_classifier(cfg: Any, images: Any) -> Any:
-    """The untrained `ClassifierTask` that judges samples; None if the data have no classes.
+def build_classifier(cfg: DictConfig, images: PixelDataModule) -> ClassifierTask | None:
+    """Build the untrained classifier that evaluates samples; None if the data have no classes.
 
     Raises:
-        InputError: If the classifier's settings cannot work.
+        InputError: If the settings of the classifier cannot work.
     """
-    from vqvae_lightning.configs import build
-    from vqvae_lightning.errors import prefix_keys
-    from vqvae_lightning.tasks.optimization import check_optimizer
-
     if images.num_classes < 2:
         return None
     config = cfg.classifier.copy()
     config.net.channels, config.net.num_classes = images.image_shape[0], images.num_classes
-    task = build(config)
+    task: ClassifierTask = build(config)
     with prefix_keys("classifier"):
         check_optimizer(task.optimizer_factory)
     return task
 
 
 class Subject(NamedTuple):
-    """What is evaluated, and on what."""
+    """What is evaluated, and on which data."""
 
-    codes: Any
-    """The `CodesDataModule` of the data under the VQ-VAE; not set up yet."""
-    prior: Any
+    codes: CodesDataModule
+    """The data and their codes under the VQ-VAE; not set up yet."""
+    prior: PixelCNN | None
     vqvae_path: Path
 
 
-def load_subject(cfg: Any, images: Any = None) -> Subject:
-    """The checkpoints and the data that `cfg` names.
+def load_subject(cfg: DictConfig, images: PixelDataModule | None = None) -> Subject:
+    """Load the checkpoints and the data that `cfg` names.
 
     Raises:
         InputError: If they cannot be used, or do not belong together.
     """
-    from vqvae_lightning.checkpoints import load, load_pair
-    from vqvae_lightning.errors import InputError
-
     prior = None
     if cfg.prior_checkpoint is None:
         if cfg.vqvae_checkpoint is None:
@@ -86,14 +109,11 @@ def load_subject(cfg: Any, images: Any = None) -> Subject:
     return Subject(build_codes(images, vqvae.net, vqvae_path, cfg, 1), prior, vqvae_path)
 
 
-def measure(cfg: Any, found: Subject) -> dict[str, float]:
-    """Errors and likelihoods on the split; the ranks divide it, and all get the figures of all."""
-    from vqvae_lightning.devices import choose_devices
-    from vqvae_lightning.errors import prefix_keys
-    from vqvae_lightning.evaluation.likelihood import likelihood_metrics
-    from vqvae_lightning.evaluation.reconstruction import reconstruction_metrics
-    from vqvae_lightning.jobs.ranks import count_ranks, join_ranks, local_rank
+def measure(cfg: DictConfig, found: Subject) -> dict[str, float]:
+    """Measure errors and likelihoods on the split.
 
+    The ranks divide the split between them. Each rank returns the metrics of the whole split.
+    """
     join_ranks(cfg.trainer.accelerator)
     count = count_ranks(cfg.trainer)
     with prefix_keys("trainer"):
@@ -108,27 +128,26 @@ def measure(cfg: Any, found: Subject) -> dict[str, float]:
     }
 
 
-def evaluate(cfg: Any, images: Any = None) -> dict[str, Any]:
+def evaluate(cfg: DictConfig, images: PixelDataModule | None = None) -> dict[str, Any]:
     """Evaluate a VQ-VAE, and its prior if there is one.
 
-    On several devices they divide the split, and the samples that are drawn; the classifier, which
-    is small and has batch norm, is trained on one of them.
+    Several devices divide the split and the samples between them. The classifier is trained on one
+    device, because it is small and has batch norm.
+
+    Writes `reconstructions.png`, `codes.npz` (histogram of the training codes, codes of the
+    pictured images) and, with a prior, `nearest.png`.
 
     Args:
         cfg: The composed config `conf/evaluate.yaml`.
-        images: The `PixelDataModule` to evaluate on, if it is set up already.
+        images: Data to evaluate on, if they are set up already.
 
     Returns:
-        The contents of `result.json`; beside it lie `reconstructions.png`, `codes.npz` (histogram
-        of the training codes, codes of the pictured images) and, with a prior, `nearest.png`.
+        The contents of `result.json`.
 
     Raises:
-        InputError: If a checkpoint or the data cannot be used, or a prior belongs to another
-            VQ-VAE.
+        InputError: If a checkpoint or the data cannot be used, or the prior was trained with
+            another VQ-VAE.
     """
-    from vqvae_lightning.runs.results import read_result
-    from vqvae_lightning.runs.stopwatch import time_stage
-
     folder = Path(cfg.folder)
     finished = read_result(folder)
     if finished is not None:
@@ -137,25 +156,7 @@ def evaluate(cfg: Any, images: Any = None) -> dict[str, Any]:
         return _evaluate(cfg, images, watch)
 
 
-def _evaluate(cfg: Any, images: Any, watch: Any) -> dict[str, Any]:
-    """Do what `evaluate` does, timed by a `results.Stopwatch`."""
-    import numpy as np
-    import pytorch_lightning as pl
-    import torch
-
-    from vqvae_lightning.configs import build, to_plain
-    from vqvae_lightning.devices import choose_devices
-    from vqvae_lightning.evaluation.classifier import classifier_metrics, train_classifier
-    from vqvae_lightning.evaluation.drawing import draw_images, nearest_training_images
-    from vqvae_lightning.evaluation.reconstruction import decode_images
-    from vqvae_lightning.files import replace_file
-    from vqvae_lightning.jobs.ranks import count_ranks, detect_launcher, start_ranks
-    from vqvae_lightning.loggers.media import log_result
-    from vqvae_lightning.loggers.wandb import name_run
-    from vqvae_lightning.pictures import pairs, save_png
-    from vqvae_lightning.randomness import stream_seed
-    from vqvae_lightning.runs.results import write_config, write_result
-
+def _evaluate(cfg: DictConfig, images: PixelDataModule | None, watch: Stopwatch) -> dict[str, Any]:
     folder = Path(cfg.folder)
     check_evaluation(cfg)
     pl.seed_everything(stream_seed(cfg.seed, "judge") % 2**32, workers=True, verbose=False)
@@ -164,13 +165,13 @@ def _evaluate(cfg: Any, images: Any, watch: Any) -> dict[str, Any]:
     images = codes.images
     if prior is not None:
         with torch.random.fork_rng(devices=[]):
-            build_classifier(cfg, images)  # refused before anything is measured, if it must be
+            build_classifier(cfg, images)  # raises before anything is measured
     name_run(cfg, "evaluation")
     with start_ranks(cfg, folder, "vqvae_lightning.commands.worker"):
         metrics = measure(cfg, found)
     write_config(cfg, folder)
 
-    # What follows is the first rank's: outside of a launcher's job it has all devices to itself.
+    # The rest runs on rank 0, which has all devices unless a launcher started the ranks.
     count = 1 if detect_launcher() else count_ranks(cfg.trainer)
     devices = choose_devices(cfg.trainer.accelerator, count)
     device = devices[0]
@@ -180,14 +181,16 @@ def _evaluate(cfg: Any, images: Any, watch: Any) -> dict[str, Any]:
     decoded = decode_images(codes.vqvae, shown_codes.to(device))
     picture = pairs(shown, decoded)
     save_png(picture, folder / "reconstructions.png")
-    arrays = {"histogram": codes.histogram(), "codes": shown_codes, "images": shown}
+    arrays: dict[str, Any] = {"histogram": codes.histogram(), "codes": shown_codes, "images": shown}
     with replace_file(folder / "codes.npz") as partial, partial.open("wb") as file:
         np.savez(file, **{k: v.numpy() for k, v in arrays.items()})
     if prior is not None:
         labels = None
         if prior.num_classes:
-            # A class without training images has never been learnt.
-            present = codes.datasets["train"].labels.unique()
+            # The prior has not learnt classes without training images.
+            trained = codes.datasets["train"].labels
+            assert trained is not None
+            present = trained.unique()
             labels = present[torch.arange(cfg.num_samples) % len(present)]
         drawn = draw_images(
             codes.vqvae,

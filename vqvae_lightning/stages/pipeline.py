@@ -1,87 +1,108 @@
-"""From images to new images: every stage in turn, each resumable."""
+"""vqvae-pipeline: all stages in turn, each resumable."""
 
 import shutil
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from vqvae_lightning.errors import rename_keys
+from omegaconf import DictConfig, OmegaConf, open_dict
+
+from vqvae_lightning.configs import CONF_DIR, build, record_foreign, to_plain
+from vqvae_lightning.console import console
+from vqvae_lightning.data import CodesDataModule
+from vqvae_lightning.data.codes import require_codes
+from vqvae_lightning.devices import choose_devices
+from vqvae_lightning.errors import prefix_keys, rename_keys
+from vqvae_lightning.files import replace_file
+from vqvae_lightning.jobs.ranks import count_ranks
+from vqvae_lightning.report.run import write_report
 from vqvae_lightning.runs.folder import STAGES
+from vqvae_lightning.runs.results import read_result, write_config, write_result
 from vqvae_lightning.runs.resume import stored_config
+from vqvae_lightning.runs.stopwatch import Stopwatch, time_stage
+from vqvae_lightning.stages.evaluating import build_classifier, check_evaluation, evaluate
 from vqvae_lightning.stages.inputs import load_images, print_survey
+from vqvae_lightning.stages.sampling import check_sampling, draw_samples
+from vqvae_lightning.stages.training import (
+    build_task,
+    check_fingerprint,
+    complete_config,
+    keep_fingerprint,
+    set_sizes,
+    survey_stage,
+    train,
+)
+
+if TYPE_CHECKING:
+    from vqvae_lightning.data.images import PixelDataModule
+    from vqvae_lightning.stages.preflight import Survey
+
+OWN_KEYS = {"prior": "prior", "evaluation": "evaluation", "samples": "sampling"}
+"""Node of the pipeline's config with a stage's own keys; those of stage 1 are at the top level."""
 
 
-def stage_configs(cfg: Any) -> dict[str, Any]:
+def stage_configs(cfg: DictConfig) -> dict[str, DictConfig]:
     """The config of each stage, as its own command would compose it, in a folder of its own.
 
-    Stages that have begun keep the config that they left in their folder.
-    """
-    from omegaconf import OmegaConf
+    A stage that has begun keeps the config in its folder. The others get what `stages` in
+    `conf/pipeline.yaml` takes from the pipeline, and their own keys.
 
+    Args:
+        cfg: The pipeline's config, composed or stored.
+    """
     folder = Path(cfg.folder)
-    common = (
-        "study",
-        "seed",
-        "data_dir",
-        "resume",
-        "preflight",
-        "compile",
-        "command",
-        "commit",
-        "folder",
-        "trust",
-        "foreign",
-    )
-    training = ("dataset", "data_fingerprint", "logger", "model", "trainer", "callbacks", "monitor")
-    configs: dict[str, Any] = {}
+    whole = cfg if "stages" in cfg else _recompose(cfg)
+    configs: dict[str, DictConfig] = {}
     for name in STAGES:
         if (folder / name / "config.yaml").is_file():
             configs[name] = stored_config(folder / name, folder, cfg.trust)
             continue
-        # Resolved with `folder` at its place in the tree, so that every path below it is the
-        # stage's.
-        placed = cfg.copy()
+        # Paths in the config start with ${folder}: it is set first, so that they are the stage's.
+        placed = whole.copy()
+        placed.stages.folder = str(folder)
         placed.folder = str(folder / name)
-        if name == "prior":
-            placed.prior.vqvae_checkpoint = str(folder / "vqvae" / "checkpoints" / "best.ckpt")
-        whole = OmegaConf.to_container(placed, resolve=True)
-        assert isinstance(whole, dict)
-        stage = {key: whole[key] for key in common}
-        if name in ("vqvae", "prior"):
-            stage |= {key: whole[key] for key in training if key in whole}
-            stage |= whole["prior"] if name == "prior" else {}
-            stage["kind"] = name
-        else:
-            stage |= {
-                "kind": name,
-                "prior_checkpoint": str(folder / "prior" / "checkpoints" / "best.ckpt"),
-                "vqvae_checkpoint": str(folder / "vqvae" / "checkpoints" / "best.ckpt"),
-                "dataset": None,
-                "codes_dir": whole["prior"]["codes_dir"],
-                "accelerator": whole["trainer"]["accelerator"],
-                "trainer": {
-                    "accelerator": whole["trainer"]["accelerator"],
-                    "devices": whole["trainer"]["devices"],
-                    "num_nodes": whole["trainer"]["num_nodes"],
-                    "precision": whole["trainer"]["precision"],
-                },
-                **whole["evaluation" if name == "evaluation" else "sampling"],
-            }
-            if name == "evaluation":  # its figures are in result.json
-                stage["logger"] = {k: v for k, v in whole["logger"].items() if k != "csv"}
-        configs[name] = OmegaConf.create(stage)
+        own = placed[OWN_KEYS[name]] if name in OWN_KEYS else {}
+        configs[name] = OmegaConf.create({**_resolve(own), **_resolve(placed.stages[name])})
         OmegaConf.set_struct(configs[name], True)
     return configs
 
 
-def prefix_stage_keys(cfg: Any, place: str) -> AbstractContextManager[None]:
+def _resolve(node: Any) -> Any:
+    return OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node
+
+
+def _recompose(cfg: DictConfig) -> DictConfig:
+    """A stored config as it was composed: with `stages`, and with paths that follow `folder`.
+
+    Paths were resolved when the config was stored: they are in the pipeline's folder, and those of
+    a stage that has not begun must be in the stage's.
+    """
+    folder = str(cfg.folder)
+
+    def link(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: link(child) for key, child in value.items()}
+        if isinstance(value, list):
+            return [link(child) for child in value]
+        below = isinstance(value, str) and (value == folder or value.startswith(f"{folder}/"))
+        return "${folder}" + value[len(folder) :] if below else value
+
+    plain = {"data_fingerprint": None, **to_plain(cfg)}  # older runs lack the key
+    stages = OmegaConf.load(CONF_DIR / "pipeline.yaml").stages
+    return OmegaConf.create({**link(plain), "stages": stages, "folder": folder})
+
+
+def prefix_stage_keys(cfg: DictConfig, name: str) -> AbstractContextManager[None]:
     """Name the keys of an error in a stage as the pipeline's config has them.
 
     Args:
-        cfg: The pipeline's.
-        place: `prior`, `evaluation` or `sampling`; what is not below it, the stages share.
+        cfg: The pipeline's config.
+        name: The stage.
     """
+    if name not in OWN_KEYS:
+        return nullcontext()
+    place = OWN_KEYS[name]
 
     def rename(key: str) -> str:
         return f"{place}.{key}" if key.partition(".")[0] in set(cfg[place]) else key
@@ -89,108 +110,96 @@ def prefix_stage_keys(cfg: Any, place: str) -> AbstractContextManager[None]:
     return rename_keys(rename)
 
 
-def check_stages(cfg: Any, configs: dict[str, Any], images: Any) -> dict[str, Any]:
-    """Find what is wrong with a later stage before the first one trains.
+def check_stages(
+    cfg: DictConfig, configs: dict[str, DictConfig], images: "PixelDataModule"
+) -> dict[str, "Survey"]:
+    """Check all stages before the first one trains.
 
     Args:
         cfg: The pipeline's config.
-        configs: Those of its stages.
-        images: The `PixelDataModule`, set up.
+        configs: The config of each stage.
+        images: The data, set up.
 
     Returns:
-        The `preflight.Survey` of both training stages.
+        The survey of both training stages.
 
     Raises:
         InputError: Naming the key as the pipeline's config has it.
     """
-    from vqvae_lightning.configs import build
-    from vqvae_lightning.data import CodesDataModule
-    from vqvae_lightning.data.codes import require_codes
-    from vqvae_lightning.devices import choose_devices
-    from vqvae_lightning.errors import prefix_keys
-    from vqvae_lightning.jobs.ranks import count_ranks
-    from vqvae_lightning.stages.evaluating import build_classifier, check_evaluation
-    from vqvae_lightning.stages.sampling import check_sampling
-    from vqvae_lightning.stages.training import check_stage, prepare, set_sizes
-
     require_codes(build(configs["vqvae"].model.net.quantizer))
     judge, drawing = configs["evaluation"], configs["samples"]
-    prior = configs["prior"].copy()
-    first = prepare(configs["vqvae"].copy(), images)
+    vqvae, prior = configs["vqvae"].copy(), configs["prior"].copy()
+    check_fingerprint(vqvae, images)
+    complete_config(vqvae, images)
+    task = build_task(vqvae)
+    surveys = {"vqvae": survey_stage(vqvae, task, images)}
     with prefix_stage_keys(cfg, "prior"):
-        # Of an untrained VQ-VAE: the sizes are those of the trained one.
-        codes = CodesDataModule(images, first.task.net.eval(), "", prior.folder, prior.batch_size)
+        # The VQ-VAE is untrained, but its sizes are those of the trained one.
+        codes = CodesDataModule(images, task.net.eval(), "", prior.folder, prior.batch_size)
         set_sizes(prior, codes)
-        _, second = check_stage(prior, codes)
+        surveys["prior"] = survey_stage(prior, build_task(prior), codes)
     with prefix_stage_keys(cfg, "evaluation"):
         check_evaluation(judge)
         build_classifier(judge, images)
         with prefix_keys("trainer"):
             choose_devices(judge.trainer.accelerator, count_ranks(judge.trainer))
-    with prefix_stage_keys(cfg, "sampling"):
+    with prefix_stage_keys(cfg, "samples"):
         choose_devices(drawing.accelerator, drawing.devices)
         net = prior.model.net
         check_sampling(drawing, net.num_classes, net.height, net.null_label_rate)
-    return {"vqvae": first.survey, "prior": second}
+    return surveys
 
 
-def run_pipeline(cfg: Any) -> dict[str, Any]:
-    """Run what is left of the pipeline.
+def run_pipeline(cfg: DictConfig) -> dict[str, Any]:
+    """Run the stages that are not finished, and write the report.
 
     Args:
-        cfg: The composed config `conf/pipeline.yaml`, or that of the run to go on with.
+        cfg: The composed config `conf/pipeline.yaml`, or the stored config of the run to resume.
 
     Returns:
         The contents of `result.json`.
 
     Raises:
-        InputError: As the stages do, before any of them has begun where that can be known.
+        InputError: As the stages do; before any of them has begun where that can be known.
     """
-    from vqvae_lightning.configs import record_foreign
-    from vqvae_lightning.console import console
-    from vqvae_lightning.runs.results import read_result, write_config
-    from vqvae_lightning.runs.stopwatch import time_stage
-    from vqvae_lightning.stages.evaluating import evaluate
-    from vqvae_lightning.stages.sampling import draw_samples
-    from vqvae_lightning.stages.training import keep_fingerprint, train
-
     folder = Path(cfg.folder)
     record_foreign(cfg)
     configs = stage_configs(cfg)
-    images = None
+    images, surveys = None, {}
     if any(read_result(folder / name) is None for name in ("vqvae", "prior", "evaluation")):
         images = load_images(configs["vqvae"].dataset)
+        check_fingerprint(cfg, images)
         keep_fingerprint(cfg, images)
         surveys = check_stages(cfg, configs, images)
         if cfg.preflight:
-            for name, found in surveys.items():
-                print_survey(name, found)
+            for name, survey in surveys.items():
+                print_survey(name, survey)
             return {}
     if not (folder / "config.yaml").is_file():
-        write_config(cfg, folder)
-    places = {"prior": "prior", "evaluation": "evaluation", "samples": "sampling"}
-    runs: dict[str, Callable[[Any], dict[str, Any]]] = {
-        "vqvae": lambda stage: train(stage, images),
-        "prior": lambda stage: train(stage, images),
+        stored = cfg.copy()
+        with open_dict(stored):
+            stored.pop("stages", None)
+        write_config(stored, folder)
+    runs: dict[str, Callable[[DictConfig], dict[str, Any]]] = {
+        "vqvae": lambda stage: train(stage, images, surveys.get("vqvae")),
+        "prior": lambda stage: train(stage, images, surveys.get("prior")),
         "evaluation": lambda stage: evaluate(stage, images),
         "samples": draw_samples,
     }
     results = {}
     for name, run in runs.items():
         known = read_result(folder / name) is not None
-        with prefix_stage_keys(cfg, places[name]) if name in places else nullcontext():
+        with prefix_stage_keys(cfg, name):
             results[name] = run(configs[name])
         console.print(_describe(name, results[name], known), highlight=False, soft_wrap=True)
-    with time_stage(folder) as watch:  # its own part: the report
+    with time_stage(folder) as watch:  # the report alone: each stage is timed in its folder
         return _write_report(cfg, results, watch)
 
 
-def _write_report(cfg: Any, results: dict[str, dict[str, Any]], watch: Any) -> dict[str, Any]:
-    """Write the report and `result.json` out of the stages' results, timed by a `Stopwatch`."""
-    from vqvae_lightning.files import replace_file
-    from vqvae_lightning.report.run import write_report
-    from vqvae_lightning.runs.results import write_result
-
+def _write_report(
+    cfg: DictConfig, results: dict[str, dict[str, Any]], watch: Stopwatch
+) -> dict[str, Any]:
+    """Write the report and `result.json` from the results of the stages."""
     folder = Path(cfg.folder)
     for stage, picture in (("evaluation", "reconstructions.png"), ("samples", "samples.png")):
         with replace_file(folder / picture) as partial:
@@ -204,12 +213,12 @@ def _write_report(cfg: Any, results: dict[str, dict[str, Any]], watch: Any) -> d
         "images": results["evaluation"]["images"],
         "samples": results["evaluation"]["samples"],
         "command": cfg.command,
-        # Chosen on validation images: a sweep must not see the test split.
+        # Measured on validation images: a sweep must not see the test split.
         "monitor": results["vqvae"]["monitor"],
         "objective": results["vqvae"]["objective"],
         "data_fingerprint": results["evaluation"]["data_fingerprint"],
     }
-    # Written before the report, which shows it, and again with the report's own time.
+    # Written before the report, which shows it, and again with the seconds of the report.
     write_result(folder, metrics, seconds=seconds, **facts)
     write_report(folder)
     seconds["report"] = watch.seconds
@@ -225,6 +234,6 @@ def _describe(name: str, result: dict[str, Any], known: bool) -> str:
         "samples": ("images",),
     }[name]
     values = {key.rpartition("/")[2]: entry for key, entry in result["metrics"].items()}
-    figures = "  ".join(f"{key} {values[key]['value']:.4g}" for key in shown if key in values)
+    metrics = "  ".join(f"{key} {values[key]['value']:.4g}" for key in shown if key in values)
     when = "done before" if known else f"{result['seconds']:.0f} s"
-    return f"[bold]{name}[/bold]  {when}  {figures}"
+    return f"[bold]{name}[/bold]  {when}  {metrics}"

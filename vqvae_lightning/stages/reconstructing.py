@@ -1,38 +1,40 @@
-"""Reconstruct images with a VQ-VAE."""
+"""vqvae-reconstruct: reconstruct images with a VQ-VAE."""
 
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
+from omegaconf import DictConfig
+
+from vqvae_lightning.checkpoints import load
+from vqvae_lightning.console import progress_bar
+from vqvae_lightning.data import ImageFolderSource
+from vqvae_lightning.devices import choose_device
+from vqvae_lightning.errors import check_positive, rename_keys
+from vqvae_lightning.files import replace_file
+from vqvae_lightning.pictures import pairs, save_png
+from vqvae_lightning.pixels import from_uint8, to_uint8
+from vqvae_lightning.runs.results import write_config, write_result
 from vqvae_lightning.stages.inputs import load_checkpoint_images
 
 
-def reconstruct(cfg: Any) -> dict[str, Any]:
+def reconstruct(cfg: DictConfig) -> dict[str, Any]:
     """Reconstruct images of a folder, or of the data set that the VQ-VAE was trained on.
+
+    Writes `reconstructions.png` (originals, each row above the row of its reconstructions) and
+    `reconstructions.npz` (images and reconstructions (N, H, W, C) uint8, and codes if the VQ-VAE
+    has any).
 
     Args:
         cfg: The composed config `conf/reconstruct.yaml`.
 
     Returns:
-        The contents of `result.json`; beside it lie `reconstructions.png` (originals above their
-        reconstructions) and `reconstructions.npz` (images and reconstructions uint8 (N, H, W, C),
-        and codes where there are any).
+        The contents of `result.json`.
 
     Raises:
         InputError: If the checkpoint or the images cannot be used.
     """
-    import numpy as np
-    import torch
-
-    from vqvae_lightning.checkpoints import load
-    from vqvae_lightning.console import progress_bar
-    from vqvae_lightning.data import ImageFolderSource
-    from vqvae_lightning.devices import choose_device
-    from vqvae_lightning.errors import check_positive, rename_keys
-    from vqvae_lightning.files import replace_file
-    from vqvae_lightning.pictures import pairs, save_png
-    from vqvae_lightning.pixels import from_uint8, to_uint8
-    from vqvae_lightning.runs.results import write_config, write_result
-
     folder = Path(cfg.folder)
     vqvae = load(cfg.vqvae_checkpoint, "vqvae", cfg.trust)
     device = choose_device(cfg.accelerator)
@@ -58,7 +60,7 @@ def reconstruct(cfg: Any) -> dict[str, Any]:
     reconstructed = torch.cat(decoded)
     shown = pairs(images[:count], reconstructed[:count])
     save_png(shown, folder / "reconstructions.png")
-    arrays = {
+    arrays: dict[str, Any] = {
         "images": images.movedim(1, -1),
         "reconstructions": reconstructed.movedim(1, -1),
         **({"codes": torch.cat(codes)} if codes else {}),

@@ -1,26 +1,49 @@
-"""Draw images from a prior, or complete given ones."""
+"""vqvae-sample: draw images from a prior, or complete given images."""
 
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
+from omegaconf import DictConfig, ListConfig
+from torch import Tensor
 
-def check_sampling(cfg: Any, num_classes: int, height: int, null_label_rate: float) -> None:
-    """Refuse settings of a draw that cannot work.
+from vqvae_lightning.checkpoints import Loaded, load_pair
+from vqvae_lightning.data import ImageFolderSource
+from vqvae_lightning.devices import choose_devices
+from vqvae_lightning.errors import (
+    InputError,
+    Interrupted,
+    Key,
+    check_positive,
+    check_range,
+    rename_keys,
+)
+from vqvae_lightning.evaluation.drawing import draw_images
+from vqvae_lightning.files import replace_file
+from vqvae_lightning.jobs.ranks import detect_launcher
+from vqvae_lightning.networks.autoencoder import VQVAE
+from vqvae_lightning.networks.pixelcnn import PixelCNN
+from vqvae_lightning.networks.sampling import check_guidance, check_top_p
+from vqvae_lightning.pictures import grid, save_png
+from vqvae_lightning.pixels import from_uint8
+from vqvae_lightning.runs.results import read_result, write_config, write_result
+from vqvae_lightning.runs.stopwatch import Stopwatch, time_stage
+from vqvae_lightning.stages.inputs import load_checkpoint_images
+
+
+def check_sampling(cfg: DictConfig, num_classes: int, height: int, null_label_rate: float) -> None:
+    """Check the settings in `conf/sampling` against a prior.
 
     Args:
-        cfg: With the keys of `conf/sampling`.
-        num_classes: Of the prior.
-        height: Rows of its grid.
-        null_label_rate: Of the prior.
+        cfg: Config with these settings.
+        num_classes: Classes of the prior; 0 for an unconditional prior.
+        height: Rows of the prior's grid.
+        null_label_rate: Share of the training samples whose class was hidden from the prior.
 
     Raises:
-        InputError: Naming the key.
+        InputError: If a setting cannot work; it names the key.
     """
-    from omegaconf import ListConfig
-
-    from vqvae_lightning.errors import InputError, Key, check_positive, check_range
-    from vqvae_lightning.networks.sampling import check_guidance, check_top_p
-
     for name in ("num_samples", "completions"):
         check_positive(name, cfg[name])
     for name in ("top_k", "batch_size"):
@@ -65,51 +88,36 @@ def check_sampling(cfg: Any, num_classes: int, height: int, null_label_rate: flo
         raise InputError(Key("labels"), f"={bad} must be among 0 to {num_classes - 1}.")
 
 
-def draw_samples(cfg: Any) -> dict[str, Any]:
-    """Draw images, or complete given ones.
+def draw_samples(cfg: DictConfig) -> dict[str, Any]:
+    """Draw images, or complete given images.
+
+    Writes `samples.png` (a column per class, or rows of originals, what is kept of them and their
+    completions) and `samples.npz` (images (N, H, W, C) uint8, codes and labels).
 
     Args:
         cfg: The composed config `conf/sample.yaml`.
 
     Returns:
-        The contents of `result.json`; beside it lie `samples.png` (a column per class; or rows of
-        originals, what is kept of them, and their completions) and `samples.npz` (images uint8 (N,
-        H, W, C), codes, labels).
+        The contents of `result.json`.
 
     Raises:
-        InputError: If a checkpoint cannot be used, or an option is outside its range.
-        Interrupted: After Ctrl-C; what was finished is in `samples.npz`.
+        InputError: If a checkpoint cannot be used, or a setting cannot work.
+        Interrupted: After Ctrl-C; `samples.npz` has the samples that were finished.
     """
-    from vqvae_lightning.runs.results import read_result
-    from vqvae_lightning.runs.stopwatch import time_stage
-
     folder = Path(cfg.folder)
     finished = read_result(folder)
     if finished is not None:
         return finished
     with time_stage(folder) as watch:
-        return _draw(cfg, watch)
+        return _draw_samples(cfg, watch)
 
 
-def _draw(cfg: Any, watch: Any) -> dict[str, Any]:
-    """Do what `draw_samples` does, timed by a `results.Stopwatch`."""
-    import numpy as np
-    import torch
-
-    from vqvae_lightning.checkpoints import load_pair
-    from vqvae_lightning.devices import choose_devices
-    from vqvae_lightning.errors import Interrupted
-    from vqvae_lightning.evaluation.drawing import draw_images
-    from vqvae_lightning.files import replace_file
-    from vqvae_lightning.jobs.ranks import detect_launcher
-    from vqvae_lightning.pictures import grid, save_png
-    from vqvae_lightning.runs.results import write_config, write_result
-
+def _draw_samples(cfg: DictConfig, watch: Stopwatch) -> dict[str, Any]:
     folder = Path(cfg.folder)
     loaded, vqvae = load_pair(cfg.prior_checkpoint, cfg.vqvae_checkpoint, cfg.trust)
     prior = loaded.net
     check_sampling(cfg, prior.num_classes, prior.height, prior.null_label_rate)
-    # A launcher that started several ranks has given each of them its devices.
+    # Each rank of a launcher has a device of its own.
     devices = choose_devices(cfg.accelerator, 1 if detect_launcher() else cfg.devices)
     labels, chosen, columns = None, [], 10
     known = originals = None
@@ -121,8 +129,8 @@ def _draw(cfg: Any, watch: Any) -> dict[str, Any]:
             # A column per class where they fit; more classes follow each other in rows.
             columns = len(chosen) if len(chosen) <= 20 else 10
     else:
-        originals, labels = images_to_complete(cfg, prior, vqvae)
-        known = codes_to_complete(vqvae.net.to(devices[0]), originals, cfg.keep_rows)
+        originals, labels = load_originals(cfg, prior, vqvae)
+        known = encode_kept(vqvae.net.to(devices[0]), originals, cfg.keep_rows)
         known = known.repeat(cfg.completions, 1, 1)
         labels = None if labels is None else labels.repeat(cfg.completions)
         count = len(known)
@@ -147,7 +155,7 @@ def _draw(cfg: Any, watch: Any) -> dict[str, Any]:
         save_png(grid(samples.images[: 10 * columns], columns), folder / "samples.png")
     else:
         kept = round(cfg.keep_rows * prior.height) * originals.shape[2] // prior.height
-        save_png(completions_picture(originals, samples.images, kept), folder / "samples.png")
+        save_png(show_completions(originals, samples.images, kept), folder / "samples.png")
     arrays: dict[str, Any] = {"images": samples.images.movedim(1, -1), "codes": samples.codes}
     if labels is not None:
         arrays["labels"] = labels[:done]
@@ -169,22 +177,16 @@ def _draw(cfg: Any, watch: Any) -> dict[str, Any]:
     )
 
 
-def images_to_complete(cfg: Any, prior: Any, vqvae: Any) -> tuple[Any, Any]:
-    """Images (N, C, H, W) uint8 to complete, and their classes (N,) for a conditional prior.
+def load_originals(cfg: DictConfig, prior: PixelCNN, vqvae: Loaded) -> tuple[Tensor, Tensor | None]:
+    """Load images (N, C, H, W) uint8 to complete, and their classes (N,) for a conditional prior.
 
     Raises:
-        InputError: If there are none, they do not fit the VQ-VAE, or their classes are not given.
+        InputError: If there are no images, or they do not fit the VQ-VAE.
     """
-    import torch
-
-    from vqvae_lightning.data import ImageFolderSource
-    from vqvae_lightning.errors import rename_keys
-    from vqvae_lightning.stages.inputs import load_checkpoint_images
-
     if cfg.complete == "test":
         first = load_checkpoint_images(vqvae, cfg.trust).datasets["test"].preview(cfg.num_samples)
         return first.data, first.labels if prior.num_classes else None
-    # The codes' grid is the prior's: the images must have the size that it was trained on.
+    # The prior has a fixed grid, so the images get the size that it was trained on.
     factor = 2**vqvae.net.downsamplings
     size = [prior.height * factor, prior.width * factor]
     with rename_keys(lambda key: {"root": "complete"}.get(key, key)):
@@ -195,12 +197,8 @@ def images_to_complete(cfg: Any, prior: Any, vqvae: Any) -> tuple[Any, Any]:
     return images, torch.tensor(list(cfg.labels))[torch.arange(len(images)) % len(cfg.labels)]
 
 
-def codes_to_complete(vqvae: Any, images: Any, keep_rows: float) -> Any:
-    """Codes (N, h, w) of images (N, C, H, W) uint8 with -1 below the rows that are kept."""
-    import torch
-
-    from vqvae_lightning.pixels import from_uint8
-
+def encode_kept(vqvae: VQVAE, images: Tensor, keep_rows: float) -> Tensor:
+    """Encode images (N, C, H, W) uint8 to codes (N, h, w), with -1 below the rows to keep."""
     device = next(vqvae.parameters()).device
     with torch.inference_mode():
         parts = [vqvae.encode(from_uint8(part.to(device))).cpu() for part in images.split(256)]
@@ -209,10 +207,8 @@ def codes_to_complete(vqvae: Any, images: Any, keep_rows: float) -> Any:
     return codes
 
 
-def completions_picture(originals: Any, drawn: Any, kept_rows: int) -> Any:
-    """Ten originals, the `kept_rows` of pixels kept of them, and their completions, by rows."""
-    from vqvae_lightning.pictures import grid
-
+def show_completions(originals: Tensor, drawn: Tensor, kept_rows: int) -> Tensor:
+    """Arrange ten originals, their `kept_rows` rows of pixels and their completions in rows."""
     shown = originals[:10]
     kept = shown.clone()
     kept[:, :, kept_rows:] = 128

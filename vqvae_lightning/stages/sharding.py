@@ -20,7 +20,6 @@ from vqvae_lightning.errors import InputError, check_positive, prefix_keys
 from vqvae_lightning.files import write_text
 from vqvae_lightning.randomness import stream_seed
 from vqvae_lightning.runs.results import write_config
-from vqvae_lightning.stages.inputs import load_images
 
 Item = tuple[str, bytes, int | None]
 """Ending of the image's file, its contents and its class."""
@@ -60,7 +59,9 @@ def make_shards(cfg: DictConfig) -> str:
             splits, class_names = _read_files(images, images.source)
         grey = images.source.grey
     else:
-        images = load_images(cfg.dataset)
+        with prefix_keys("dataset"):
+            images.prepare_data()
+            images.setup()
         splits, class_names = _read_arrays(images), images.class_names
         grey = images.image_shape[0] == 1
     # A temporary folder until all shards are written. Otherwise an interruption would leave what

@@ -1,20 +1,50 @@
-"""Train one stage: fit a task, test its best checkpoint, return the objective of a sweep."""
+"""vqvae-train: train one stage, test its best checkpoint, return the objective of a sweep."""
 
+import zipfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from vqvae_lightning.stages.inputs import build_codes, load_images, print_survey, require_same_data
+import pytorch_lightning as pl
+import torch
+from omegaconf import DictConfig, OmegaConf, open_dict
+
+from vqvae_lightning.callbacks.checkpoints import TimeKeeper
+from vqvae_lightning.callbacks.reproducibility import ConfigComparison, FinalValidation
+from vqvae_lightning.checkpoints import load, weights_hash
+from vqvae_lightning.configs import build, record_foreign, to_plain
+from vqvae_lightning.console import console
+from vqvae_lightning.data import CodesDataModule
+from vqvae_lightning.data.images import PixelDataModule, StageDataModule
+from vqvae_lightning.errors import InputError, Interrupted, Key, prefix_keys
+from vqvae_lightning.jobs.ranks import environment, local_rank, start_ranks
+from vqvae_lightning.loggers.wandb import Input, WandbRun, name_run
+from vqvae_lightning.randomness import stream_seed
+from vqvae_lightning.runs.results import read_result, write_config, write_result
+from vqvae_lightning.runs.stopwatch import Stopwatch, time_stage
+from vqvae_lightning.stages.inputs import (
+    build_codes,
+    load_images,
+    print_survey,
+    require_same_data,
+)
+from vqvae_lightning.stages.preflight import Survey, check_monitor, check_trainer, survey
+from vqvae_lightning.tasks.optimization import check_optimizer
 
 
-def train(cfg: Any, images: Any = None) -> dict[str, Any]:
-    """Train the stage that `cfg` describes, or what is left of it, and test its best checkpoint.
+def train(
+    cfg: DictConfig, images: PixelDataModule | None = None, known: Survey | None = None
+) -> dict[str, Any]:
+    """Train a stage, or resume its training, and test its best checkpoint.
 
-    On as many devices as `cfg.trainer.devices` says: with several, this process is the first rank.
+    The stage runs on as many devices as `cfg.trainer` asks for; this process is rank 0.
 
     Args:
-        cfg: The composed config of a stage (`conf/vqvae.yaml` or `conf/prior.yaml`); what the data
-            decide (channels, number of codes) is filled in.
-        images: The `PixelDataModule` of `cfg.dataset`, if it is set up already.
+        cfg: Config of the stage (`conf/vqvae.yaml` or `conf/prior.yaml`). What the data decide,
+            such as the number of channels, is filled in.
+        images: Data of `cfg.dataset`, if they are set up already.
+        known: Survey of the stage, if it was made already.
 
     Returns:
         The contents of `result.json`.
@@ -23,130 +53,90 @@ def train(cfg: Any, images: Any = None) -> dict[str, Any]:
         InputError: If the config, the data or a checkpoint cannot work; before any training.
         RankError: If another rank failed.
     """
-    from omegaconf import OmegaConf
-
-    from vqvae_lightning.configs import record_foreign
-    from vqvae_lightning.jobs.ranks import start_ranks
-    from vqvae_lightning.loggers.wandb import name_run
-    from vqvae_lightning.runs.results import read_result
-    from vqvae_lightning.runs.stopwatch import time_stage
-
-    # Once, and not at each access: a value that is drawn at random must be the same on all ranks.
+    # Resolved once: a resolver that draws at random must give all ranks the same value.
     OmegaConf.resolve(cfg)
     record_foreign(cfg)
     folder = Path(cfg.folder)
     finished = read_result(folder)
     if finished is not None:
         return finished
-    # Before the ranks start, so that only one process downloads.
-    images = images or load_images(cfg.dataset)
+    # Done before the other ranks start, so that one process downloads and one reports an error.
+    data = load_data(cfg, images)
+    complete_config(cfg, data)
+    task = build_task(cfg)
+    found = known or survey_stage(cfg, task, data)
     if cfg.preflight:
-        print_survey(cfg.kind, prepare(cfg, images).survey)
+        print_survey(cfg.kind, found)
         return {}
+    console.print(f"[bold]{cfg.kind}[/bold]  {found.line}", highlight=False)
+    for warning in found.warnings:
+        console.print(f"warning: {warning}", highlight=False)
     name_run(cfg, cfg.kind)
     with time_stage(folder) as watch, start_ranks(cfg, folder, "vqvae_lightning.commands.worker"):
-        return fit(cfg, images, watch)
+        return fit(cfg, task, data, watch)
 
 
-class Stage(NamedTuple):
-    """What a config turns into, before a Trainer is there."""
-
-    task: Any
-    data: Any
-    made_from: Any
-    """The `loggers.Input` of its checkpoint."""
-    survey: Any
-    """The `preflight.Survey`."""
-
-
-def prepare(cfg: Any, images: Any) -> Stage:
-    """Build the stage that `cfg` describes, fill in what the data decide, and look it over.
-
-    Raises:
-        InputError: If it cannot work.
-    """
-    import pytorch_lightning as pl
-
-    from vqvae_lightning.checkpoints import load
-    from vqvae_lightning.errors import InputError
-    from vqvae_lightning.loggers.wandb import Input
-    from vqvae_lightning.randomness import stream_seed
-
-    keep_fingerprint(cfg, images)
-    data = images
-    facts = {"data_fingerprint": images.fingerprint}
-    made_from = Input(f"data-{images.fingerprint}", "dataset", facts)
-    if cfg.kind == "prior":
-        path = Path(cfg.vqvae_checkpoint)
-        data = build_codes(images, load(path, "vqvae", cfg.trust).net, path, cfg, cfg.batch_size)
-        if cfg.vqvae_hash not in (None, data.vqvae_hash):
-            raise InputError(
-                f"this prior began on the codes of VQ-VAE {cfg.vqvae_hash}, but vqvae_checkpoint="
-                f"{cfg.vqvae_checkpoint} is now {data.vqvae_hash}: its codes mean something else."
-            )
-        cfg.vqvae_hash = data.vqvae_hash
-        set_sizes(cfg, data)
-        facts = {**facts, "vqvae_hash": data.vqvae_hash}
-        made_from = Input(f"vqvae-{data.vqvae_hash}", "vqvae", facts, path)
-        cfg.vqvae_checkpoint = str(Path(cfg.vqvae_checkpoint).absolute())
-    else:
-        set_size(cfg, "channels", images.image_shape[0])
-    pl.seed_everything(stream_seed(cfg.seed, "init") % 2**32, workers=True, verbose=False)
-    task, found = check_stage(cfg, data)
-    return Stage(task, data, made_from, found)
-
-
-def check_stage(cfg: Any, data: Any) -> tuple[Any, Any]:
-    """Build the task of a stage, and check everything that its training would stumble over.
+def load_data(cfg: DictConfig, images: PixelDataModule | None = None) -> StageDataModule:
+    """Return the images of a VQ-VAE, or the codes of a prior.
 
     Args:
-        cfg: The config of the stage, filled in.
-        data: Its data; the codes of a prior may not be made yet.
-
-    Returns:
-        The task and the `preflight.Survey`.
+        cfg: Config of the stage.
+        images: Data of `cfg.dataset`, if they are set up already.
 
     Raises:
-        InputError: If the stage cannot work.
+        InputError: If they cannot be loaded, or are not those that the run began on.
     """
-    from vqvae_lightning.configs import build
-    from vqvae_lightning.errors import prefix_keys
-    from vqvae_lightning.stages.preflight import check_monitor, check_trainer, survey
-    from vqvae_lightning.tasks.optimization import check_optimizer
+    images = images or load_images(cfg.dataset)
+    check_fingerprint(cfg, images)
+    if cfg.kind == "vqvae":
+        return images
+    path = Path(cfg.vqvae_checkpoint)
+    codes: CodesDataModule = build_codes(
+        images, load(path, "vqvae", cfg.trust).net, path, cfg, cfg.batch_size
+    )
+    if cfg.vqvae_hash not in (None, codes.vqvae_hash):
+        raise InputError(
+            f"this prior began on the codes of VQ-VAE {cfg.vqvae_hash}, but vqvae_checkpoint="
+            f"{cfg.vqvae_checkpoint} is now {codes.vqvae_hash}: its codes mean something else."
+        )
+    return codes
 
-    check_trainer(cfg.trainer)
-    task = build(cfg.model)
-    with prefix_keys("model"):
-        states = check_optimizer(task.optimizer_factory)
-    found = survey(cfg, task.net, data, states)
-    check_monitor(cfg.monitor, task, data)
-    for part in cfg.callbacks.values():
-        if part is not None:
-            build(part)
-    return task, found
 
-
-def keep_fingerprint(cfg: Any, images: Any) -> None:
-    """Fill in which data a run begins on; when it is resumed, see that they are the same.
+def check_fingerprint(cfg: DictConfig, images: PixelDataModule) -> None:
+    """Check that the data are those that a run began on, if it is resumed.
 
     Raises:
         InputError: If they have changed.
     """
-    from omegaconf import open_dict
-
+    began = f"the run in {cfg.folder} began on"
     way_out = "restore the data, or begin another run"
-    require_same_data(
-        images,
-        cfg.get("data_fingerprint"),
-        cfg.dataset,
-        f"the run in {cfg.folder} began on",
-        way_out,
-    )
-    with open_dict(cfg):  # the config of an older run lacks the key
+    require_same_data(images, cfg.get("data_fingerprint"), cfg.dataset, began, way_out)
+
+
+def keep_fingerprint(cfg: DictConfig, images: PixelDataModule) -> None:
+    """Fill in the fingerprint of the data that a run begins on."""
+    with open_dict(cfg):  # configs of older runs lack the key
         cfg.data_fingerprint = images.fingerprint
 
 
-def set_sizes(cfg: Any, codes: Any) -> None:
+def complete_config(cfg: DictConfig, data: StageDataModule) -> None:
+    """Fill in what the data decide: fingerprint, sizes, and for a prior the VQ-VAE's hash.
+
+    Raises:
+        InputError: If the config has other sizes.
+    """
+    if isinstance(data, CodesDataModule):
+        keep_fingerprint(cfg, data.images)
+        cfg.vqvae_hash = data.vqvae_hash
+        cfg.vqvae_checkpoint = str(Path(cfg.vqvae_checkpoint).absolute())
+        set_sizes(cfg, data)
+    else:
+        assert isinstance(data, PixelDataModule)
+        keep_fingerprint(cfg, data)
+        set_size(cfg, "channels", data.image_shape[0])
+
+
+def set_sizes(cfg: DictConfig, codes: CodesDataModule) -> None:
     """Fill in a prior's sizes, which the VQ-VAE and the data decide.
 
     Raises:
@@ -156,18 +146,16 @@ def set_sizes(cfg: Any, codes: Any) -> None:
     set_size(cfg, "num_codes", codes.num_codes)
     set_size(cfg, "height", height)
     set_size(cfg, "width", width)
-    if cfg.model.net.num_classes != 0:  # else a prior that takes no notice of the classes
+    if cfg.model.net.num_classes != 0:  # 0 asks for a prior that ignores the classes
         set_size(cfg, "num_classes", codes.images.num_classes)
 
 
-def set_size(cfg: Any, name: str, value: int) -> None:
+def set_size(cfg: DictConfig, name: str, value: int) -> None:
     """Set the size `name` of a network to what the data decide.
 
     Raises:
         InputError: If the config has another.
     """
-    from vqvae_lightning.errors import InputError, Key
-
     given = cfg.model.net[name]
     if given is not None and given != value:
         unconditional = ", or to 0 for a prior without classes" if name == "num_classes" else ""
@@ -178,91 +166,83 @@ def set_size(cfg: Any, name: str, value: int) -> None:
     cfg.model.net[name] = value
 
 
-def fit(cfg: Any, images: Any = None, watch: Any = None) -> dict[str, Any]:
-    """One rank's part of `train`; rank 0 writes.
+def build_task(cfg: DictConfig) -> Any:
+    """Build the untrained `VQVAETask` or `PriorTask`, with the initial weights of the seed."""
+    pl.seed_everything(stream_seed(cfg.seed, "init") % 2**32, workers=True, verbose=False)
+    return build(cfg.model)
+
+
+def survey_stage(cfg: DictConfig, task: Any, data: StageDataModule) -> Survey:
+    """Check all settings of a stage before it trains, and survey its sizes.
 
     Args:
-        cfg: Resolved config of the stage.
-        images: The `PixelDataModule` of `cfg.dataset`, if it is set up already.
-        watch: The `results.Stopwatch` of the stage, on rank 0.
+        cfg: Config of the stage, complete.
+        task: Task built from it.
+        data: Data of the stage; the codes of a prior need not be encoded yet.
+
+    Raises:
+        InputError: If the stage cannot work.
+    """
+    check_trainer(cfg.trainer)
+    with prefix_keys("model"):
+        states = check_optimizer(task.optimizer_factory)
+    found = survey(cfg, task.net, data, states)
+    check_monitor(cfg.monitor, task, data)
+    build_parts(cfg.callbacks)
+    return found
+
+
+def build_parts(config: DictConfig) -> list[Any]:
+    """Build the callbacks or loggers of a config; null switches one off."""
+    return [build(part) for part in config.values() if part is not None]
+
+
+def fit(
+    cfg: DictConfig, task: Any, data: StageDataModule, watch: Stopwatch | None = None
+) -> dict[str, Any]:
+    """Train and test on one rank; rank 0 writes.
+
+    Args:
+        cfg: Config of the stage, resolved and complete.
+        task: Untrained task.
+        data: Data of the stage, set up.
+        watch: Stopwatch of the stage; None on other ranks than 0.
 
     Returns:
-        The contents of `result.json`; empty on the other ranks.
+        The contents of `result.json`; empty on other ranks than 0.
     """
-    import torch
-
-    from vqvae_lightning.callbacks.checkpoints import TimeKeeper
-    from vqvae_lightning.callbacks.reproducibility import ConfigComparison, FinalValidation
-    from vqvae_lightning.checkpoints import load, weights_hash
-    from vqvae_lightning.configs import build, to_plain
-    from vqvae_lightning.console import console
-    from vqvae_lightning.errors import Interrupted
-    from vqvae_lightning.jobs.ranks import environment, local_rank
-    from vqvae_lightning.loggers.wandb import WandbRun
-    from vqvae_lightning.runs.results import write_config, write_result
-
     folder = Path(cfg.folder)
-    images = images or load_images(cfg.dataset)
-    trainer = build(
-        cfg.trainer,
-        callbacks=[
-            ConfigComparison(cfg),
-            FinalValidation(),
-            *([] if watch is None else [TimeKeeper(watch)]),
-            *[build(part) for part in cfg.callbacks.values() if part is not None],
-        ],
-        plugins=[environment()],
-        logger=[build(part) for part in cfg.logger.values() if part is not None],
-        enable_progress_bar=cfg.callbacks.progress is not None,
-    )
+    best, last = folder / "checkpoints" / "best.ckpt", folder / "checkpoints" / "last.ckpt"
     on_gpu = cfg.trainer.accelerator != "cpu"
     if on_gpu:
-        torch.cuda.set_device(local_rank())  # or what follows would take memory of the first GPU
+        torch.cuda.set_device(local_rank())  # otherwise all ranks would use memory of the first GPU
         torch.cuda.reset_peak_memory_stats()
-    task, data, made_from, survey = prepare(cfg, images)
-    if trainer.is_global_zero:
-        console.print(f"[bold]{cfg.kind}[/bold]  {survey.line}", highlight=False)
-        for warning in survey.warnings:
-            console.print(f"warning: {warning}", highlight=False)
+
     task.save_hyperparameters(to_plain(cfg))
+    callbacks = [ConfigComparison(cfg), FinalValidation(), *build_parts(cfg.callbacks)]
+    if watch is not None:
+        callbacks.insert(2, TimeKeeper(watch))
+    trainer = build(
+        cfg.trainer,
+        callbacks=callbacks,
+        plugins=[environment()],
+        logger=build_parts(cfg.logger),
+        enable_progress_bar=cfg.callbacks.progress is not None,
+    )
     if trainer.is_global_zero:
         write_config(cfg, folder)
-
-    wandb_runs = [run for run in trainer.loggers if isinstance(run, WandbRun)]
-    if not trainer.is_global_zero:
-        wandb_runs = []
-    checkpoints = folder / "checkpoints"
-    best, last = checkpoints / "best.ckpt", checkpoints / "last.ckpt"
-    scores = None
-    status = 1
-    try:
-        for run in wandb_runs:
-            run.begin(task.net, trainer.log_every_n_steps, made_from.facts)
-        trainer.fit(task, datamodule=data, ckpt_path=whole_checkpoint(last))
+    with log_to_wandb(trainer, task, cfg) as keep_artifact:
+        trainer.fit(task, datamodule=data, ckpt_path=find_checkpoint(last))
         trainer.save_checkpoint(last, weights_only=False)
-        if not getattr(getattr(task.net, "quantizer", None), "initialised", True):
-            console.print(
-                f"warning: training ended after {trainer.global_step} steps, within the "
-                "quantizer's warmup_steps: the codebook was never set.",
-                highlight=False,
-            )
+        warn_uninitialised(task, trainer.global_step)
         if not best.is_file():
             trainer.save_checkpoint(best, weights_only=False)
         scores = trainer.test(task, datamodule=data, ckpt_path=str(best), verbose=False)[0]
-        for run in wandb_runs:
-            name = f"{cfg.kind}-{weights_hash(load(best, trust=cfg.trust).net)}"
-            run.keep(cfg.kind, name, best, made_from)
-        status = 0
-    except Interrupted as stop:
-        status = stop.status
-        raise
-    finally:
-        # Or the run would stay open beside those of the jobs that follow in this process.
-        for run in wandb_runs:
-            run.finish(status)
+        keep_artifact(best)
+
     score = getattr(trainer.checkpoint_callback, "best_model_score", None)
     peak = torch.cuda.max_memory_allocated() if on_gpu else None
-    if not trainer.is_global_zero:
+    if watch is None:
         return {}
     return write_result(
         folder,
@@ -282,12 +262,61 @@ def fit(cfg: Any, images: Any = None, watch: Any = None) -> dict[str, Any]:
     )
 
 
-def whole_checkpoint(last: Path) -> str | None:
-    """`last`, or the one before it if the file is damaged; None if there is neither."""
-    import zipfile
+@contextmanager
+def log_to_wandb(
+    trainer: pl.Trainer, task: Any, cfg: DictConfig
+) -> Iterator[Callable[[Path], None]]:
+    """Keep the Weights & Biases runs of a stage open during the block, if it has any.
 
-    from vqvae_lightning.console import console
+    Yields:
+        A function that logs a checkpoint as an artifact, with what it was made from.
+    """
+    runs = [run for run in trainer.loggers if isinstance(run, WandbRun)]
+    if not trainer.is_global_zero:
+        runs = []
+    made_from = describe_input(cfg)
 
+    def keep_artifact(checkpoint: Path) -> None:
+        for run in runs:
+            name = f"{cfg.kind}-{weights_hash(load(checkpoint, trust=cfg.trust).net)}"
+            run.keep(cfg.kind, name, checkpoint, made_from)
+
+    status = 1
+    try:
+        for run in runs:
+            run.begin(task.net, trainer.log_every_n_steps, made_from.facts)  # type: ignore[attr-defined]
+        yield keep_artifact
+        status = 0
+    except Interrupted as stop:
+        status = stop.status
+        raise
+    finally:
+        # Otherwise the run would stay open during the next jobs of this process.
+        for run in runs:
+            run.finish(status)
+
+
+def describe_input(cfg: DictConfig) -> Input:
+    """Describe what the checkpoints of a stage are made from: the data, or the VQ-VAE."""
+    facts = {"data_fingerprint": cfg.data_fingerprint}
+    if cfg.kind == "vqvae":
+        return Input(f"data-{cfg.data_fingerprint}", "dataset", facts)
+    facts["vqvae_hash"] = cfg.vqvae_hash
+    return Input(f"vqvae-{cfg.vqvae_hash}", "vqvae", facts, Path(cfg.vqvae_checkpoint))
+
+
+def warn_uninitialised(task: Any, steps: int) -> None:
+    """Warn if training ended before the codebook was initialised."""
+    if not getattr(getattr(task.net, "quantizer", None), "initialised", True):
+        console.print(
+            f"warning: training ended after {steps} steps, within the quantizer's warmup_steps: "
+            "the codebook was never set.",
+            highlight=False,
+        )
+
+
+def find_checkpoint(last: Path) -> str | None:
+    """Return `last`, or the previous checkpoint if `last` is damaged; None if there is neither."""
     for path in (last, last.with_name("previous.ckpt")):
         if path.is_file():
             try:
