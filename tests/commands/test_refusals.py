@@ -217,7 +217,7 @@ def test_labelled_data_may_have_a_prior_without_classes(toy, tmp_path, command):
     assert "test/sample_fid" in metrics
     assert "test/sample_accuracy" not in metrics, "there is no class to be recognised"
     page = (outcome.folder / "report.html").read_text()
-    assert "recognised as their class" not in page
+    assert "classified as their class" not in page
     for name, extra, words in (
         ("labels", ["labels=[1]"], "labels=[1]: this prior has no classes"),
         ("guidance", ["guidance=2"], "guidance=2 needs a prior that was trained with classes"),

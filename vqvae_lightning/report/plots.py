@@ -1,4 +1,4 @@
-"""Plots of the report."""
+"""Plots of the reports, as SVG."""
 
 import io
 from collections.abc import Callable
@@ -27,7 +27,7 @@ STYLE: dict[Any, Any] = {
     "font.size": 9,
     "grid.color": "#e4e7eb",
     "legend.frameon": False,
-    "svg.fonttype": "none",  # text stays text: smaller, and set in the page's font
+    "svg.fonttype": "none",  # text as text: smaller files, and the font of the page
     "text.color": INK,
     "xtick.color": INK,
     "ytick.color": INK,
@@ -37,7 +37,7 @@ STYLE: dict[Any, Any] = {
 def draw(
     size: tuple[float, float], columns: int, paint: Callable[[list[Axes]], None], rows: int = 1
 ) -> str:
-    """An SVG of `size` inches with rows of axes, given in reading order, that `paint` fills."""
+    """Draw an SVG of `size` inches; `paint` gets its axes in reading order and fills them."""
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=size, layout="constrained")
         paint(list(figure.subplots(rows, columns, squeeze=False).flat))
@@ -48,7 +48,7 @@ def draw(
 
 
 def plot(axes: Axes, curves: Curves, name: str, label: str, colour: str) -> None:
-    """One curve, if it was logged."""
+    """Plot one curve if it was logged."""
     if name in curves:
         few = len(curves[name][0]) < 30
         axes.plot(*curves[name], label=label, color=colour, marker="o" if few else "", ms=3)
@@ -57,12 +57,12 @@ def plot(axes: Axes, curves: Curves, name: str, label: str, colour: str) -> None
 def overlaid(
     named: list[tuple[str, Curves]], others: list[Curves], panels: list[tuple[str, str]]
 ) -> str:
-    """Curves of several runs in one panel for each name.
+    """Plot the curves of several runs, with one panel per metric.
 
     Args:
-        named: A label for the legend, and the run's curves.
-        others: Runs in grey, without a label.
-        panels: Names of the curves, and their units.
+        named: Label for the legend and curves of each run.
+        others: Curves of the runs to show in grey, without a label.
+        panels: Name and unit of each metric.
     """
     columns = min(2, len(panels))
     rows = -(-len(panels) // columns)
@@ -75,7 +75,7 @@ def overlaid(
             for number, (label, curves) in enumerate(named):
                 plot(axis, curves, name, label.replace("$", r"\$"), COLOURS[number % len(COLOURS)])
                 if name in curves:
-                    # Told apart without colours too.
+                    # Dashes distinguish the curves without colours.
                     axis.lines[-1].set_linestyle(DASHES[number % len(DASHES)])
             axis.set(title=name, ylabel=unit, xlabel="steps")
         for axis in axes[len(panels) :]:
@@ -94,7 +94,7 @@ def overlaid(
 
 
 def losses(curves: Curves) -> str:
-    """Reconstruction and quantizer losses of stage 1 over steps."""
+    """Plot the reconstruction and quantizer losses of stage 1 over steps."""
 
     def paint(axes: list[Axes]) -> None:
         left, right = axes
@@ -113,7 +113,7 @@ def losses(curves: Curves) -> str:
 
 
 def usage(curves: Curves, num_codes: int) -> str:
-    """Perplexity and codebook use of stage 1 over steps."""
+    """Plot the perplexity and codebook use of stage 1 over steps."""
 
     def paint(axes: list[Axes]) -> None:
         left, right = axes
@@ -138,7 +138,7 @@ def usage(curves: Curves, num_codes: int) -> str:
 
 
 def prior(curves: Curves, split: str, metrics: dict[str, Any]) -> str:
-    """Nats per code of stage 2 over steps, beside the baselines."""
+    """Plot the nats per code of stage 2 over steps, with the baselines."""
 
     def paint(axes: list[Axes]) -> None:
         left, right = axes
@@ -162,7 +162,7 @@ def prior(curves: Curves, split: str, metrics: dict[str, Any]) -> str:
 
 
 def histogram(counts: Array) -> str:
-    """Share of each code in the training split, most used first."""
+    """Plot the share of each code in the training split, the most used first."""
 
     def paint(axes: list[Axes]) -> None:
         share = np.sort(counts)[::-1] / counts.sum()
@@ -178,7 +178,7 @@ def histogram(counts: Array) -> str:
 
 
 def code_maps(images: Array, codes: Array, counts: Array, columns: int = 10) -> str:
-    """Images (N, C, H, W) uint8 above their codes (N, h, w), coloured by their frequency."""
+    """Show images (N, C, H, W) uint8 above their codes (N, h, w), coloured by frequency."""
     rank = np.empty(len(counts), dtype=int)
     rank[np.argsort(-counts)] = np.arange(len(counts))
     shown = min(columns, len(images))
@@ -196,7 +196,7 @@ def code_maps(images: Array, codes: Array, counts: Array, columns: int = 10) -> 
 
 
 def rate(metrics: dict[str, Any], split: str) -> str:
-    """Bits per dimension: what the pixels and what the codes cost."""
+    """Plot the bits per dimension of the pixels and of the codes."""
 
     def paint(axes: list[Axes]) -> None:
         pixels = metrics[f"{split}/reconstruction_bits_per_dim"]["value"]

@@ -1,4 +1,4 @@
-"""`report.html` of one run."""
+"""`report.html` of one pipeline run."""
 
 import base64
 from pathlib import Path
@@ -16,10 +16,10 @@ def write_report(folder: Path) -> Path:
     """Write `report.html`, one page without links to other files.
 
     Args:
-        folder: Of a pipeline whose other stages are finished.
+        folder: Folder of a pipeline whose other stages are finished.
 
     Returns:
-        Its path.
+        Path of the page.
     """
     from vqvae_lightning.report import plots
 
@@ -63,7 +63,7 @@ def write_report(folder: Path) -> Path:
 
 
 def template(name: str) -> Template:
-    """A page of this folder, to render; a value that it names and is not given is an error."""
+    """Load a page of this folder, in which a missing value is an error."""
     environment = Environment(
         loader=PackageLoader("vqvae_lightning", "report"),
         autoescape=True,
@@ -73,13 +73,13 @@ def template(name: str) -> Template:
 
 
 def inline_png(path: Path) -> dict[str, Any]:
-    """A PNG as a data URI, with its name for the alternative text."""
+    """Encode a PNG as a data URI, with its name for the alternative text."""
     data = base64.b64encode(path.read_bytes()).decode()
     return {"name": path.stem, "uri": f"data:image/png;base64,{data}"}
 
 
 def _some(folder: Path, count: int) -> list[Path]:
-    """`count` files of a folder, evenly spaced in order of name, the first and last among them."""
+    """Pick `count` PNG files evenly in order of name, including the first and the last."""
     paths = sorted(folder.glob("*.png"))
     last = len(paths) - 1
     return (

@@ -1,4 +1,4 @@
-"""One page and one table of a sweep, out of what its jobs left in their folders."""
+"""One page and one table of a sweep, from the files in the folders of its jobs."""
 
 import csv
 import io
@@ -31,10 +31,10 @@ COMPARED = (
     "sample_accuracy",
     "sample_fid",
 )
-"""Test figures in the page's table; `jobs.csv` has all."""
+"""Test metrics in the page's table; `jobs.csv` contains all metrics."""
 CURVES = ("nmse", "perplexity", "codebook_use", "nats_per_code", "accuracy")
-DRAWN, PICTURED = 10, 24  # curves that have a colour, jobs that have a picture: the best ones
-# Keys that say nothing of a choice.
+DRAWN, PICTURED = 10, 24  # numbers of best jobs that have a coloured curve, and a picture
+# Keys that are not settings to compare.
 OWN = (
     "folder",
     "command",
@@ -48,21 +48,21 @@ OWN = (
 
 
 class Job(NamedTuple):
-    """What is known of a job from its folder.
+    """A job, as read from its folder.
 
     Attributes:
-        folder: Its folder.
-        name: The same, seen from the sweep's.
-        state: finished, pruned (stopped early: it lagged behind), failed, or unfinished.
-        note: What went wrong, or how far it is.
-        chosen: The overrides that it was started with.
-        config: Every key of its config and its value; paths below `folder` from there.
-        metrics: Name to value, of the test.
+        folder: Folder of the job.
+        name: The folder, relative to the sweep's.
+        state: finished, pruned (stopped early because it lagged behind), failed, or unfinished.
+        note: The error, or the number of steps so far.
+        chosen: Overrides of its command.
+        config: Full keys of its config to values, with the job's folder written as FOLDER.
+        metrics: Test metrics by name.
         objective: Best score of `monitor`, or None.
-        monitor: The name of the objective.
-        seconds: Of training and testing, or of all stages; None until it has finished.
-        curves: Of each stage, by the names in its `metrics.csv`.
-        pictures: Its newest picture of reconstructions or samples; none or one.
+        monitor: Name of the objective.
+        seconds: Duration of training and testing, or of all stages; None until it has finished.
+        curves: Curves of all stages, by their names in `metrics.csv`.
+        pictures: Its latest picture of reconstructions or samples; none or one.
     """
 
     folder: Path
@@ -80,13 +80,13 @@ class Job(NamedTuple):
 
 
 def write_sweep_report(folder: Path) -> list[Path]:
-    """Write `report.html` and `jobs.csv`, of jobs that have finished and of those that have not.
+    """Write `report.html` and `jobs.csv`, which show finished and unfinished jobs.
 
     Args:
-        folder: Of the sweep; its jobs are folders below it.
+        folder: Folder of the sweep, which contains the folders of its jobs.
 
     Returns:
-        Both paths.
+        Paths of both files.
 
     Raises:
         InputError: If there is no job in `folder`.
@@ -138,10 +138,10 @@ def write_sweep_report(folder: Path) -> list[Path]:
 
 
 def read_jobs(folder: Path) -> list[Job]:
-    """The jobs below a sweep's folder, the best objective first, those without one last.
+    """Read the jobs of a sweep, the best objective first and those without one last.
 
     Raises:
-        InputError: If there is none.
+        InputError: If there is no job in `folder`.
     """
     if (folder / "config.yaml").is_file():
         raise InputError(f"{folder} is the folder of one run; give the sweep's, which is above it.")
@@ -164,7 +164,7 @@ def read_jobs(folder: Path) -> list[Job]:
 
 
 def job_folders(folder: Path) -> Iterator[Path]:
-    """Folders below a sweep's in which a job has begun or failed, 2 before 10."""
+    """List the folders in which a job of a sweep has started or failed, 2 before 10."""
     marks = ("config.yaml", FAILURE)
     for path in sorted(folder.glob("[!.]*/"), key=_natural):
         if any((path / mark).is_file() for mark in marks):
@@ -174,7 +174,7 @@ def job_folders(folder: Path) -> Iterator[Path]:
 
 
 def differing(jobs: list[Job]) -> list[str]:
-    """Overrides and keys of the config in which the jobs differ, what was overridden first."""
+    """List the keys in which the jobs differ, the overridden ones first."""
 
     def differ(values: list[Any]) -> bool:
         return any(other != values[0] for other in values)
@@ -188,25 +188,25 @@ def differing(jobs: list[Job]) -> list[str]:
 
 
 def value(job: Job, key: str) -> Any:
-    """What a job has for a key: its config's value, or how it was chosen; None if neither."""
+    """Get a job's value of a key from its config or else its overrides; None if neither has it."""
     return job.config[key] if key in job.config else job.chosen.get(key)
 
 
 def shortened(keys: list[str]) -> dict[str, str]:
-    """The last part of each key, where no other ends in the same."""
+    """Shorten each key to its last part, unless another key ends in the same part."""
     last = {key: key.rpartition(".")[2] for key in keys}
     return {key: end if list(last.values()).count(end) == 1 else key for key, end in last.items()}
 
 
 def label(job: Job, keys: list[str]) -> str:
-    """A job in a legend: its folder's name and what it differs in."""
+    """Describe a job for a legend by its folder and the values in which it differs."""
     given = [(name, value(job, key)) for key, name in shortened(keys).items()]
     parts = [f"{name}={_text(one)}" for name, one in given if one is not None]
     return f"{job.name}: {', '.join(parts)}" if parts else job.name
 
 
 def _natural(path: Path) -> list[tuple[int, str]]:
-    """A key that sorts 2 before 10."""
+    """Build a sort key that sorts 2 before 10."""
     return [
         (int(part), "") if part.isdigit() else (0, part) for part in re.split(r"(\d+)", str(path))
     ]
@@ -236,7 +236,7 @@ def _read(folder: Path, sweep: Path) -> Job:
     elif failure is not None:
         state, note = "failed", failure.error
     metrics = {name: entry["value"] for name, entry in (result or {}).get("metrics", {}).items()}
-    # An evaluation has no objective: its jobs are sorted by their error.
+    # An evaluation has no objective, so its jobs are sorted by NMSE.
     split = (result or {}).get("split")
     monitor = (result or {}).get("monitor") or (f"{split}/nmse" if split else "")
     objective = (result or {}).get("objective", metrics.get(monitor))
@@ -269,7 +269,7 @@ def _overrides(words: list[str]) -> Iterator[tuple[str, Any]]:
     for word in words:
         key, equals, given = word.lstrip("+").partition("=")
         if equals and key not in OWN and not key.startswith(("hydra.", "hydra/")):
-            # Read as a config would: 1e-3 is a number.
+            # Parsed as in a config, where 1e-3 is a number.
             read: Any = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={given}"]))
             yield key, read["value"]
 
@@ -307,6 +307,6 @@ def _table(jobs: list[Job], keys: list[str], names: list[str]) -> str:
     for job in jobs:
         facts = [job.name, job.state, job.objective, job.monitor, job.seconds]
         given = [value(job, key) for key in keys]
-        figures = [job.metrics.get(name) for name in names]
-        writer.writerow([*facts, *given, *figures, job.note])
+        values = [job.metrics.get(name) for name in names]
+        writer.writerow([*facts, *given, *values, job.note])
     return buffer.getvalue()
