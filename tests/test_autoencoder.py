@@ -23,7 +23,7 @@ def test_images_come_back_in_their_size(downsamplings, height, width, channels):
     output = net(images)
     assert output.reconstruction.shape == images.shape
     grid = (height // 2**downsamplings, width // 2**downsamplings)
-    assert net.grid(height, width) == grid
+    assert net.compute_grid(height, width) == grid
     assert output.quantized.codes.shape == (2, *grid)
 
 
@@ -44,7 +44,7 @@ def test_decoded_codes_are_the_reconstruction():
 )
 def test_a_size_that_does_not_divide_names_those_that_do(downsamplings, size, near, most):
     with pytest.raises(InputError, match=rf"set size={near}{most}$"):
-        make(downsamplings).grid(*size)
+        make(downsamplings).compute_grid(*size)
 
 
 def test_sonnet_size_has_sonnets_parameters():

@@ -29,7 +29,7 @@ from vqvae_lightning.evaluation import drawing
 from vqvae_lightning.networks.autoencoder import VQVAE
 from vqvae_lightning.networks.pixelcnn import PixelCNN
 from vqvae_lightning.quantizers import EMAQuantizer, LossQuantizer, lookup
-from vqvae_lightning.quantizers.lookup import nearest_codes
+from vqvae_lightning.quantizers.lookup import find_nearest_codes
 from vqvae_lightning.tasks import PriorTask, VQVAETask, divergence
 from vqvae_lightning.tasks.optimization import WarmupCosine
 
@@ -46,7 +46,7 @@ def on_a_gpu(test):
 
 
 class Inside(TorchDispatchMode):
-    """Sees the operations within `nearest_codes`, which torch dispatches as one operation."""
+    """Sees the operations within `find_nearest_codes`, which torch dispatches as one operation."""
 
     def __torch_dispatch__(self, function, types, arguments=(), options=None):
         if function is torch.ops.vqvae_lightning.nearest_codes.default:
@@ -146,12 +146,12 @@ def test_a_gpu_looks_a_large_codebook_up_in_few_kernels(gigabytes, most, monkeyp
     monkeypatch.setattr(
         torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=memory)
     )
-    budget = lookup.scores_at_a_time(torch.device("cuda"))
+    budget = lookup.limit_scores(torch.device("cuda"))
     assert 4 * budget <= memory / 64
-    monkeypatch.setattr(lookup, "scores_at_a_time", lambda device: budget)
+    monkeypatch.setattr(lookup, "limit_scores", lambda device: budget)
     vectors, codebook = torch.empty(65536, 64, device="meta"), torch.empty(16384, 64, device="meta")
     with Counted() as counted:
-        nearest_codes(vectors, codebook)
+        find_nearest_codes(vectors, codebook)
     assert 50 < counted.kernels < most
     assert counted.largest <= budget
 
@@ -221,8 +221,8 @@ def test_codes_are_exact_where_products_may_be_rounded(precision, allowed):
         product = torch.mm(vectors, codebook.t()) - codebook.square().sum(1) / 2
         if now != "ieee":  # the case is one: plain products miss the codes
             assert (product.argmax(1) != expected).any()
-        assert torch.equal(nearest_codes(vectors, codebook), expected)
-    assert torch.equal(nearest_codes(vectors, codebook), expected)  # of this processor's own
+        assert torch.equal(find_nearest_codes(vectors, codebook), expected)
+    assert torch.equal(find_nearest_codes(vectors, codebook), expected)  # of this processor's own
     assert setting.fp32_precision == now
     if allowed != "fp32_precision":  # raises if the two interfaces disagree
         assert torch.get_float32_matmul_precision() == {"allow_tf32": "high"}.get(allowed, allowed)
@@ -462,4 +462,4 @@ def test_ranks_of_gpus_read_their_agreement_to_stop_one_step_late(monkeypatch):
 @on_a_gpu
 def test_tf32_changes_no_code_on_a_gpu(allowed):
     vectors, codebook, expected = pairs_of_near_codes("cuda")
-    assert torch.equal(nearest_codes(vectors, codebook), expected)
+    assert torch.equal(find_nearest_codes(vectors, codebook), expected)

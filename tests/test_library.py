@@ -136,7 +136,7 @@ def test_bad_options_are_named(name, options, message):
 
 
 def test_codebooks_that_would_drift_apart_over_ranks_are_refused(monkeypatch):
-    monkeypatch.setattr("vqvae_lightning.quantizers.library.rank_and_world", lambda: (0, 2))
+    monkeypatch.setattr("vqvae_lightning.quantizers.library.get_rank_and_world", lambda: (0, 2))
     with pytest.raises(InputError, match="sync_codebook"):
         LibraryQuantizer("VectorQuantize", 8, options=OPTIONS["VectorQuantize"]).update(0.0)
     synced = {**OPTIONS["VectorQuantize"], "sync_codebook": True}

@@ -139,7 +139,9 @@ def test_pictures_show_the_samples_and_images_above_their_reconstructions(finish
 
 
 def test_a_finished_run_resumes_without_work(finished, command, monkeypatch):
-    monkeypatch.setattr("vqvae_lightning.networks.sampling._draw", lambda *_: pytest.fail("drew"))
+    monkeypatch.setattr(
+        "vqvae_lightning.networks.sampling._draw_batch", lambda *_: pytest.fail("drew")
+    )
     before = (finished / "vqvae/checkpoints/best.ckpt").stat().st_mtime_ns
     outcome = command("vqvae-pipeline", f"resume={finished}")
     assert outcome.status == 0, outcome.err

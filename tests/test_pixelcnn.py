@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from vqvae_lightning.errors import InputError
 from vqvae_lightning.networks.pixelcnn import PixelCNN
 from vqvae_lightning.networks.sampling import (
-    batch_that_fits,
-    choose,
-    distribution,
+    choose_codes,
+    compute_distribution,
+    fit_batch_size,
     sample,
     sample_batches,
     score,
@@ -88,7 +88,7 @@ def naive(prior, shape, labels=None, context=None, known=None, guidance=1.0, **o
                 nulls = torch.full_like(labels, prior.num_classes)
                 without = prior(codes, nulls, context)[:, :, row, column]
                 logits = without + guidance * (logits - without)
-            drawn = choose(distribution(logits, **options), uniform[:, row, column])
+            drawn = choose_codes(compute_distribution(logits, **options), uniform[:, row, column])
             before = codes[:, row, column]
             codes[:, row, column] = torch.where(given[:, row, column], before, drawn)
     return codes
@@ -231,7 +231,7 @@ def test_numbering_of_the_codes_means_nothing_to_the_model():
 )
 def test_options_leave_the_likeliest_codes_in_proportion(options, allowed):
     share = torch.tensor([[0.3, 0.2, 0.1, 0.4]], dtype=torch.float64)
-    left = distribution(share.log(), **options)
+    left = compute_distribution(share.log(), **options)
     assert sorted(allowed) == left[0].nonzero()[:, 0].tolist()
     torch.testing.assert_close(left[0, allowed], share[0, allowed] / share[0, allowed].sum())
     assert left.sum().item() == pytest.approx(1)
@@ -241,26 +241,28 @@ def test_options_leave_the_likeliest_codes_in_proportion(options, allowed):
 def test_temperature_is_a_power_of_the_probabilities(temperature):
     share = torch.tensor([[0.3, 0.2, 0.1, 0.4]], dtype=torch.float64)
     expected = share ** (1 / temperature)
-    left = distribution(share.log(), temperature=temperature)
+    left = compute_distribution(share.log(), temperature=temperature)
     torch.testing.assert_close(left, expected / expected.sum())
 
 
 def test_equal_codes_at_the_edge_go_by_their_number():
-    left = distribution(torch.zeros(1, 5), top_k=2)
+    left = compute_distribution(torch.zeros(1, 5), top_k=2)
     assert left[0].tolist() == [0.5, 0.5, 0, 0, 0]
     # Two codes of four hold the half exactly: a third is not needed.
-    assert distribution(torch.zeros(1, 4), top_p=0.5)[0].tolist() == [0.5, 0.5, 0, 0]
+    assert compute_distribution(torch.zeros(1, 4), top_p=0.5)[0].tolist() == [0.5, 0.5, 0, 0]
 
 
 def test_a_batch_takes_no_more_than_its_share_of_memory(monkeypatch):
     prior = make(8, 8)
-    assert batch_that_fits(prior, 8, 8, torch.device("cpu")) == 256
-    monkeypatch.setattr("vqvae_lightning.networks.sampling.available_memory", lambda: 4_000_000)
-    alone = batch_that_fits(prior, 8, 8, torch.device("cpu"))
+    assert fit_batch_size(prior, 8, 8, torch.device("cpu")) == 256
+    monkeypatch.setattr(
+        "vqvae_lightning.networks.sampling.measure_available_memory", lambda: 4_000_000
+    )
+    alone = fit_batch_size(prior, 8, 8, torch.device("cpu"))
     assert 1 < alone < 256
-    assert batch_that_fits(prior, 8, 8, torch.device("cpu"), guided=True) <= alone // 2 + 1
-    assert batch_that_fits(prior, 8, 8, torch.device("cpu"), processes=2) <= alone // 2 + 1
-    assert batch_that_fits(prior, 200, 200, torch.device("cpu")) == 1
+    assert fit_batch_size(prior, 8, 8, torch.device("cpu"), guided=True) <= alone // 2 + 1
+    assert fit_batch_size(prior, 8, 8, torch.device("cpu"), processes=2) <= alone // 2 + 1
+    assert fit_batch_size(prior, 200, 200, torch.device("cpu")) == 1
 
 
 def test_likelihoods_of_all_grids_sum_to_one_and_samples_follow_them():
@@ -302,7 +304,7 @@ def test_a_sample_does_not_depend_on_its_batch():
 def test_choose_draws_each_code_with_its_probability():
     share = torch.tensor([[0.1, 0.3, 0.0, 0.6, 0.0]], dtype=torch.float64)
     uniform = (torch.arange(10_000, dtype=torch.float64) + 0.5) / 10_000
-    drawn = choose(share.expand(10_000, -1), uniform)
+    drawn = choose_codes(share.expand(10_000, -1), uniform)
     found = drawn.bincount(minlength=5).double() / 10_000
     torch.testing.assert_close(found, share[0], atol=2e-4, rtol=0)
 
@@ -310,7 +312,9 @@ def test_choose_draws_each_code_with_its_probability():
 @pytest.mark.parametrize(("uniform", "code"), [(0.0, 1), (1 - 2**-53, 2)])
 def test_choose_never_draws_a_code_of_probability_zero(uniform, code):
     share = torch.tensor([[0.0, 0.7, 0.3, 0.0]] * 3, dtype=torch.float64) / 3
-    assert choose(share, torch.full((3,), uniform, dtype=torch.float64)).tolist() == [code] * 3
+    assert (
+        choose_codes(share, torch.full((3,), uniform, dtype=torch.float64)).tolist() == [code] * 3
+    )
 
 
 def test_labels_change_the_likelihood():

@@ -118,13 +118,13 @@ def test_combinations_that_cannot_work_are_errors(overrides, words, toy, tmp_pat
 
 
 def test_a_model_larger_than_memory_is_refused(toy, tmp_path, monkeypatch):
-    monkeypatch.setattr(preflight, "available_memory", lambda: 100_000)
+    monkeypatch.setattr(preflight, "measure_available_memory", lambda: 100_000)
     with pytest.raises(InputError, match=r"take \d+ kB, but this machine .* has 100 kB"):
         surveyed(tmp_path, *SMALL, *toy, "model.net.hidden=20")
 
 
 def test_activations_that_do_not_fit_are_a_warning(toy, tmp_path, monkeypatch):
-    monkeypatch.setattr(preflight, "available_memory", lambda: 120_000)
+    monkeypatch.setattr(preflight, "measure_available_memory", lambda: 120_000)
     (warning,) = surveyed(tmp_path, *SMALL, *toy).warnings
     assert "smaller dataset.batch_size" in warning
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from vqvae_lightning.errors import InputError
 from vqvae_lightning.quantizers import EMAQuantizer, LossQuantizer
-from vqvae_lightning.quantizers.lookup import nearest_codes
+from vqvae_lightning.quantizers.lookup import find_nearest_codes
 from vqvae_lightning.quantizers.rows import kmeans
 
 BOTH = pytest.mark.parametrize("make", [EMAQuantizer, LossQuantizer])
@@ -25,7 +25,7 @@ def ready(make, num_codes=7, code_dim=3, **options):
     )
     rows = torch.randn(num_codes, code_dim)
     with torch.no_grad():
-        quantizer.place(rows, torch.ones(num_codes, dtype=torch.bool), torch.ones(()))
+        quantizer.set_rows(rows, torch.ones(num_codes, dtype=torch.bool), torch.ones(()))
     return quantizer.train()
 
 
@@ -53,15 +53,15 @@ def test_codes_are_the_nearest_codebook_rows(
 
 def test_look_up_in_several_blocks_equals_one(monkeypatch):
     vectors, codebook = torch.randn(1000, 5), torch.randn(600, 5)
-    whole = nearest_codes(vectors, codebook)
+    whole = find_nearest_codes(vectors, codebook)
     monkeypatch.setattr("vqvae_lightning.quantizers.lookup.COLUMNS", 128)
     monkeypatch.setattr("vqvae_lightning.quantizers.lookup.SCORES", 128 * 7)
-    assert torch.equal(nearest_codes(vectors, codebook), whole)
+    assert torch.equal(find_nearest_codes(vectors, codebook), whole)
 
 
 def test_ties_go_to_the_lowest_code():
     codebook = torch.tensor([[9.0, 9.0], [1.0, 0.0], [1.0, 0.0], [-1.0, 0.0]])
-    assert nearest_codes(torch.tensor([[0.5, 0.0], [2.0, 0.0]]), codebook).tolist() == [1, 1]
+    assert find_nearest_codes(torch.tensor([[0.5, 0.0], [2.0, 0.0]]), codebook).tolist() == [1, 1]
 
 
 @BOTH
@@ -131,7 +131,7 @@ def test_losses_do_not_depend_on_the_batch_size(make):
 
 def test_ema_update_equals_a_hand_computed_example():
     quantizer = ready(EMAQuantizer, num_codes=3, code_dim=1, decay=0.9, epsilon=0.1)
-    quantizer.place(
+    quantizer.set_rows(
         torch.tensor([[0.0], [1.0], [5.0]]), torch.ones(3, dtype=torch.bool), torch.ones(())
     )
     quantizer(torch.tensor([0.2, -0.4, 1.3, 0.4]).view(1, 1, 2, 2))  # codes 0, 0, 1, 0
@@ -271,7 +271,7 @@ def test_dead_codes_are_revived_on_encoder_vectors_and_stay(make):
     far = torch.full((7, 3), 100.0) + torch.arange(7)[:, None]
     where = torch.arange(7) > 1
     with torch.no_grad():
-        quantizer.place(far, where, torch.ones(()))
+        quantizer.set_rows(far, where, torch.ones(()))
     z = torch.randn(8, 3, 4, 5)
     quantizer(z)
     assert quantizer.update(0.0)["revived_codes"] == 5
@@ -292,7 +292,7 @@ def test_revival_finds_the_same_codes_in_batches_of_any_size(make):
         quantizer = copy.deepcopy(first)
         counts = torch.full((20,), float(times))  # as many hits as a code has on average
         with torch.no_grad():
-            quantizer.place(quantizer.codebook, counts > 0, counts[0])
+            quantizer.set_rows(quantizer.codebook, counts > 0, counts[0])
         for z in steps:
             hits = quantizer.encode(z).flatten().bincount(minlength=20) * times
             counts = 0.5 * counts + 0.5 * hits
@@ -399,13 +399,13 @@ def test_any_size_of_codebook_and_ties_to_the_lowest(num_codes, code_dim):
     vectors = torch.randint(-3, 4, (40, code_dim)).float()
     distances = (vectors[:, None].double() - codebook.double()).square().sum(2)
     first = (distances == distances.min(1, keepdim=True).values).int().argmax(1)
-    assert torch.equal(nearest_codes(vectors, codebook), first)
+    assert torch.equal(find_nearest_codes(vectors, codebook), first)
 
 
 @pytest.mark.parametrize("times", [2, 100, 1000])
 def test_of_equal_rows_the_first_is_chosen(times):
     rows = torch.randn(70, 64)
-    codes = nearest_codes(torch.randn(3000, 64), rows.repeat(times, 1))
+    codes = find_nearest_codes(torch.randn(3000, 64), rows.repeat(times, 1))
     assert (codes < 70).all()
 
 
@@ -416,14 +416,14 @@ def test_codes_far_from_the_origin_are_still_the_nearest():
     exact = torch.cdist(
         vectors.double(), codebook.double(), compute_mode="donot_use_mm_for_euclid_dist"
     )
-    assert (nearest_codes(vectors, codebook) == exact.argmin(1)).float().mean() > 0.99
+    assert (find_nearest_codes(vectors, codebook) == exact.argmin(1)).float().mean() > 0.99
     formula = vectors.square().sum(1, True) - 2 * vectors @ codebook.t() + codebook.square().sum(1)
     assert (formula.argmin(1) == exact.argmin(1)).float().mean() < 0.9
 
 
 def test_vectors_that_are_not_finite_do_not_leave_the_codebook():
     vectors = torch.tensor([[torch.nan, 0.0], [torch.inf, 0.0], [-torch.inf, torch.inf]])
-    codes = nearest_codes(vectors, torch.randn(70, 2))
+    codes = find_nearest_codes(vectors, torch.randn(70, 2))
     assert ((codes >= 0) & (codes < 70)).all()
 
 
@@ -545,7 +545,7 @@ def test_a_second_forward_in_a_step_does_not_move_the_averages_twice():
     # GAN losses, activation checkpointing: the decay counts optimizer steps.
     quantizer = ready(EMAQuantizer, num_codes=2, code_dim=1, decay=0.9, epsilon=0.0)
     rows = torch.tensor([[0.0], [10.0]])
-    quantizer.place(rows, torch.ones(2, dtype=torch.bool), torch.tensor(4.0))
+    quantizer.set_rows(rows, torch.ones(2, dtype=torch.bool), torch.tensor(4.0))
     z = torch.tensor([1.0, 1.0, 9.0, 9.0]).view(4, 1)
     quantizer(z)
     quantizer(z)

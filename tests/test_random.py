@@ -14,7 +14,7 @@ from vqvae_lightning.data.sources.npz import NpzSource
 from vqvae_lightning.networks.dropout import BatchDropout
 from vqvae_lightning.networks.pixelcnn import PixelCNN
 from vqvae_lightning.quantizers import GaussianBottleneck
-from vqvae_lightning.randomness import PURPOSES, draw_for_batch, stream_seed
+from vqvae_lightning.randomness import PURPOSES, derive_seed, draw_for_batch
 
 
 @pytest.fixture
@@ -27,7 +27,7 @@ def ranks(monkeypatch):
     def run(world, function, *tensors):
         parts = []
         for rank in range(world):
-            monkeypatch.setattr(randomness, "rank_and_world", lambda rank=rank: (rank, world))
+            monkeypatch.setattr(randomness, "get_rank_and_world", lambda rank=rank: (rank, world))
             torch.manual_seed(7)
             parts.append(function(*(tensor.tensor_split(world)[rank] for tensor in tensors)))
         return torch.cat(parts)
@@ -40,7 +40,7 @@ def test_no_two_streams_coincide():
     seeds = [0, 1, 2, 3, 1024, 2**32, 2**32 + 1]
     numbers = [(), *itertools.product(range(24)), *itertools.product(range(4), range(4))]
     found = [
-        stream_seed(seed, purpose, *number)
+        derive_seed(seed, purpose, *number)
         for seed, purpose, number in itertools.product(seeds, PURPOSES, numbers)
     ]
     assert len(set(found)) == len({seed % 2**32 for seed in found}) == len(found) > 3000
@@ -50,8 +50,8 @@ def test_no_two_streams_coincide():
 
 def test_a_stream_is_the_same_each_time():
     # A number that changes here changes what every seed gives.
-    assert stream_seed(3, "flip", 5) == stream_seed(3, "flip", 5) == 14870470482761412428
-    assert stream_seed(-1, "order") == stream_seed(2**64 - 1, "order")
+    assert derive_seed(3, "flip", 5) == derive_seed(3, "flip", 5) == 14870470482761412428
+    assert derive_seed(-1, "order") == derive_seed(2**64 - 1, "order")
 
 
 def flips(data, number):
@@ -140,7 +140,7 @@ def test_parts_of_several_sizes_get_noise_for_each_image(ranks):
 
 
 def test_a_part_does_not_keep_the_noise_of_all_ranks_in_memory(monkeypatch):
-    monkeypatch.setattr(randomness, "rank_and_world", lambda: (3, 8))
+    monkeypatch.setattr(randomness, "get_rank_and_world", lambda: (3, 8))
     assert draw_for_batch(torch.rand, 5).untyped_storage().nbytes() == 5 * 4
 
 

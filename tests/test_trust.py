@@ -24,7 +24,7 @@ from vqvae_lightning.data.sources.folder import ImageFolderSource
 from vqvae_lightning.data.sources.npz import NpzSource
 from vqvae_lightning.errors import InputError
 from vqvae_lightning.stages.training import train
-from vqvae_lightning.trust import RUNS, Trust, foreign
+from vqvae_lightning.trust import RUNS, Trust, find_foreign
 
 
 class Payload:
@@ -232,7 +232,7 @@ def test_every_option_of_conf_is_in_the_table(tmp_path):
     for path in CONF_DIR.rglob("*.yaml"):
         if "hydra" not in path.relative_to(CONF_DIR).parts and "conf/run.yaml" not in str(path):
             text = path.read_text().replace("${", "")
-            assert foreign(OmegaConf.to_container(OmegaConf.create(text))) == [], path
+            assert find_foreign(OmegaConf.to_container(OmegaConf.create(text))) == [], path
 
 
 def test_names_of_one_object_are_one_member():

@@ -89,7 +89,7 @@ def load_pair(
             "vqvae_checkpoint=PATH."
         )
     vqvae = load(vqvae_path, "vqvae", trust)
-    found, wanted = weights_hash(vqvae.net), prior.config["vqvae_hash"]
+    found, wanted = hash_weights(vqvae.net), prior.config["vqvae_hash"]
     if found != wanted:
         raise InputError(
             f"prior {prior_path} was trained on the codes of VQ-VAE {wanted}, but "
@@ -99,7 +99,7 @@ def load_pair(
     return prior, vqvae
 
 
-def weights_hash(net: nn.Module) -> str:
+def hash_weights(net: nn.Module) -> str:
     """16 hexadecimal digits that change with any weight or buffer of `net`."""
     digest = hashlib.sha256()
     for name, tensor in sorted(net.state_dict().items()):

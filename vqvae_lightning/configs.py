@@ -7,8 +7,8 @@ from typing import Any
 
 from vqvae_lightning.checks import check_types
 from vqvae_lightning.errors import InputError, Key
-from vqvae_lightning.trust import Trust, foreign, names
-from vqvae_lightning.units import direction
+from vqvae_lightning.trust import Trust, find_foreign, list_packages
+from vqvae_lightning.units import get_direction
 
 _PACKAGE = Path(__file__).parent
 CONF_DIR = _PACKAGE / "conf" if (_PACKAGE / "conf").is_dir() else _PACKAGE.parent / "conf"
@@ -78,7 +78,7 @@ def read_trusted(path: Path, trust: Iterable[str]) -> dict[str, Any]:
     """
     config = read_config(path)
     Trust(str(path), trust).read(config)
-    return {**config, "trust": sorted(trust), "foreign": foreign(config)}
+    return {**config, "trust": sorted(trust), "foreign": find_foreign(config)}
 
 
 def record_foreign(cfg: Any) -> None:
@@ -87,8 +87,8 @@ def record_foreign(cfg: Any) -> None:
     Args:
         cfg: A composed config, or one that `read_trusted` has read; changed in place.
     """
-    cfg.foreign = foreign(to_plain(cfg, missing=True))
-    cfg.trust = sorted({*names(cfg.trust), *cfg.foreign})
+    cfg.foreign = find_foreign(to_plain(cfg, missing=True))
+    cfg.trust = sorted({*list_packages(cfg.trust), *cfg.foreign})
 
 
 def to_plain(config: Any, missing: bool = False) -> dict[str, Any]:
@@ -165,7 +165,7 @@ def _fast_precision(accelerator: str) -> str:
 
 def _study_direction(monitor: str | None) -> str:
     """What a study does with the objective of its jobs: `minimize` or `maximize`."""
-    return "maximize" if monitor is not None and direction(monitor) == "max" else "minimize"
+    return "maximize" if monitor is not None and get_direction(monitor) == "max" else "minimize"
 
 
 def _trial_number(job: int, waiting: list[int], begun: int) -> int:

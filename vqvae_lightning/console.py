@@ -117,7 +117,7 @@ class ImageProgress:
 
 
 @contextmanager
-def progress_bar(description: str, images: int | None) -> Iterator[Callable[[int], None]]:
+def show_progress(description: str, images: int | None) -> Iterator[Callable[[int], None]]:
     """Show an `ImageProgress` within the block.
 
     Args:

@@ -50,7 +50,7 @@ def choose_devices(accelerator: str, count: int | str) -> list[torch.device]:
     return [torch.device("cuda", number) for number in range(count)]
 
 
-def available_memory(root: Path = Path("/")) -> int:
+def measure_available_memory(root: Path = Path("/")) -> int:
     """Bytes that Linux could give to a new process; elsewhere 16 GiB.
 
     The smallest of what the machine has available and what the control groups of this process, as
@@ -149,7 +149,7 @@ class Reading:
             self._arrived = torch.cuda.Event()
             self._arrived.record(torch.cuda.current_stream(values.device))
 
-    def numbers(self) -> list[float]:
+    def wait(self) -> list[float]:
         """The values, as soon as they are there."""
         if self._arrived is not None:
             self._arrived.synchronize()

@@ -8,7 +8,7 @@ from torch import Tensor
 T = TypeVar("T")
 
 
-def rank_and_world() -> tuple[int, int]:
+def get_rank_and_world() -> tuple[int, int]:
     """This process's rank and the number of ranks; decided now, as Lightning starts them late."""
     if dist.is_available() and dist.is_initialized():
         return dist.get_rank(), dist.get_world_size()
@@ -33,14 +33,14 @@ def leave(together: bool) -> None:
 
 def all_reduce(tensor: Tensor) -> Tensor:
     """Sum `tensor` over all ranks in place; nothing to do in a single process."""
-    if rank_and_world()[1] > 1:
+    if get_rank_and_world()[1] > 1:
         dist.all_reduce(tensor)
     return tensor
 
 
 def broadcast(value: T) -> T:
     """The first rank's `value`, on all of them."""
-    if rank_and_world()[1] == 1:
+    if get_rank_and_world()[1] == 1:
         return value
     values = [value]
     dist.broadcast_object_list(values)
@@ -49,7 +49,7 @@ def broadcast(value: T) -> T:
 
 def gather(value: T) -> list[T]:
     """The `value` of each rank, on all of them; all ranks wait for each other here."""
-    world = rank_and_world()[1]
+    world = get_rank_and_world()[1]
     if world == 1:
         return [value]
     values: list[T] = [value] * world

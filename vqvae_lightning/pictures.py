@@ -14,7 +14,7 @@ from vqvae_lightning.files import replace_file
 from vqvae_lightning.pixels import to_uint8
 
 
-def pairs(originals: Tensor, reconstructions: Tensor, columns: int = 10) -> Tensor:
+def arrange_pairs(originals: Tensor, reconstructions: Tensor, columns: int = 10) -> Tensor:
     """Arrange originals in rows, each row above the row of its reconstructions.
 
     Args:
@@ -26,10 +26,10 @@ def pairs(originals: Tensor, reconstructions: Tensor, columns: int = 10) -> Tens
         (3, height, width) uint8.
     """
     rows = zip(originals.split(columns), reconstructions.split(columns), strict=True)
-    return grid([half for row in rows for half in row], columns)
+    return arrange_grid([half for row in rows for half in row], columns)
 
 
-def grid(rows: Sequence[Tensor] | Tensor, columns: int = 10) -> Tensor:
+def arrange_grid(rows: Sequence[Tensor] | Tensor, columns: int = 10) -> Tensor:
     """Arrange images (N, C, H, W) uint8 in one picture (3, height, width) uint8.
 
     Small images are enlarged to about 64 pixels.
@@ -41,7 +41,7 @@ def grid(rows: Sequence[Tensor] | Tensor, columns: int = 10) -> Tensor:
     return picture
 
 
-def code_maps(images: Tensor, codes: Tensor, columns: int = 10) -> Tensor:
+def draw_code_maps(images: Tensor, codes: Tensor, columns: int = 10) -> Tensor:
     """Arrange images in rows, each row above the row of its codes, with one colour per code.
 
     Args:
@@ -59,7 +59,7 @@ def code_maps(images: Tensor, codes: Tensor, columns: int = 10) -> Tensor:
     colours = hsv_to_rgb(torch.stack([hue, torch.full_like(hue, 0.65), value], -1).numpy())
     tiles = to_uint8(torch.from_numpy(colours).movedim(-1, 1).float() * 2 - 1)
     enlarged = F.interpolate(tiles, images.shape[-2:], mode="nearest")
-    return pairs(images.cpu().expand(-1, 3, -1, -1), enlarged, columns)
+    return arrange_pairs(images.cpu().expand(-1, 3, -1, -1), enlarged, columns)
 
 
 def save_png(picture: Tensor, path: Path) -> None:

@@ -6,7 +6,7 @@ from typing import Literal
 import numpy as np
 from torch import Tensor
 
-from vqvae_lightning.distributed import rank_and_world
+from vqvae_lightning.distributed import get_rank_and_world
 
 Purpose = Literal[
     "init", "order", "shuffle", "flip", "noise", "codebook", "samples", "pictures", "judge",
@@ -28,7 +28,7 @@ PURPOSES: dict[Purpose, int] = {
 }
 
 
-def stream_seed(seed: int, purpose: Purpose, *numbers: int) -> int:
+def derive_seed(seed: int, purpose: Purpose, *numbers: int) -> int:
     """A seed for one stream of random numbers, which no other purpose, seed or number shares.
 
     Seeds that are sums or products of their parts do not keep streams apart: seed 0 and batch 1024
@@ -64,7 +64,7 @@ def draw_for_batch(draw: Callable[[int], Tensor], images: int) -> Tensor:
     Returns:
         (images, ...).
     """
-    rank, world = rank_and_world()
+    rank, world = get_rank_and_world()
     drawn = draw(images * world)
     if world == 1:
         return drawn

@@ -156,7 +156,7 @@ class Trust:
         self, place: str, packages: str | Iterable[str] = (), table: Iterable[str] = RUNS
     ) -> None:
         self.place = place
-        self.packages = set(names(packages))
+        self.packages = set(list_packages(packages))
         self.table = tuple(table)
 
     def read(self, config: Any, key: str = "") -> Any:
@@ -316,14 +316,14 @@ class _Needs(Trust):
             return None
 
 
-def foreign(config: Any) -> list[str]:
+def find_foreign(config: Any) -> list[str]:
     """What a file with this config must be trusted with: packages, or targets of `LIBRARIES`."""
     needs = _Needs()
     needs.read(config)
     return sorted(needs.packages)
 
 
-def names(given: Any) -> list[str]:
+def list_packages(given: Any) -> list[str]:
     """The packages of a `trust` option: a name, a list of names, or None.
 
     Raises:

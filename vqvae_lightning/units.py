@@ -66,7 +66,7 @@ HIGHER = {"accuracy", "active_dims", "codebook_use", "perplexity", "psnr_db"}
 """Names in validation that a run can be judged by, as `LOWER`; by their last part."""
 
 
-def direction(name: str) -> Literal["min", "max"] | None:
+def get_direction(name: str) -> Literal["min", "max"] | None:
     """Which value of a logged name such as `val/nmse` is the best; None if neither is."""
     last = name.rpartition("/")[2]
     if last in HIGHER:
@@ -74,7 +74,7 @@ def direction(name: str) -> Literal["min", "max"] | None:
     return "min" if last in LOWER else None
 
 
-def unit(name: str) -> str:
+def get_unit(name: str) -> str:
     """The unit of a logged name such as `val/kl_nats_dim7`."""
     last = name.rpartition("/")[2]
     return UNITS.get(last) or UNITS[last.rstrip("0123456789")]

@@ -81,7 +81,7 @@ def ours(codebook: Tensor) -> Step:
         revive_below=0,
     ).to(codebook.device)
     everywhere = torch.ones(len(codebook), dtype=torch.bool, device=codebook.device)
-    quantizer.place(codebook, everywhere, codebook.new_ones(()))
+    quantizer.set_rows(codebook, everywhere, codebook.new_ones(()))
 
     def step(z: Tensor) -> Tensor:
         out = quantizer(z)

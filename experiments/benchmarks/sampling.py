@@ -40,7 +40,7 @@ from vqvae_lightning.data import BundledSource, CodesDataModule, ImageDataModule
 from vqvae_lightning.data.sources import Split, Splits
 from vqvae_lightning.networks.autoencoder import VQVAE
 from vqvae_lightning.networks.pixelcnn import PixelCNN
-from vqvae_lightning.networks.sampling import choose, distribution, sample
+from vqvae_lightning.networks.sampling import choose_codes, compute_distribution, sample
 from vqvae_lightning.pixels import from_uint8
 from vqvae_lightning.quantizers import EMAQuantizer
 from vqvae_lightning.tasks import PriorTask
@@ -87,7 +87,9 @@ def sample_naively(prior: PixelCNN, size: int, batch: int, seed: int) -> Tensor:
     for row in range(size):
         for column in range(size):
             logits = prior(codes)[:, :, row, column]
-            codes[:, row, column] = choose(distribution(logits), uniform[:, row, column])
+            codes[:, row, column] = choose_codes(
+                compute_distribution(logits), uniform[:, row, column]
+            )
     return codes
 
 

@@ -18,7 +18,7 @@ from vqvae_lightning.errors import InputError
 from vqvae_lightning.report.sweep import read_jobs
 from vqvae_lightning.stages.inputs import load_images
 from vqvae_lightning.stages.training import train
-from vqvae_lightning.units import direction
+from vqvae_lightning.units import get_direction
 
 NETWORK = [text for text in TINY_VQVAE if ".quantizer." not in text]
 CODES = ["model.net.quantizer.code_dim=4"]
@@ -56,7 +56,7 @@ def test_a_vqvae_lists_what_its_validation_logs(quantizer, extra, toy, tmp_path)
     cfg = compose("vqvae", *toy, *options, folder=tmp_path)
     images = load_images(cfg.dataset)
     task = prepare(cfg.copy(), images).task
-    said = task.list_validation_metrics(task.net.grid(*images.image_shape[1:]))
+    said = task.list_validation_metrics(task.net.compute_grid(*images.image_shape[1:]))
     train(cfg, images)
     assert said == logged(tmp_path)
 
@@ -193,7 +193,7 @@ def test_the_direction_of_a_checkpoint_is_that_of_its_name(tmp_path):
         name: BestCheckpoint(name, dirpath=tmp_path).mode for name in ("val/mse", "val/accuracy")
     }
     assert modes == {"val/mse": "min", "val/accuracy": "max"}
-    assert direction("val/uniform_nats_per_code") is None, "a constant has no best value"
+    assert get_direction("val/uniform_nats_per_code") is None, "a constant has no best value"
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 from conftest import TINY_VQVAE, compose
 
-from vqvae_lightning.devices import available_memory
+from vqvae_lightning.devices import measure_available_memory
 from vqvae_lightning.errors import InputError
 from vqvae_lightning.stages import preflight
 from vqvae_lightning.stages.inputs import load_images
@@ -79,11 +79,11 @@ V1 = {"proc/self/cgroup": "5:cpu,cpuacct:/other\n4:memory:/docker/abc\n0::/\n"}
 def test_available_memory_is_the_least_that_machine_and_control_groups_leave(
     files, expected, machine
 ):
-    assert available_memory(machine(**files)) == expected
+    assert measure_available_memory(machine(**files)) == expected
 
 
 def test_a_system_without_these_files_is_assumed_to_have_16_gib(tmp_path):
-    assert available_memory(tmp_path) == 16 * GIB
+    assert measure_available_memory(tmp_path) == 16 * GIB
 
 
 def surveys(folder, *overrides):
@@ -108,14 +108,14 @@ def test_the_logits_of_a_priors_validation_are_counted(toy, tmp_path, monkeypatc
         surveys(tmp_path, *wide, f"dataset.eval_batch_size={size}")["prior"] for size in (1, 1000)
     )
     assert 0.8 * logits < memory(all_) - memory(one) < logits
-    monkeypatch.setattr(preflight, "available_memory", lambda: round(memory(all_) * 0.99))
+    monkeypatch.setattr(preflight, "measure_available_memory", lambda: round(memory(all_) * 0.99))
     warnings = surveys(tmp_path, *wide, "dataset.eval_batch_size=1000")["prior"].warnings
     assert any("choose a smaller dataset.eval_batch_size" in warning for warning in warnings)
 
 
 def test_mapped_images_that_memory_cannot_hold_are_a_warning(toy, tmp_path, monkeypatch):
     monkeypatch.setattr(preflight, "_room", lambda *_: (2**40, "anywhere"))
-    monkeypatch.setattr(preflight, "available_memory", lambda: 43_000)
+    monkeypatch.setattr(preflight, "measure_available_memory", lambda: 43_000)
     (warning,) = surveys(tmp_path, *toy)["vqvae"].warnings
     assert "the images take 43.2 kB and this machine has 43 kB left" in warning
 
@@ -147,8 +147,8 @@ def test_the_images_are_counted_once_per_rank(toy, tmp_path, monkeypatch):
     assert surveys(tmp_path, *three)["vqvae"].warnings == []
     # This process has loaded its images; the other two need 86 kB together.
     monkeypatch.setattr(preflight, "_room", lambda *_: (2**40, "anywhere"))
-    monkeypatch.setattr(preflight, "available_memory", lambda: 2 * pixels)
+    monkeypatch.setattr(preflight, "measure_available_memory", lambda: 2 * pixels)
     assert surveys(tmp_path, *three)["vqvae"].warnings == []
-    monkeypatch.setattr(preflight, "available_memory", lambda: 2 * pixels - 1)
+    monkeypatch.setattr(preflight, "measure_available_memory", lambda: 2 * pixels - 1)
     (warning,) = surveys(tmp_path, *three)["vqvae"].warnings
     assert "the images take 43.2 kB in each of 3 processes" in warning

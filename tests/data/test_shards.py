@@ -66,7 +66,7 @@ def values(batch):
 
 def on_ranks(monkeypatch, count):
     for rank in range(count):
-        monkeypatch.setattr(images_module, "rank_and_world", lambda r=rank: (r, count))
+        monkeypatch.setattr(images_module, "get_rank_and_world", lambda r=rank: (r, count))
         yield rank
 
 

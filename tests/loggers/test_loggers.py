@@ -12,7 +12,7 @@ import wandb
 from conftest import TINY_VQVAE
 from omegaconf import OmegaConf
 
-from vqvae_lightning.checkpoints import load, weights_hash
+from vqvae_lightning.checkpoints import hash_weights, load
 from vqvae_lightning.errors import InputError
 from vqvae_lightning.loggers.media import log_histogram
 from vqvae_lightning.loggers.wandb import Input, WandbRun
@@ -134,7 +134,7 @@ def test_the_best_checkpoint_is_an_artifact_that_names_its_data(sweep):
     read = records(sweep / "0")
     artifact = only(read, "artifact")
     best = load(sweep / "0/checkpoints/best.ckpt").net
-    assert artifact["name"] == f"vqvae-{weights_hash(best)}"
+    assert artifact["name"] == f"vqvae-{hash_weights(best)}"
     fingerprint = config(read)["facts"]["data_fingerprint"]
     assert f"data-{fingerprint}" in json.dumps(artifact)
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from conftest import TINY_VQVAE, compose
 
-from vqvae_lightning.checkpoints import load, load_pair, weights_hash
+from vqvae_lightning.checkpoints import hash_weights, load, load_pair
 from vqvae_lightning.configs import build
 from vqvae_lightning.data import Batch
 from vqvae_lightning.networks.autoencoder import VQVAE
@@ -155,7 +155,7 @@ def test_a_checkpoint_alone_restores_the_network(trained):
     assert (prior.net.height, prior.net.width, prior.net.num_classes) == (3, 2, 3)
     assert not prior.net.training
     assert not any(p.requires_grad for p in vqvae.net.parameters())
-    assert prior.config["vqvae_hash"] == weights_hash(vqvae.net)
+    assert prior.config["vqvae_hash"] == hash_weights(vqvae.net)
     assert vqvae.config["model"]["net"]["channels"] == 3
 
 

@@ -15,7 +15,7 @@ from vqvae_lightning.devices import Reading, reads_late
 from vqvae_lightning.distributed import all_reduce, gather
 from vqvae_lightning.errors import InputError, Interrupted, Key, check_positive
 from vqvae_lightning.runs.stopwatch import Stopwatch
-from vqvae_lightning.units import direction
+from vqvae_lightning.units import get_direction
 
 NOT_ON_WINDOWS = ("SIGUSR1", "SIGUSR2")
 AGREE_EVERY = 10  # steps between two decisions of several ranks whether to stop
@@ -47,7 +47,7 @@ class BestCheckpoint(ModelCheckpoint):
     """
 
     def __init__(self, monitor: str, **options: Any) -> None:
-        super().__init__(monitor=monitor, mode=direction(monitor) or "min", **options)
+        super().__init__(monitor=monitor, mode=get_direction(monitor) or "min", **options)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore the scores, and the paths as paths in the current folder."""
@@ -157,7 +157,7 @@ class LastCheckpoint(Checkpoint):
             if reads_late(device):
                 return
         if self._answer is not None:
-            self._agreed, self._answer = any(self._answer.numbers()), None
+            self._agreed, self._answer = any(self._answer.wait()), None
 
     def _request(self, number: int, frame: Any) -> None:
         # A scheduler may repeat its signal or send another one before the step is finished.

@@ -39,7 +39,7 @@ class CollapseWarning(Callback):
         metrics = trainer.callback_metrics
         if "val/codebook_use" in metrics:
             data: PixelDataModule = trainer.datamodule  # type: ignore[attr-defined]
-            rows, columns = pl_module.net.grid(*data.image_shape[1:])
+            rows, columns = pl_module.net.compute_grid(*data.image_shape[1:])
             total = quantizer.num_codes
             # Few validation images cannot use all codes of a large codebook.
             seen = len(data.datasets["val"]) * rows * columns

@@ -11,9 +11,9 @@ from vqvae_lightning.data.codes import CodesDataModule
 from vqvae_lightning.data.images import PixelDataModule
 from vqvae_lightning.loggers.media import log_histogram, log_picture
 from vqvae_lightning.networks.sampling import sample
-from vqvae_lightning.pictures import code_maps, grid, pairs
+from vqvae_lightning.pictures import arrange_grid, arrange_pairs, draw_code_maps
 from vqvae_lightning.pixels import from_uint8, to_uint8
-from vqvae_lightning.randomness import stream_seed
+from vqvae_lightning.randomness import derive_seed
 
 PICTURED = 20  # images in a picture of reconstructions
 
@@ -40,10 +40,10 @@ class ReconstructionPictures(Callback):
         with torch.no_grad():
             output = pl_module.net(from_uint8(images.to(pl_module.device)))
         reconstructions = to_uint8(output.reconstruction).cpu()
-        log_picture(trainer, "reconstructions", pairs(images, reconstructions), self.folder)
+        log_picture(trainer, "reconstructions", arrange_pairs(images, reconstructions), self.folder)
         codes = output.quantized.codes
         if codes is not None:
-            log_picture(trainer, "codes", code_maps(images, codes), self.folder)
+            log_picture(trainer, "codes", draw_code_maps(images, codes), self.folder)
         if pl_module.code_counts is not None:
             log_histogram(trainer, "val/codebook_histogram", pl_module.code_counts)
 
@@ -71,10 +71,10 @@ class SamplePictures(Callback):
         columns = min(net.num_classes or 10, 10)
         count = columns * self.rows
         labels = torch.arange(count) % columns if net.num_classes else None
-        generator = torch.Generator().manual_seed(stream_seed(self.seed, "pictures"))
+        generator = torch.Generator().manual_seed(derive_seed(self.seed, "pictures"))
         codes = sample(net, (count, *data.grid), labels, generator=generator)
         with torch.no_grad():
             images = to_uint8(data.vqvae.to(codes.device).decode(codes)).cpu()
         names = data.images.class_names[:columns] if net.num_classes else []
-        parts = {name: grid(images[row::columns], 1) for row, name in enumerate(names)}
-        log_picture(trainer, "samples", grid(images, columns), self.folder, parts)
+        parts = {name: arrange_grid(images[row::columns], 1) for row, name in enumerate(names)}
+        log_picture(trainer, "samples", arrange_grid(images, columns), self.folder, parts)

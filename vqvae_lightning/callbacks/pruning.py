@@ -11,7 +11,7 @@ from pytorch_lightning.callbacks import Callback
 from vqvae_lightning.console import console
 from vqvae_lightning.errors import check_positive
 from vqvae_lightning.runs.results import read_curves, read_result
-from vqvae_lightning.units import direction
+from vqvae_lightning.units import get_direction
 
 
 class MedianPruning(Callback):
@@ -45,7 +45,7 @@ class MedianPruning(Callback):
         self.warmup = check_positive("warmup", warmup)
         self.pruned = False
         # Scores are compared with this sign, so that lower is better.
-        self._sign = -1.0 if direction(monitor) == "max" else 1.0
+        self._sign = -1.0 if get_direction(monitor) == "max" else 1.0
         self._best = math.inf
         self._validations = 0
 

@@ -9,7 +9,7 @@ from pytorch_lightning.callbacks import Callback
 from vqvae_lightning.configs import to_plain
 from vqvae_lightning.distributed import gather
 from vqvae_lightning.errors import RankError
-from vqvae_lightning.randomness import stream_seed
+from vqvae_lightning.randomness import derive_seed
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -35,7 +35,7 @@ class SeedSteps(Callback):
     ) -> None:
         """Seed torch."""
         number = trainer.fit_loop.total_batch_idx
-        torch.manual_seed(stream_seed(self.seed, "noise", number))
+        torch.manual_seed(derive_seed(self.seed, "noise", number))
 
 
 class ConfigComparison(Callback):

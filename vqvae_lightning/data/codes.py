@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 import vqvae_lightning
-from vqvae_lightning.console import progress_bar
+from vqvae_lightning.console import show_progress
 from vqvae_lightning.data.images import ArrayDataset, Batch, PixelDataModule, StageDataModule
-from vqvae_lightning.distributed import broadcast, gather, rank_and_world
+from vqvae_lightning.distributed import broadcast, gather, get_rank_and_world
 from vqvae_lightning.errors import InputError, Key, rename_keys
 from vqvae_lightning.networks.autoencoder import VQVAE
 from vqvae_lightning.pixels import from_uint8
@@ -52,7 +52,7 @@ class CodesDataModule(StageDataModule):
     Args:
         images: Images to encode; their evaluation batch size, seed and splits are used.
         vqvae: Trained VQ-VAE, in evaluation mode.
-        vqvae_hash: Hash of its weights, from `checkpoints.weights_hash`.
+        vqvae_hash: Hash of its weights, from `checkpoints.hash_weights`.
         folder: Folder in which codes are stored.
         batch_size: Grids of codes per optimizer step, over all ranks together.
 
@@ -78,7 +78,7 @@ class CodesDataModule(StageDataModule):
         self.vqvae = vqvae
         self.vqvae_hash = vqvae_hash
         with rename_keys(lambda key: {"size": images.size_key}.get(key, key)):
-            self.grid = vqvae.grid(*images.image_shape[1:])
+            self.grid = vqvae.compute_grid(*images.image_shape[1:])
         self.folder = Path(folder) / f"{vqvae_hash}-{images.fingerprint}"
         if self.batch_size > len(images.datasets["train"]):
             raise InputError(
@@ -120,7 +120,7 @@ class CodesDataModule(StageDataModule):
         if broadcast(self.folder.is_dir()):
             return
         partial = broadcast(self.folder.with_name(f"{self.folder.name}.{uuid.uuid4().hex[:8]}"))
-        rank, world = rank_and_world()
+        rank, world = get_rank_and_world()
         try:
             # All ranks learn of an error in one. Otherwise they would wait for it forever.
             errors = gather(_catch_error(lambda: self._encode_part(partial, rank, world, device)))
@@ -204,7 +204,7 @@ class CodesDataModule(StageDataModule):
     def _encode_part(self, partial: Path, rank: int, world: int, device: torch.device) -> None:
         """Write the bytes of this rank's codes and labels of each split."""
         partial.mkdir(parents=True, exist_ok=True)
-        with progress_bar("encoding", sum(self.header["images"].values())) as advance:
+        with show_progress("encoding", sum(self.header["images"].values())) as advance:
             for split in SPLITS:
                 loader = self.images.batches(split)  # type: ignore[arg-type]
                 rows = loader.rows()

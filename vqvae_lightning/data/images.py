@@ -14,10 +14,10 @@ from vqvae_lightning.data import mapped
 from vqvae_lightning.data.sources.arrays import rows_per_block
 from vqvae_lightning.data.sources.protocol import Source
 from vqvae_lightning.devices import to_device
-from vqvae_lightning.distributed import rank_and_world
+from vqvae_lightning.distributed import get_rank_and_world
 from vqvae_lightning.errors import InputError, Key, check_positive, check_range, prefix_keys
 from vqvae_lightning.pixels import from_uint8
-from vqvae_lightning.randomness import draw_for_batch, stream_seed
+from vqvae_lightning.randomness import derive_seed, draw_for_batch
 
 SplitName = Literal["train", "val", "test"]
 
@@ -109,7 +109,7 @@ class EpochBatches:
     """
 
     def __init__(self, total: int, batch_size: int, seed: int | None) -> None:
-        self.rank, self.world = rank_and_world()
+        self.rank, self.world = get_rank_and_world()
         self.total, self.batch_size, self.seed = total, batch_size, seed
         self.epoch = self.position = self.resume_at = 0
 
@@ -143,7 +143,7 @@ class EpochBatches:
             # Empty parts are left out: a split may have fewer rows than there are ranks.
             yield from (part for part in self._own_rows().split(local) if len(part))
             return
-        generator = torch.Generator().manual_seed(stream_seed(self.seed, "order", self.epoch))
+        generator = torch.Generator().manual_seed(derive_seed(self.seed, "order", self.epoch))
         order = torch.randperm(self.total, generator=generator)
         for number in range(start, len(self)):
             self.position = number + 1
@@ -169,7 +169,7 @@ def set_aside(total: int, share: float, seed: int) -> tuple[Tensor, Tensor]:
         raise InputError(
             f"{total} images are too few to set ", Key("val_share"), f"={share} of them aside."
         )
-    # The plain seed, not a `stream_seed`: published results depend on these validation images.
+    # The plain seed, not a `derive_seed`: published results depend on these validation images.
     order = torch.randperm(total, generator=torch.Generator().manual_seed(seed))
     return order[taken:].sort().values, order[:taken].sort().values
 
@@ -248,7 +248,7 @@ class StageDataModule(pl.LightningDataModule):
     def _loader(self, split: str, batch_size: int, seed: int | None) -> ResumableLoader:
         # The number of ranks is known only now. The batch size of an evaluation need not divide.
         if seed is not None:
-            check_divides(self.batch_size_key, batch_size, rank_and_world()[1])
+            check_divides(self.batch_size_key, batch_size, get_rank_and_world()[1])
         return self.datasets[split].loader(batch_size, seed)
 
 
@@ -299,7 +299,7 @@ class PixelDataModule(StageDataModule):
         if self.flip and self.trainer is not None and self.trainer.training:
             # A function of seed and batch, so that a resumed run flips the same images.
             number = self.trainer.fit_loop.total_batch_idx + 1  # number of this batch
-            generator = torch.Generator().manual_seed(stream_seed(self.seed, "flip", number))
+            generator = torch.Generator().manual_seed(derive_seed(self.seed, "flip", number))
             drawn = draw_for_batch(partial(torch.rand, generator=generator), len(images))
             where = to_device(drawn < 0.5, images.device)[:, None, None, None]
             images = torch.where(where, images.flip(-1), images)

@@ -10,12 +10,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from vqvae_lightning.console import progress_bar
+from vqvae_lightning.console import show_progress
 from vqvae_lightning.data.images import PixelDataModule
 from vqvae_lightning.evaluation.reconstruction import decode_images
 from vqvae_lightning.networks.pixelcnn import PixelCNN
-from vqvae_lightning.networks.sampling import Drawn, batch_that_fits, sample_batches
-from vqvae_lightning.randomness import stream_seed
+from vqvae_lightning.networks.sampling import Drawn, fit_batch_size, sample_batches
+from vqvae_lightning.randomness import derive_seed
 
 
 class Samples(NamedTuple):
@@ -55,7 +55,7 @@ def draw_images(
     device = devices[0]
     draw = _Draw(prior, (count, prior.height, prior.width), labels, seed, options)
     drawn: list[Drawn] = []
-    with progress_bar("sampling", count) as advance:
+    with show_progress("sampling", count) as advance:
         try:
             for batch in draw.batches(device) if len(devices) == 1 else draw.shared(devices):
                 drawn.append(batch)
@@ -79,7 +79,7 @@ class _Draw(NamedTuple):
     def batches(self, device: torch.device, only: slice | None = None) -> Iterator[Drawn]:
         """Draw here; the batches come to the CPU."""
         prior = self.prior.to(device)
-        generator = torch.Generator().manual_seed(stream_seed(self.seed, "samples"))
+        generator = torch.Generator().manual_seed(derive_seed(self.seed, "samples"))
         batches = sample_batches(
             prior, self.shape, self.labels, generator=generator, only=only, **self.options
         )
@@ -105,7 +105,7 @@ class _Draw(NamedTuple):
         places = context.SimpleQueue()
         for place in devices:
             places.put((place, max(1, torch.get_num_threads() // len(devices))))
-        size = self.options.get("batch_size") or batch_that_fits(
+        size = self.options.get("batch_size") or fit_batch_size(
             self.prior,
             *self.shape[1:],
             devices[0],
@@ -152,7 +152,7 @@ def nearest_training_images(images: PixelDataModule, samples: Tensor) -> Tensor:
     flat = samples.flatten(1).float()
     best = torch.full((len(samples),), math.inf)
     nearest = torch.zeros_like(samples)
-    with progress_bar("searching", len(images.datasets["train"])) as advance:
+    with show_progress("searching", len(images.datasets["train"])) as advance:
         for part, _ in images.batches("train"):
             distance, row = torch.cdist(flat, part.flatten(1).float()).min(1)
             closer = distance < best

@@ -10,10 +10,10 @@ from torch import Tensor
 from torchmetrics import MeanSquaredError
 from torchmetrics.image import PeakSignalNoiseRatio, StructuralSimilarityIndexMeasure
 
-from vqvae_lightning.console import progress_bar
+from vqvae_lightning.console import show_progress
 from vqvae_lightning.data.codes import CodesDataModule
 from vqvae_lightning.data.images import SplitName
-from vqvae_lightning.distributed import all_reduce, rank_and_world
+from vqvae_lightning.distributed import all_reduce, get_rank_and_world
 from vqvae_lightning.metrics import CodebookUsage, entropy_nats
 from vqvae_lightning.pixels import to_uint8
 
@@ -94,11 +94,11 @@ def _pairs(
     """
     codes.vqvae.to(device)
     stored, loader = codes.datasets[split], codes.images.batches(split)
-    with progress_bar(step, len(stored)) as advance:
+    with show_progress(step, len(stored)) as advance:
         for rows, images in zip(loader.rows(), loader, strict=True):
             here = rows < limit
             if here.any():
                 grid = stored.__getitems__(rows[here]).data
                 labels = None if images.labels is None else images.labels[here].to(device)
                 yield images.data[here].to(device), labels, grid.to(device).long()
-            advance(len(images.data) * rank_and_world()[1])
+            advance(len(images.data) * get_rank_and_world()[1])

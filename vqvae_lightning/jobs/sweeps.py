@@ -115,7 +115,7 @@ def continue_study(config: Any) -> None:
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from omegaconf import OmegaConf, open_dict, read_write
 
-    from vqvae_lightning.randomness import stream_seed
+    from vqvae_lightning.randomness import derive_seed
 
     logging.getLogger("alembic").setLevel(logging.WARNING)  # of the study's tables
     # About Optuna's use of SQLAlchemy, which the version that it needs still allows.
@@ -159,7 +159,7 @@ def continue_study(config: Any) -> None:
         seed = OmegaConf.select(hydra.sweeper, "sampler.seed")
         if seed is not None:
             # Or it would repeat its first draws.
-            hydra.sweeper.sampler.seed = stream_seed(seed, "trials", len(trials)) % 2**32
+            hydra.sweeper.sampler.seed = derive_seed(seed, "trials", len(trials)) % 2**32
         # Also in the config of each job, which Hydra composes from these lists.
         number = f"${{trial_number:${{hydra.job.num}},{waiting},{len(trials)}}}"
         hydra.overrides.hydra.append(f"hydra.sweep.subdir='{number}'")

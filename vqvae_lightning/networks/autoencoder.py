@@ -177,20 +177,20 @@ class VQVAE(nn.Module):
 
     def forward(self, images: Tensor) -> VQVAEOutput:
         """Reconstruct images (B, C, H, W) in [-1, 1]; in training the quantizer observes them."""
-        self.grid(images.shape[-2], images.shape[-1])
+        self.compute_grid(images.shape[-2], images.shape[-1])
         quantized = self.quantizer(self.encoder(images))
         return VQVAEOutput(self.decoder(quantized.vectors), quantized)
 
     def encode(self, images: Tensor) -> Tensor:
         """Codes (B, h, w) int64 of images (B, C, H, W) in [-1, 1]; never learns."""
-        self.grid(images.shape[-2], images.shape[-1])
+        self.compute_grid(images.shape[-2], images.shape[-1])
         return self.quantizer.encode(self.encoder(images))
 
     def decode(self, codes: Tensor) -> Tensor:
         """Images (B, C, H, W), about in [-1, 1], of codes (B, h, w)."""
         return self.decoder(self.quantizer.decode(codes))  # type: ignore[no-any-return]
 
-    def grid(self, height: int, width: int) -> tuple[int, int]:
+    def compute_grid(self, height: int, width: int) -> tuple[int, int]:
         """Rows and columns of codes for images of this size.
 
         Raises:

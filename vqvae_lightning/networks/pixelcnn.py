@@ -69,7 +69,7 @@ class GatedLayer(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Next vertical and horizontal stack and the skip output, all (B, channels, H, W)."""
         height, width = vertical.shape[-2:]
-        for_vertical, for_horizontal = self.shifts(labels, context)
+        for_vertical, for_horizontal = self.compute_shifts(labels, context)
         # One row (column) too many comes out of the first layer, whose window ends before its own:
         # cut it off.
         above = F.pad(vertical, (self.reach, self.reach, self.reach, 0))
@@ -82,7 +82,7 @@ class GatedLayer(nn.Module):
             horizontal = residual if self.first else horizontal + residual
         return vertical, horizontal, self.skip(gated)
 
-    def shifts(self, labels: Tensor | None, context: Tensor | None) -> tuple[Any, Any]:
+    def compute_shifts(self, labels: Tensor | None, context: Tensor | None) -> tuple[Any, Any]:
         """What class and context add to the two gates, each (B, 2 * channels, 1 or H, 1 or W).
 
         0.0 where there is neither.
@@ -197,14 +197,14 @@ class PixelCNN(nn.Module):
         Args:
             codes: (B, H, W) int64.
             labels: (B,) int64 for a conditional model; `num_classes` for "no class".
-            context: (B, context_channels, h, w) for a model with context, enlarged to (H, W).
+            context: (B, context_channels, h, w) for a model with context, enlarge to (H, W).
         """
         self.check_conditions(labels, context)
         if self.training and labels is not None and self.null_label_rate:
             drawn = draw_for_batch(partial(torch.rand, device=labels.device), len(labels))
             nulls = drawn < self.null_label_rate
             labels = labels.masked_fill(nulls, self.num_classes)
-        context = enlarged(context, codes.shape[1], codes.shape[2])
+        context = enlarge(context, codes.shape[1], codes.shape[2])
         vertical = horizontal = self.embedding(codes).movedim(-1, 1)
         total: Tensor | float = 0.0
         for layer in self.layers:
@@ -228,7 +228,7 @@ class PixelCNN(nn.Module):
             )
 
 
-def enlarged(context: Tensor | None, height: int, width: int) -> Tensor | None:
+def enlarge(context: Tensor | None, height: int, width: int) -> Tensor | None:
     """`context` (B, C, h, w) at the size of the grid, each value repeated."""
     if context is None or context.shape[2:] == (height, width):
         return context

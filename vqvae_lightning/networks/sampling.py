@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vqvae_lightning.devices import available_memory
+from vqvae_lightning.devices import measure_available_memory
 from vqvae_lightning.errors import InputError, Key, check_positive, check_range
-from vqvae_lightning.networks.pixelcnn import GatedLayer, PixelCNN, enlarged, gate
+from vqvae_lightning.networks.pixelcnn import GatedLayer, PixelCNN, enlarge, gate
 
 LARGEST_BATCH = 256  # from here on a larger one is no faster
 MEMORY_SHARE = 0.25  # of the free memory that the caches of a batch may take
@@ -89,7 +89,7 @@ def sample_batches(
     check_top_p(top_p)
     keep = prior.num_codes if top_k is None else check_positive("top_k", top_k)
     device = prior.embedding.weight.device
-    parts = {"labels": labels, "context": enlarged(context, height, width), "known": known}
+    parts = {"labels": labels, "context": enlarge(context, height, width), "known": known}
     for name, part in parts.items():
         if part is not None and len(part) != count:
             raise InputError(f"{len(part)} {name} for {count} images: give one each.")
@@ -97,7 +97,7 @@ def sample_batches(
         check_known(known, shape, prior.num_codes)
     check_guidance(guidance, prior.num_classes, prior.null_label_rate)
     if batch_size is None:
-        batch_size = batch_that_fits(prior, height, width, device, guidance not in (0, 1))
+        batch_size = fit_batch_size(prior, height, width, device, guidance not in (0, 1))
     check_positive("batch_size", batch_size)
     uniform = torch.rand(count, height, width, generator=generator, dtype=torch.float64)
     options = {"temperature": temperature, "top_k": keep, "top_p": top_p}
@@ -105,7 +105,9 @@ def sample_batches(
     for start in range(first, end, batch_size):
         rows = slice(start, min(start + batch_size, end))
         own = {name: None if p is None else p[rows].to(device) for name, p in parts.items()}
-        yield _draw(prior, uniform[rows].to(device), guidance=guidance, options=options, **own)
+        yield _draw_batch(
+            prior, uniform[rows].to(device), guidance=guidance, options=options, **own
+        )
 
 
 def check_top_p(top_p: object) -> None:
@@ -150,7 +152,7 @@ def check_known(known: Tensor, shape: tuple[int, int, int], num_codes: int) -> N
         )
 
 
-def batch_that_fits(
+def fit_batch_size(
     prior: PixelCNN,
     height: int,
     width: int,
@@ -165,7 +167,7 @@ def batch_that_fits(
     if device.type == "cuda":
         free = torch.cuda.mem_get_info(device)[0]
     else:
-        free = available_memory() // processes
+        free = measure_available_memory() // processes
     channels, layers = prior.embedding.embedding_dim, len(prior.layers)
     reach = cast(GatedLayer, prior.layers[0]).reach
     cells = (height + reach) * (width + 2 * reach)
@@ -177,7 +179,7 @@ def batch_that_fits(
     return max(1, min(LARGEST_BATCH, int(MEMORY_SHARE * free) // (4 * floats)))
 
 
-def distribution(
+def compute_distribution(
     logits: Tensor, temperature: float = 1.0, top_k: int | None = None, top_p: float = 1.0
 ) -> Tensor:
     """Probabilities (B, K) float64 to draw from, of `logits` (B, K); options as `sample_batches`.
@@ -199,7 +201,7 @@ def distribution(
     return torch.zeros_like(share).scatter_(1, order, best)
 
 
-def choose(share: Tensor, uniform: Tensor) -> Tensor:
+def choose_codes(share: Tensor, uniform: Tensor) -> Tensor:
     """One code per row by inverting the distribution function at `uniform`.
 
     Args:
@@ -216,7 +218,7 @@ def choose(share: Tensor, uniform: Tensor) -> Tensor:
     return torch.searchsorted(cumulative, wanted, right=True)[:, 0]
 
 
-def _draw(
+def _draw_batch(
     prior: PixelCNN,
     uniform: Tensor,
     *,
@@ -254,8 +256,8 @@ def _draw(
                 if guided:
                     conditional, unconditional = logits.chunk(2)
                     logits = unconditional + guidance * (conditional - unconditional)
-                share = distribution(logits, **options)
-                chosen = choose(share, uniform[place])
+                share = compute_distribution(logits, **options)
+                chosen = choose_codes(share, uniform[place])
                 entropy = torch.special.entr(share).sum(1)
                 if known is not None:
                     chosen = torch.where(given[place], known[place], chosen)
@@ -366,7 +368,7 @@ class _Stack:
         size = (batch, 2 * channels, height, width)
         self.for_vertical, self.for_horizontal = (
             torch.as_tensor(shift, device=self.left.device, dtype=self.left.dtype).expand(size)
-            for shift in layer.shifts(labels, context)
+            for shift in layer.compute_shifts(labels, context)
         )
 
     def put_row(self, row: int, values: Tensor) -> None:

@@ -8,19 +8,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vqvae_lightning.distributed import all_reduce, rank_and_world
+from vqvae_lightning.distributed import all_reduce, get_rank_and_world
 from vqvae_lightning.errors import InputError, Key, check_positive, check_range
 from vqvae_lightning.quantizers.gradients import ESTIMATORS
-from vqvae_lightning.quantizers.lookup import _nearest_codes, _operators, nearest_codes
+from vqvae_lightning.quantizers.lookup import _nearest_codes, _operators, find_nearest_codes
 from vqvae_lightning.quantizers.protocol import QuantizerOutput
 from vqvae_lightning.quantizers.rows import (
     count_rows_before,
     draw_over_ranks,
+    gather_rows,
     kmeans,
     repeat_rows,
-    rows_over_ranks,
 )
-from vqvae_lightning.randomness import stream_seed
+from vqvae_lightning.randomness import derive_seed
 
 POOL_STEPS = 16  # last steps of the warm-up that the vectors for the first codebook are drawn from
 PER_CODE = {"kmeans": 16, "data": 1, "uniform": 0}  # how many of them per code
@@ -129,12 +129,12 @@ class VectorQuantizer(nn.Module):
         """Encoder vectors that the first codebook is made from, at most."""
         return PER_CODE[self.init] * self.num_codes
 
-    def first_rows(self) -> Tensor:
+    def draw_first_rows(self) -> Tensor:
         """Random rows (K, D) in [-1/K, 1/K]: van den Oord's own initialisation (sonnet v1)."""
         rows = torch.empty(self.num_codes, self.code_dim).uniform_(-1, 1) / self.num_codes
-        return self.scaled(rows)
+        return self.scale(rows)
 
-    def scaled(self, rows: Tensor) -> Tensor:
+    def scale(self, rows: Tensor) -> Tensor:
         """Rows (..., D) at unit length if `normalize`, else as they are."""
         return F.normalize(rows, dim=-1) if self.normalize else rows
 
@@ -153,9 +153,9 @@ class VectorQuantizer(nn.Module):
                 # The codebook's zero: or a distributed run would wait for a gradient of it.
                 return QuantizerOutput(rows.movedim(-1, 1), None, self.codebook.sum() * 0, {})
             table = self.table()
-            codes = nearest_codes(flat, table.detach())
+            codes = find_nearest_codes(flat, table.detach())
             chosen = F.embedding(codes, table).view_as(rows)
-            terms = self.losses(rows, chosen)
+            terms = self.compute_losses(rows, chosen)
             if self.training:
                 self.observe(flat, codes)
             loss = torch.stack([self.weights[name] * term for name, term in terms.items()]).sum()
@@ -164,7 +164,7 @@ class VectorQuantizer(nn.Module):
         return QuantizerOutput(vectors, codes.view(rows.shape[:-1]), loss, terms)
 
     @abstractmethod
-    def losses(self, rows: Tensor, chosen: Tensor) -> dict[str, Tensor]:
+    def compute_losses(self, rows: Tensor, chosen: Tensor) -> dict[str, Tensor]:
         """Unweighted terms for vectors and their codebook rows, both (B, H, W, D) float32."""
 
     def observe(self, flat: Tensor, codes: Tensor) -> None:
@@ -176,7 +176,7 @@ class VectorQuantizer(nn.Module):
         """Apply what was observed since the last call, summed over all ranks."""
 
     @abstractmethod
-    def place(self, rows: Tensor, where: Tensor, count: Tensor) -> None:
+    def set_rows(self, rows: Tensor, where: Tensor, count: Tensor) -> None:
         """Set the rows `where` (K,) bool to those of `rows` (K, D), each with `count` hits."""
 
     def encode(self, z: Tensor) -> Tensor:
@@ -184,7 +184,7 @@ class VectorQuantizer(nn.Module):
         with torch.no_grad(), torch.autocast(z.device.type, enabled=False):
             rows = self._rows(z)
             flat = rows.reshape(-1, self.code_dim)
-            return nearest_codes(flat, self.table()).view(rows.shape[:-1])
+            return find_nearest_codes(flat, self.table()).view(rows.shape[:-1])
 
     def decode(self, codes: Tensor) -> Tensor:
         """Codebook rows (B, D, H, W) of `codes` (B, H, W)."""
@@ -223,7 +223,7 @@ class VectorQuantizer(nn.Module):
         fresh = repeat_rows(draw_over_ranks(newest, self.num_codes, generator), self.num_codes)
         share = self.counts.mean()
         dead = self.counts < self.revive_below * share
-        self.place(fresh, dead, share)
+        self.set_rows(fresh, dead, share)
         return {"revived_codes": float(dead.sum())}
 
     def get_extra_state(self) -> Tensor:
@@ -276,12 +276,12 @@ class VectorQuantizer(nn.Module):
                 f"the codebook is {self.codebook.dtype}, in which averages stand still and codes "
                 "change; set trainer.precision to 32-true, bf16-mixed or 16-mixed."
             )
-        return self.scaled(z.to(self.codebook.dtype).movedim(1, -1))
+        return self.scale(z.to(self.codebook.dtype).movedim(1, -1))
 
     def _generator(self) -> torch.Generator:
         # Seeded by the step alone, as a quantizer does not know the run's seed: every rank draws
         # the same, and a resumed run draws what an uninterrupted one would have drawn.
-        return torch.Generator().manual_seed(stream_seed(0, "codebook", self.steps))
+        return torch.Generator().manual_seed(derive_seed(0, "codebook", self.steps))
 
     def _gather(self, newest: Tensor, generator: torch.Generator) -> None:
         """Let the vectors (N, D) of this step take part in the draw for the first codebook.
@@ -299,9 +299,7 @@ class VectorQuantizer(nn.Module):
         kept = keys.topk(min(self.pool_rows, len(keys))).indices.sort().values
         old = kept[kept < len(self._pool)]
         new = kept[len(old) :] - len(self._pool)
-        self._pool = torch.cat(
-            [self._pool[old.to(newest.device)], rows_over_ranks(newest, first, new)]
-        )
+        self._pool = torch.cat([self._pool[old.to(newest.device)], gather_rows(newest, first, new)])
         self._pool_keys = keys[kept]
 
     def _initialise(self, generator: torch.Generator) -> None:
@@ -310,10 +308,10 @@ class VectorQuantizer(nn.Module):
         if self.init != "uniform":
             if self.init == "kmeans" and len(rows) > self.num_codes:
                 rows = kmeans(rows, self.num_codes, generator)
-                if rank_and_world()[0] > 0:
+                if get_rank_and_world()[0] > 0:
                     rows.zero_()
                 all_reduce(rows)  # the first rank's: on a GPU sums differ in their last bits
             rows = repeat_rows(rows, self.num_codes)
             everywhere = torch.ones(self.num_codes, dtype=torch.bool, device=rows.device)
-            self.place(rows, everywhere, rows.new_ones(()))
+            self.set_rows(rows, everywhere, rows.new_ones(()))
         self.initialised = True

@@ -39,12 +39,12 @@ class EMAQuantizer(VectorQuantizer):
     ) -> None:
         super().__init__(num_codes, code_dim, **options)
         self.epsilon = check_range("epsilon", epsilon, 0)
-        rows = self.first_rows()
+        rows = self.draw_first_rows()
         self.register_buffer("codebook", rows)
         self.register_buffer("sums", rows.clone())
         self.new_sums = torch.zeros(num_codes, code_dim)
 
-    def losses(self, rows: Tensor, chosen: Tensor) -> dict[str, Tensor]:
+    def compute_losses(self, rows: Tensor, chosen: Tensor) -> dict[str, Tensor]:
         """Commitment |z - sg[e]|^2, the mean over all elements; the codebook needs no term."""
         return {"commitment": F.mse_loss(rows, chosen.detach())}
 
@@ -62,13 +62,13 @@ class EMAQuantizer(VectorQuantizer):
         self.new_sums.zero_()
         total = self.counts.sum()
         share = (self.counts + self.epsilon) / (total + self.num_codes * self.epsilon)
-        rows = self.scaled(self.sums / (share * total)[:, None])
+        rows = self.scale(self.sums / (share * total)[:, None])
         # Only those with hits: as the count of one without fades, the smoothing would shrink it.
         self.codebook.copy_(torch.where(fresh[:, :1] > 0, rows, self.codebook))
 
-    def place(self, rows: Tensor, where: Tensor, count: Tensor) -> None:
+    def set_rows(self, rows: Tensor, where: Tensor, count: Tensor) -> None:
         """Move rows, with counts and sums to match: an update that follows must not undo it."""
-        rows = self.scaled(rows)
+        rows = self.scale(rows)
         self.codebook.copy_(torch.where(where[:, None], rows, self.codebook))
         self.counts.copy_(torch.where(where, count, self.counts))
         self.sums.copy_(torch.where(where[:, None], rows * count, self.sums))

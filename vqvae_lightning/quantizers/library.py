@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from vqvae_lightning.devices import exact_products
-from vqvae_lightning.distributed import rank_and_world
+from vqvae_lightning.distributed import get_rank_and_world
 from vqvae_lightning.errors import InputError, Key, check_positive, check_range
 from vqvae_lightning.quantizers.protocol import QuantizerOutput
 
@@ -67,7 +67,7 @@ class LibraryQuantizer(nn.Module):
 
     def forward(self, z: Tensor) -> QuantizerOutput:
         """Quantize `z` (B, D, H, W)."""
-        # Its distances are products too: see `nearest_codes`.
+        # Its distances are products too: see `find_nearest_codes`.
         with torch.autocast(z.device.type, enabled=False), exact_products():
             vectors, codes, *losses = self.quantizer(self._rows(z))
         # One loss, or one per codebook, or none; in evaluation most give a zero in its place.
@@ -109,7 +109,7 @@ class LibraryQuantizer(nn.Module):
                 for other ranks when it is built, before there are any.
         """
         alone = any(getattr(part, "use_ddp", True) is False for part in self.modules())
-        if alone and rank_and_world()[1] > 1:
+        if alone and get_rank_and_world()[1] > 1:
             raise InputError(
                 f"quantizer {self.name} would learn another codebook on each rank: set "
                 "model.net.quantizer.options.sync_codebook=true."

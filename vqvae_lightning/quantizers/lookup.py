@@ -6,14 +6,14 @@ from torch import Tensor
 
 from vqvae_lightning.devices import exact_products
 
-SCORES = 2**21  # scores held at a time by `nearest_codes`: 8 MiB, which a CPU's caches hold
+SCORES = 2**21  # scores held at a time by `find_nearest_codes`: 8 MiB, which a CPU's caches hold
 GPU_SCORES = 2**26  # on a GPU: 256 MiB, as small blocks would be thousands of short kernels
 GPU_SHARE = 64  # of a GPU's memory they take at most 1 / GPU_SHARE
 COLUMNS = 2**12  # codes compared at a time, so that a block keeps enough rows for a large codebook
 CHUNK = 64  # neighbouring scores of which the largest is found first
 
 
-def nearest_codes(vectors: Tensor, codebook: Tensor) -> Tensor:
+def find_nearest_codes(vectors: Tensor, codebook: Tensor) -> Tensor:
     """Index of the nearest codebook row (Euclidean) for each vector.
 
     The distances are float32 and never held all at once: blocks go through one reused buffer, which
@@ -31,8 +31,8 @@ def nearest_codes(vectors: Tensor, codebook: Tensor) -> Tensor:
     return torch.ops.vqvae_lightning.nearest_codes(vectors.detach(), codebook.detach())  # type: ignore[no-any-return]
 
 
-def scores_at_a_time(device: torch.device) -> int:
-    """Scores (float32) that `nearest_codes` holds at a time on `device`."""
+def limit_scores(device: torch.device) -> int:
+    """Scores (float32) that `find_nearest_codes` holds at a time on `device`."""
     if device.type != "cuda":
         return SCORES
     # Of the whole memory, not of the free one: it never changes, and asking for it is free.
@@ -50,7 +50,7 @@ def _nearest_codes(vectors: Tensor, codebook: Tensor) -> Tensor:
         padding = -len(table) % CHUNK  # never chosen
         table = F.pad(table, (0, 0, 0, padding))
         bias = F.pad(bias, (0, padding), value=-torch.inf)
-        budget = scores_at_a_time(vectors.device)
+        budget = limit_scores(vectors.device)
         # Where few vectors leave room, more columns than that.
         columns = max(COLUMNS, budget // max(1, len(vectors)) // CHUNK * CHUNK)
         tiles = list(zip(table.split(columns), bias.split(columns), strict=True))

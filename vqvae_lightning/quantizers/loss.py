@@ -33,9 +33,9 @@ class LossQuantizer(VectorQuantizer):
     ) -> None:
         super().__init__(num_codes, code_dim, **options)
         self.weights["codebook"] = check_range("codebook", codebook, 0)
-        self.codebook = nn.Parameter(self.first_rows())
+        self.codebook = nn.Parameter(self.draw_first_rows())
 
-    def losses(self, rows: Tensor, chosen: Tensor) -> dict[str, Tensor]:
+    def compute_losses(self, rows: Tensor, chosen: Tensor) -> dict[str, Tensor]:
         """|sg[z] - e|^2 and |z - sg[e]|^2, each the mean over all elements."""
         return {
             "codebook": F.mse_loss(chosen, rows.detach()),
@@ -44,14 +44,14 @@ class LossQuantizer(VectorQuantizer):
 
     def table(self) -> Tensor:
         """The rows (K, D) as look-up and decoder see them: the optimizer changes their length."""
-        return self.scaled(self.codebook)
+        return self.scale(self.codebook)
 
     def learn(self) -> None:
         """Average the hits per code; the rows have moved with the optimizer."""
         self.counts.lerp_(all_reduce(self.new_counts), 1 - self.decay)
         self.new_counts.zero_()
 
-    def place(self, rows: Tensor, where: Tensor, count: Tensor) -> None:
+    def set_rows(self, rows: Tensor, where: Tensor, count: Tensor) -> None:
         """Move rows and set their counts."""
         self.codebook.copy_(torch.where(where[:, None], rows, self.codebook))
         self.counts.copy_(torch.where(where, count, self.counts))

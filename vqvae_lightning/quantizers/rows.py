@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from vqvae_lightning.distributed import all_reduce, rank_and_world
-from vqvae_lightning.quantizers.lookup import nearest_codes
+from vqvae_lightning.distributed import all_reduce, get_rank_and_world
+from vqvae_lightning.quantizers.lookup import find_nearest_codes
 
 KMEANS_STEPS = 10
 
@@ -15,18 +15,18 @@ def kmeans(vectors: Tensor, num_codes: int, generator: torch.Generator) -> Tenso
     A centre without vectors is moved onto a random vector. The same input and generator give the
     same centres.
     """
-    centres = vectors[random_rows(len(vectors), num_codes, generator)].clone()
+    centres = vectors[draw_rows(len(vectors), num_codes, generator)].clone()
     for _ in range(KMEANS_STEPS):
-        codes = nearest_codes(vectors, centres)
+        codes = find_nearest_codes(vectors, centres)
         counts = torch.zeros(num_codes, dtype=torch.int64, device=codes.device)
         counts.scatter_add_(0, codes, torch.ones_like(codes))
         sums = torch.zeros_like(centres).index_add_(0, codes, vectors)
-        fresh = vectors[random_rows(len(vectors), num_codes, generator)]
+        fresh = vectors[draw_rows(len(vectors), num_codes, generator)]
         centres = torch.where((counts > 0)[:, None], sums / counts.clamp(min=1)[:, None], fresh)
     return centres
 
 
-def random_rows(total: int, count: int, generator: torch.Generator) -> Tensor:
+def draw_rows(total: int, count: int, generator: torch.Generator) -> Tensor:
     """`count` row numbers below `total` (int64, CPU), repeated only where `count` > `total`."""
     rounds = -(-count // total)
     order = [torch.randperm(total, generator=generator) for _ in range(rounds)]
@@ -49,10 +49,10 @@ def draw_over_ranks(part: Tensor, count: int, generator: torch.Generator) -> Ten
         (min(count, number of vectors), D).
     """
     first, total = count_rows_before(part)
-    return rows_over_ranks(part, first, random_rows(total, min(count, total), generator))
+    return gather_rows(part, first, draw_rows(total, min(count, total), generator))
 
 
-def rows_over_ranks(part: Tensor, first: int, numbers: Tensor) -> Tensor:
+def gather_rows(part: Tensor, first: int, numbers: Tensor) -> Tensor:
     """Chosen rows out of the vectors of all ranks, equal on every rank.
 
     Args:
@@ -72,7 +72,7 @@ def rows_over_ranks(part: Tensor, first: int, numbers: Tensor) -> Tensor:
 
 def count_rows_before(part: Tensor) -> tuple[int, int]:
     """Where the rows of `part` begin among those of all ranks, and how many there are of all."""
-    rank, world = rank_and_world()
+    rank, world = get_rank_and_world()
     if world == 1:
         return 0, len(part)
     sizes = torch.zeros(world, dtype=torch.int64, device=part.device)

@@ -16,7 +16,7 @@ from vqvae_lightning.files import write_text
 from vqvae_lightning.report.run import inline_png, template
 from vqvae_lightning.runs.failures import FAILURE, read_failure
 from vqvae_lightning.runs.results import read_curves, read_result
-from vqvae_lightning.units import direction, unit
+from vqvae_lightning.units import get_direction, get_unit
 
 COMPARED = (
     "mse",
@@ -113,7 +113,7 @@ def write_sweep_report(folder: Path) -> list[Path]:
         names=shortened(short),
         value=value,
         shown=shown,
-        unit=unit,
+        unit=get_unit,
         monitors=monitors,
         labels=labels,
         best=finished[0] if finished else None,
@@ -121,7 +121,7 @@ def write_sweep_report(folder: Path) -> list[Path]:
             plots.overlaid(
                 [(labels[job.name], job.curves) for job in drawn],
                 [job.curves for job in others],
-                [(name, unit(name)) for name in panels],
+                [(name, get_unit(name)) for name in panels],
             )
         )
         if panels
@@ -157,7 +157,7 @@ def read_jobs(folder: Path) -> list[Job]:
             order[job.state]
             if job.objective is None
             else -job.objective
-            if direction(job.monitor) == "max"
+            if get_direction(job.monitor) == "max"
             else job.objective,
         ),
     )

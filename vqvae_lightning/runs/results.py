@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from vqvae_lightning.files import write_text
-from vqvae_lightning.units import unit
+from vqvae_lightning.units import get_unit
 
 
 def write_config(cfg: Any, folder: Path) -> None:
@@ -51,7 +51,7 @@ def write_result(folder: Path, metrics: dict[str, float], **facts: Any) -> dict[
     Returns:
         What was written.
     """
-    named = {name: {"value": value, "unit": unit(name)} for name, value in metrics.items()}
+    named = {name: {"value": value, "unit": get_unit(name)} for name, value in metrics.items()}
     result = {"metrics": named, **facts, **circumstances()}
     write_text(folder / "result.json", json.dumps(result, indent=1))
     return result

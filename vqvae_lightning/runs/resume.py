@@ -8,7 +8,7 @@ from typing import Any
 
 from vqvae_lightning.configs import read_trusted, record_foreign
 from vqvae_lightning.errors import InputError, check_range
-from vqvae_lightning.trust import names
+from vqvae_lightning.trust import list_packages
 
 
 def begin_or_resume(name: str, cfg: Any) -> Any:
@@ -63,7 +63,7 @@ def begin_or_resume(name: str, cfg: Any) -> Any:
         )
     if hydra.mode == RunMode.MULTIRUN:
         raise InputError("resume goes on with one run: drop -m.")
-    stored = stored_config(Path(cfg.folder), Path(cfg.folder), names(cfg.trust))
+    stored = stored_config(Path(cfg.folder), Path(cfg.folder), list_packages(cfg.trust))
     if str(stored.command).split()[0] != name:
         raise InputError(f"resume={cfg.resume} is a run of another command: {stored.command}")
     return stored

@@ -29,8 +29,8 @@ from vqvae_lightning.jobs.ranks import (
 from vqvae_lightning.loggers.media import log_result
 from vqvae_lightning.loggers.wandb import name_run
 from vqvae_lightning.networks.pixelcnn import PixelCNN
-from vqvae_lightning.pictures import pairs, save_png
-from vqvae_lightning.randomness import stream_seed
+from vqvae_lightning.pictures import arrange_pairs, save_png
+from vqvae_lightning.randomness import derive_seed
 from vqvae_lightning.runs.results import read_result, write_config, write_result
 from vqvae_lightning.runs.stopwatch import Stopwatch, time_stage
 from vqvae_lightning.stages.inputs import build_codes, load_checkpoint_images, load_images
@@ -159,7 +159,7 @@ def evaluate(cfg: DictConfig, images: PixelDataModule | None = None) -> dict[str
 def _evaluate(cfg: DictConfig, images: PixelDataModule | None, watch: Stopwatch) -> dict[str, Any]:
     folder = Path(cfg.folder)
     check_evaluation(cfg)
-    pl.seed_everything(stream_seed(cfg.seed, "judge") % 2**32, workers=True, verbose=False)
+    pl.seed_everything(derive_seed(cfg.seed, "judge") % 2**32, workers=True, verbose=False)
     found = load_subject(cfg, images)
     codes, prior, vqvae_path = found
     images = codes.images
@@ -179,7 +179,7 @@ def _evaluate(cfg: DictConfig, images: PixelDataModule | None, watch: Stopwatch)
     shown = images.datasets[cfg.split].preview(cfg.pictured).data
     shown_codes = torch.tensor(codes.datasets[cfg.split].data[: cfg.pictured]).long()
     decoded = decode_images(codes.vqvae, shown_codes.to(device))
-    picture = pairs(shown, decoded)
+    picture = arrange_pairs(shown, decoded)
     save_png(picture, folder / "reconstructions.png")
     arrays: dict[str, Any] = {"histogram": codes.histogram(), "codes": shown_codes, "images": shown}
     with replace_file(folder / "codes.npz") as partial, partial.open("wb") as file:
@@ -202,7 +202,7 @@ def _evaluate(cfg: DictConfig, images: PixelDataModule | None, watch: Stopwatch)
             temperature=cfg.temperature,
         ).images
         nearest = nearest_training_images(images, drawn[:10])
-        save_png(pairs(drawn[:10], nearest), folder / "nearest.png")
+        save_png(arrange_pairs(drawn[:10], nearest), folder / "nearest.png")
         task = build_classifier(cfg, images)
         if task is not None:
             steps = {**options, "max_steps": cfg.classifier_steps}

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import DictConfig
 from rich.table import Table
 
-from vqvae_lightning.checkpoints import Loaded, weights_hash
+from vqvae_lightning.checkpoints import Loaded, hash_weights
 from vqvae_lightning.configs import build
 from vqvae_lightning.console import console
 from vqvae_lightning.data import CodesDataModule
@@ -103,7 +103,7 @@ def build_codes(
         batch_size: Images per optimizer step.
     """
     folder = cfg.codes_dir or path.parent.parent / "codes"
-    return CodesDataModule(images, vqvae, weights_hash(vqvae), str(folder), batch_size)
+    return CodesDataModule(images, vqvae, hash_weights(vqvae), str(folder), batch_size)
 
 
 def print_survey(title: str, survey: "Survey") -> None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from vqvae_lightning.checks import check_types
 from vqvae_lightning.data import CodesDataModule
 from vqvae_lightning.data.images import StageDataModule, check_divides
-from vqvae_lightning.devices import available_memory
+from vqvae_lightning.devices import measure_available_memory
 from vqvae_lightning.errors import (
     InputError,
     Key,
@@ -26,7 +26,7 @@ from vqvae_lightning.jobs.ranks import count_ranks
 from vqvae_lightning.networks.autoencoder import VQVAE
 from vqvae_lightning.networks.pixelcnn import PixelCNN
 from vqvae_lightning.quantizers import VectorQuantizer
-from vqvae_lightning.units import direction
+from vqvae_lightning.units import get_direction
 
 PROBED = 2  # images in the batch on which activations are measured
 CHECKPOINTS = 4  # best, last, the one before, and the one being written
@@ -63,9 +63,9 @@ def check_monitor(monitor: str, task: Any, data: StageDataModule) -> None:
         InputError: With the names that can be chosen, and which of their values is the best.
     """
     codes = isinstance(data, CodesDataModule)
-    grid = data.grid if codes else task.net.grid(*data.image_shape[1:])  # type: ignore[attr-defined]
+    grid = data.grid if codes else task.net.compute_grid(*data.image_shape[1:])  # type: ignore[attr-defined]
     names = sorted(task.list_validation_metrics(grid))
-    known = {name: best for name in names if (best := direction(name))}
+    known = {name: best for name in names if (best := get_direction(name))}
     if monitor not in known:
         accepted = ", ".join(f"{name} ({best})" for name, best in known.items())
         raise InputError(Key("monitor"), f"={monitor} must be one of {accepted}.")
@@ -162,7 +162,7 @@ def survey(cfg: Any, net: nn.Module, data: StageDataModule, optimizer_states: fl
     validating = -(-evaluated // world) * _logits(net, data)
     running = max(training, validating)
     held = images.memory  # type: ignore[attr-defined]
-    free_memory = available_memory()
+    free_memory = measure_available_memory()
     copies = held * (ranks - 1)  # this process has its own already
     room, where = _room(device, ranks, max(0, free_memory - copies))
     if copies > free_memory:
@@ -235,7 +235,7 @@ def _codes(
         )
         return f"{rows}x{columns} codes of {net.num_codes}, not all seen", [warning]
     assert isinstance(net, VQVAE)
-    rows, columns = net.grid(*shape[1:])
+    rows, columns = net.compute_grid(*shape[1:])
     seen = net.encoder.receptive_field
     grid = f"{rows}x{columns} %s, each sees {seen}x{seen} pixels"
     quantizer = net.quantizer

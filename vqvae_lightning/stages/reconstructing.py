@@ -8,12 +8,12 @@ import torch
 from omegaconf import DictConfig
 
 from vqvae_lightning.checkpoints import load
-from vqvae_lightning.console import progress_bar
+from vqvae_lightning.console import show_progress
 from vqvae_lightning.data import ImageFolderSource
 from vqvae_lightning.devices import choose_device
 from vqvae_lightning.errors import check_positive, rename_keys
 from vqvae_lightning.files import replace_file
-from vqvae_lightning.pictures import pairs, save_png
+from vqvae_lightning.pictures import arrange_pairs, save_png
 from vqvae_lightning.pixels import from_uint8, to_uint8
 from vqvae_lightning.runs.results import write_config, write_result
 from vqvae_lightning.stages.inputs import load_checkpoint_images
@@ -47,10 +47,10 @@ def reconstruct(cfg: DictConfig) -> dict[str, Any]:
         with rename_keys(lambda key: {"root": "input"}.get(key, key)):
             source = ImageFolderSource(cfg.input, size=cfg.size, grey=net.channels == 1)
             images = source.load().train.images
-            net.grid(*images.shape[2:])
+            net.compute_grid(*images.shape[2:])
     write_config(cfg, folder)
     codes, decoded = [], []
-    with progress_bar("encoding", len(images)) as advance, torch.inference_mode():
+    with show_progress("encoding", len(images)) as advance, torch.inference_mode():
         for part in images.split(256):
             output = net(from_uint8(part.to(device)))
             decoded.append(to_uint8(output.reconstruction).cpu())
@@ -58,7 +58,7 @@ def reconstruct(cfg: DictConfig) -> dict[str, Any]:
                 codes.append(output.quantized.codes.cpu())
             advance(len(part))
     reconstructed = torch.cat(decoded)
-    shown = pairs(images[:count], reconstructed[:count])
+    shown = arrange_pairs(images[:count], reconstructed[:count])
     save_png(shown, folder / "reconstructions.png")
     arrays: dict[str, Any] = {
         "images": images.movedim(1, -1),

@@ -25,7 +25,7 @@ from vqvae_lightning.jobs.ranks import detect_launcher
 from vqvae_lightning.networks.autoencoder import VQVAE
 from vqvae_lightning.networks.pixelcnn import PixelCNN
 from vqvae_lightning.networks.sampling import check_guidance, check_top_p
-from vqvae_lightning.pictures import grid, save_png
+from vqvae_lightning.pictures import arrange_grid, save_png
 from vqvae_lightning.pixels import from_uint8
 from vqvae_lightning.runs.results import read_result, write_config, write_result
 from vqvae_lightning.runs.stopwatch import Stopwatch, time_stage
@@ -152,7 +152,7 @@ def _draw_samples(cfg: DictConfig, watch: Stopwatch) -> dict[str, Any]:
     )
     done = len(samples.images)
     if originals is None:
-        save_png(grid(samples.images[: 10 * columns], columns), folder / "samples.png")
+        save_png(arrange_grid(samples.images[: 10 * columns], columns), folder / "samples.png")
     else:
         kept = round(cfg.keep_rows * prior.height) * originals.shape[2] // prior.height
         save_png(show_completions(originals, samples.images, kept), folder / "samples.png")
@@ -215,4 +215,4 @@ def show_completions(originals: Tensor, drawn: Tensor, kept_rows: int) -> Tensor
     rows = [shown, kept]
     for first in range(0, len(drawn) - len(shown) + 1, len(originals)):
         rows.append(drawn[first : first + len(shown)])
-    return grid(rows, len(shown))
+    return arrange_grid(rows, len(shown))

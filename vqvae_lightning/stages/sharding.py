@@ -10,7 +10,7 @@ import torch
 from omegaconf import DictConfig
 
 from vqvae_lightning.configs import build
-from vqvae_lightning.console import progress_bar
+from vqvae_lightning.console import show_progress
 from vqvae_lightning.data import ImageDataModule, ImageFolderSource, ShardDataModule
 from vqvae_lightning.data.images import set_aside
 from vqvae_lightning.data.shards.write import encode_png, write_shards
@@ -18,7 +18,7 @@ from vqvae_lightning.data.sources.arrays import resize
 from vqvae_lightning.data.sources.folder import decode
 from vqvae_lightning.errors import InputError, check_positive, prefix_keys
 from vqvae_lightning.files import write_text
-from vqvae_lightning.randomness import stream_seed
+from vqvae_lightning.randomness import derive_seed
 from vqvae_lightning.runs.results import write_config
 
 Item = tuple[str, bytes, int | None]
@@ -68,7 +68,7 @@ def make_shards(cfg: DictConfig) -> str:
     # looks like a smaller data set.
     unfinished = folder / f".shards.{os.getpid()}"
     try:
-        with progress_bar("writing shards", sum(split.images for split in splits)) as advance:
+        with show_progress("writing shards", sum(split.images for split in splits)) as advance:
             for split in splits:
                 write_shards(split.items, unfinished, split.name, per_shard, advance)
         if class_names:
@@ -133,6 +133,6 @@ def _order_rows(name: str, total: int, seed: int) -> list[int]:
     if name != "train":
         return list(range(total))
     # Readers shuffle within a buffer only, so the shards themselves must be in a random order.
-    generator = torch.Generator().manual_seed(stream_seed(seed, "shards"))
+    generator = torch.Generator().manual_seed(derive_seed(seed, "shards"))
     order: list[int] = torch.randperm(total, generator=generator).tolist()
     return order

@@ -12,7 +12,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from vqvae_lightning.callbacks.checkpoints import TimeKeeper
 from vqvae_lightning.callbacks.reproducibility import ConfigComparison, FinalValidation
-from vqvae_lightning.checkpoints import load, weights_hash
+from vqvae_lightning.checkpoints import hash_weights, load
 from vqvae_lightning.configs import build, record_foreign, to_plain
 from vqvae_lightning.console import console
 from vqvae_lightning.data import CodesDataModule
@@ -20,7 +20,7 @@ from vqvae_lightning.data.images import PixelDataModule, StageDataModule
 from vqvae_lightning.errors import InputError, Interrupted, Key, prefix_keys
 from vqvae_lightning.jobs.ranks import environment, local_rank, start_ranks
 from vqvae_lightning.loggers.wandb import Input, WandbRun, name_run
-from vqvae_lightning.randomness import stream_seed
+from vqvae_lightning.randomness import derive_seed
 from vqvae_lightning.runs.results import read_result, write_config, write_result
 from vqvae_lightning.runs.stopwatch import Stopwatch, time_stage
 from vqvae_lightning.stages.inputs import (
@@ -168,7 +168,7 @@ def set_size(cfg: DictConfig, name: str, value: int) -> None:
 
 def build_task(cfg: DictConfig) -> Any:
     """Build the untrained `VQVAETask` or `PriorTask`, with the initial weights of the seed."""
-    pl.seed_everything(stream_seed(cfg.seed, "init") % 2**32, workers=True, verbose=False)
+    pl.seed_everything(derive_seed(cfg.seed, "init") % 2**32, workers=True, verbose=False)
     return build(cfg.model)
 
 
@@ -278,7 +278,7 @@ def log_to_wandb(
 
     def keep_artifact(checkpoint: Path) -> None:
         for run in runs:
-            name = f"{cfg.kind}-{weights_hash(load(checkpoint, trust=cfg.trust).net)}"
+            name = f"{cfg.kind}-{hash_weights(load(checkpoint, trust=cfg.trust).net)}"
             run.keep(cfg.kind, name, checkpoint, made_from)
 
     status = 1

@@ -49,7 +49,7 @@ class LossWatch:
         if last is None:
             return
         step, names, reading = last
-        loss, *values = reading.numbers()
+        loss, *values = reading.wait()
         if math.isfinite(loss):
             return
         pairs = zip(names, values, strict=True)

@@ -89,7 +89,7 @@ class VQVAETask(WatchedTask):
         self.pixel_variance.fill_(data.pixel_variance)
         compile_once(self.parts_to_compile)
         if isinstance(self.net.quantizer, GaussianBottleneck):
-            grid = self.net.grid(*data.image_shape[1:])
+            grid = self.net.compute_grid(*data.image_shape[1:])
             self.latent_usage = LatentUsage(self.net.quantizer.code_dim, *grid).to(self.device)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:

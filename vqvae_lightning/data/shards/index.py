@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from vqvae_lightning.console import progress_bar
+from vqvae_lightning.console import show_progress
 from vqvae_lightning.data.shards.read import (
     View,
     describe_sample,
@@ -77,7 +77,7 @@ def index_folder(
     if not missing:
         return known
     try:
-        with progress_bar("indexing the shards", None) as advance:
+        with show_progress("indexing the shards", None) as advance:
             for shard in _scan_shards(missing, view, workers):
                 known[shard.url] = shard
                 advance(shard.images)

@@ -16,7 +16,7 @@ from vqvae_lightning.data.shards.index import Shard
 from vqvae_lightning.data.shards.read import Sample, View, parse_label, read_shard
 from vqvae_lightning.data.shards.workers import START, block_sigterm, init_worker
 from vqvae_lightning.errors import InputError
-from vqvae_lightning.randomness import stream_seed
+from vqvae_lightning.randomness import derive_seed
 
 
 class ShardBatches(EpochBatches):
@@ -64,7 +64,7 @@ class ShardBatches(EpochBatches):
         """The rows of a worker in the order in which it reads them, and in that of its batches."""
         own = self._own_rows()
         if self.seed is not None:
-            generator = torch.Generator().manual_seed(stream_seed(self.seed, "order", epoch))
+            generator = torch.Generator().manual_seed(derive_seed(self.seed, "order", epoch))
             shards = torch.arange(self.total).split(self.sizes)
             order = torch.randperm(len(shards), generator=generator)
             first = self.rank * len(self) * self.local
@@ -74,7 +74,7 @@ class ShardBatches(EpochBatches):
         read = own[first : first + batches[number] * self.local]
         if self.seed is None:
             return read, read
-        chance = random.Random(stream_seed(self.seed, "shuffle", epoch, self.rank, number))
+        chance = random.Random(derive_seed(self.seed, "shuffle", epoch, self.rank, number))
         returned = list(_shuffle_in_buffer(len(read), self.buffer_size, chance))
         return read, read[torch.tensor(returned, dtype=torch.long)]
 

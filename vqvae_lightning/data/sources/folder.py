@@ -9,7 +9,7 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
-from vqvae_lightning.console import progress_bar
+from vqvae_lightning.console import show_progress
 from vqvae_lightning.data.sources.arrays import check_size, describe_size, fill_array, resize
 from vqvae_lightning.data.sources.protocol import (
     Allocate,
@@ -112,7 +112,7 @@ class ImageFolderSource:
         return paths, [classes.index(part) for part in inside] if classes else None
 
     def _read(self, name: str, paths: list[Path], allocate: Allocate) -> Tensor:
-        with progress_bar(f"reading {name}", len(paths)) as advance:
+        with show_progress(f"reading {name}", len(paths)) as advance:
             return fill_array(name, len(paths), self._decode_each(paths, advance), allocate)
 
     def _decode_each(self, paths: list[Path], advance: Callable[[int], None]) -> Iterator[Tensor]:

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vqvae_lightning.console import progress_bar
+from vqvae_lightning.console import show_progress
 from vqvae_lightning.data.sources.arrays import (
     check_size,
     describe_size,
@@ -121,7 +121,7 @@ class TorchvisionSource:
         found = getattr(opened, "labels", getattr(opened, "targets", None))
         labels = None if found is None else torch.as_tensor(found).long()
         if not hasattr(opened, "data"):
-            with progress_bar(f"reading {self.type.__name__}", len(opened)) as advance:
+            with show_progress(f"reading {self.type.__name__}", len(opened)) as advance:
                 read = fill_array(split, len(opened), self._decode_each(opened, advance), allocate)
             return Split(read, None)
         images = torch.as_tensor(opened.data)
