@@ -127,7 +127,6 @@ def register_resolvers() -> None:
     OmegaConf.register_new_resolver("cuda_or_cpu", _cuda_or_cpu, replace=True)
     OmegaConf.register_new_resolver("fast_precision", _fast_precision, replace=True)
     OmegaConf.register_new_resolver("study_direction", _study_direction, replace=True)
-    OmegaConf.register_new_resolver("trial_number", _trial_number, replace=True)
 
 
 def _run_folder(resume: str | None, fresh: str) -> str:
@@ -166,14 +165,3 @@ def _fast_precision(accelerator: str) -> str:
 def _study_direction(monitor: str | None) -> str:
     """What a study does with the objective of its jobs: `minimize` or `maximize`."""
     return "maximize" if monitor is not None and get_direction(monitor) == "max" else "minimize"
-
-
-def _trial_number(job: int, waiting: list[int], begun: int) -> int:
-    """Number of the trial that is job `job` of a study's sweep.
-
-    Args:
-        job: From 0, in the order in which this sweep starts them.
-        waiting: Trials that an earlier sweep left: they come first.
-        begun: How many trials the study had, those included; then come new ones.
-    """
-    return waiting[job] if job < len(waiting) else begun + job - len(waiting)

@@ -75,11 +75,11 @@ def command(
             # Launchers and the sweep's report are imported when a command starts, because
             # importing a command's module must cost little.
             from vqvae_lightning.jobs.ranks import lead_ranks
-            from vqvae_lightning.jobs.registry import register_launchers
+            from vqvae_lightning.jobs.registry import register_plugins
             from vqvae_lightning.jobs.sweeps import report_sweep
 
             register_resolvers()
-            register_launchers()
+            register_plugins()
             run = hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name=config)(
                 lambda cfg: _run(work, name, parts, cfg)
             )

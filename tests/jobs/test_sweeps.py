@@ -1,4 +1,4 @@
-"""Sweeps: failed jobs, studies that go on, jobs that lag behind, and the report of them all."""
+"""Sweeps: failed jobs, studies that resume, pruned jobs, and the report of all jobs."""
 
 import csv
 import json
@@ -11,11 +11,13 @@ from pathlib import Path
 
 import pytest
 from conftest import TINY_VQVAE, compose
+from hydra.core.plugins import Plugins
 from omegaconf import OmegaConf
 
 from vqvae_lightning.commands.report import main as report_command
 from vqvae_lightning.configs import CONF_DIR
-from vqvae_lightning.errors import Interrupted
+from vqvae_lightning.errors import InputError, Interrupted
+from vqvae_lightning.jobs.study import read_space
 from vqvae_lightning.report.sweep import job_folders, read_jobs, write_sweep_report
 from vqvae_lightning.runs.results import read_curves, read_result, write_config
 from vqvae_lightning.stages import training
@@ -38,7 +40,7 @@ def table(folder):
 
 
 def disturb(monkeypatch, errors):
-    """Let the jobs in folders of these names fail; the list that is returned fills with all."""
+    """Make jobs fail, by the names of their folders; returns a list that collects every job."""
     whole, seen = training.train, []
 
     def train(cfg, *arguments):
@@ -46,7 +48,7 @@ def disturb(monkeypatch, errors):
         seen.append(number)
         if number in errors:
             if isinstance(errors[number], Interrupted):
-                write_config(cfg, Path(cfg.folder))  # it had begun
+                write_config(cfg, Path(cfg.folder))  # as a job that has begun
             raise errors[number]
         return whole(cfg, *arguments)
 
@@ -54,7 +56,7 @@ def disturb(monkeypatch, errors):
     return seen
 
 
-def test_a_failed_job_is_told_and_stops_no_other(toy, command, tmp_path, monkeypatch):
+def test_a_failed_job_is_reported_and_stops_no_other(toy, command, tmp_path, monkeypatch):
     sweep = ("-m", *TINY_VQVAE, *toy, "resume=auto", "hydra.sweep.dir=jobs")
     values = ("model.optimizer.lr=1e-3,-1,2e-3", "model.net.quantizer.commitment=0.25,1.0")
     with monkeypatch.context() as patch:
@@ -89,7 +91,7 @@ def test_a_failed_job_is_told_and_stops_no_other(toy, command, tmp_path, monkeyp
     assert set(rows[0]) - set(result["metrics"]) == {
         *("folder", "state", "objective", "monitor", "seconds", "note"),
         *("model.optimizer.lr", "model.net.quantizer.commitment"),
-    }, "what all jobs share says nothing"
+    }, "values that all jobs share are left out"
     page = (tmp_path / "jobs/report.html").read_text()
     assert not re.findall(r"(?:src|href)=\"(?!data:|#)", page)
     assert page.count("data:image/png") == 3
@@ -97,7 +99,7 @@ def test_a_failed_job_is_told_and_stops_no_other(toy, command, tmp_path, monkeyp
     assert "5: lr=0.002, commitment=1" in page
     assert page.count("power cut") == 1
 
-    # The next start does what is missing, and a job that works has not failed.
+    # The next start runs the failed jobs only, and forgets the failure of one that now works.
     outcome = command("vqvae-train", *sweep, *values)
     assert "4 jobs finished, 2 failed" in outcome.err
     assert "power cut" not in outcome.err
@@ -115,7 +117,7 @@ def test_a_report_that_cannot_be_written_fails_no_sweep(toy, command, monkeypatc
     assert "no report of the sweep: OSError: disk full" in outcome.out
 
 
-def test_errors_before_any_job_are_told_as_ever(toy, command):
+def test_errors_before_any_job_are_reported_as_usual(toy, command):
     outcome = command("vqvae-train", "-m", *toy, "model.nonsense=1,2", "hydra.sweep.dir=jobs")
     assert outcome.status == 1
     assert "nonsense" in outcome.err
@@ -123,7 +125,7 @@ def test_errors_before_any_job_are_told_as_ever(toy, command):
     assert "no report" not in outcome.out
 
 
-def test_pipelines_and_unfinished_runs_are_compared_too(toy, command, tmp_path, capsys):
+def test_pipelines_and_unfinished_runs_are_compared(toy, command, tmp_path, capsys):
     smoke = ("experiment=smoke", "evaluation.num_samples=12", "sampling.num_samples=6")
     first = tmp_path / "sweep" / "2"
     assert command("vqvae-pipeline", *smoke, *toy, "seed=3", folder=first).status == 0
@@ -159,14 +161,14 @@ def test_pipelines_and_unfinished_runs_are_compared_too(toy, command, tmp_path, 
     assert 'alt="samples of job 10"' in page
 
 
-def test_a_row_that_is_being_written_is_left_out(tmp_path):
+def test_an_incomplete_row_is_left_out(tmp_path):
     path = tmp_path / "metrics.csv"
     path.write_text("epoch,step,val/nmse\n0,4,0.25\n0,9,0.1")
     assert read_curves(path) == {"val/nmse": ([5], [0.25])}
 
 
 @pytest.mark.parametrize(("place", "said"), [("", "no job in it"), ("run", "of one run")])
-def test_what_is_no_sweep_is_refused(place, said, tmp_path, monkeypatch):
+def test_a_folder_without_a_sweep_is_refused(place, said, tmp_path, monkeypatch):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.yaml").write_text("")
     folder = tmp_path / place if place else tmp_path / "nothing"
@@ -175,8 +177,8 @@ def test_what_is_no_sweep_is_refused(place, said, tmp_path, monkeypatch):
         report_command()
 
 
-def test_what_lies_in_a_job_is_shown_as_text(toy, command, tmp_path):
-    study = r"study='<script>$\frac$</script>'"  # to HTML and to the figures' formulas
+def test_markup_in_a_config_is_shown_as_text(toy, command, tmp_path):
+    study = r"study='<script>$\frac$</script>'"  # markup in HTML and in matplotlib
     folder = tmp_path / "jobs" / "0"
     assert command("vqvae-train", *TINY_VQVAE, *toy, study, folder=folder).status == 0
     shutil.copytree(folder, folder.with_name("1"))
@@ -188,7 +190,7 @@ def test_what_lies_in_a_job_is_shown_as_text(toy, command, tmp_path):
     assert "<script" not in page
 
 
-def test_a_study_goes_on_with_what_is_missing(toy, command, tmp_path, monkeypatch):
+def test_a_resumed_study_runs_the_missing_trials(toy, command, tmp_path, monkeypatch):
     options = (*OPTUNA, "hydra.sweeper.n_trials=3", *TINY_VQVAE, *toy)
     with monkeypatch.context() as patch:
         disturb(patch, {"1": Interrupted("Interrupted.")})
@@ -196,14 +198,9 @@ def test_a_study_goes_on_with_what_is_missing(toy, command, tmp_path, monkeypatc
     study = tmp_path / "study"
     assert sorted(path.name for path in study.glob("*/")) == ["0", "1"]
     before = (study / "0/result.json").stat().st_mtime_ns
+    drawn = OmegaConf.load(study / "1/config.yaml").model.optimizer.lr
 
-    # As a start that ends before its first job leaves it.
-    import optuna
-
-    stored = optuna.load_study("default", "sqlite:///study/study.db")
-    stored._storage.set_trial_state(stored.trials[1]._trial_id, optuna.trial.TrialState.WAITING)
-
-    # The trial that was interrupted comes first, with its number; this time it fails.
+    # The interrupted trial comes first, in its folder and with its values; this time it fails.
     with monkeypatch.context() as patch:
         seen = disturb(patch, {"1": RuntimeError("diverged")})
         outcome = command("vqvae-train", *options)
@@ -219,24 +216,31 @@ def test_a_study_goes_on_with_what_is_missing(toy, command, tmp_path, monkeypatc
             outcome = command("vqvae-train", *options)
         assert outcome.status == 0, outcome.err
         assert seen == expected
-        assert "failed" not in outcome.err, "a failure of an earlier start is old news"
+        assert "failed" not in outcome.err, "failures of earlier starts are not reported again"
     assert (study / "0/result.json").stat().st_mtime_ns == before
     jobs = read_jobs(study)
     assert sorted((job.name, job.state) for job in jobs) == [
         *(("0", "finished"), ("1", "failed"), ("2", "finished"), ("3", "finished"))
     ]
-    rates = [job.chosen["model.optimizer.lr"] for job in jobs]
-    assert len(set(rates)) == 4, "no start repeats the draws of another"
-    assert all(3e-4 <= rate <= 6e-3 for rate in rates)
+    rates = {job.name: job.chosen["model.optimizer.lr"] for job in jobs}
+    assert rates["1"] == drawn
+    assert len(set(rates.values())) == 4, "no start repeats the values of another"
+    assert all(3e-4 <= rate <= 6e-3 for rate in rates.values())
     best = OmegaConf.load(study / "optimization_results.yaml")
     assert best.best_value == jobs[0].objective == min(job.objective for job in jobs[:3])
+    assert best.best_params["model.optimizer.lr"] == jobs[0].chosen["model.optimizer.lr"]
+
+    # Another monitor would compare its values with those of the first one.
+    outcome = command("vqvae-train", *options, "monitor=val/psnr_db")
+    assert outcome.status == 1
+    assert "hydra.sweeper.direction=maximize must be minimize" in outcome.err
 
 
-def test_an_interrupted_trial_goes_on_from_its_checkpoint(toy, command, tmp_path, monkeypatch):
+def test_an_interrupted_trial_resumes_from_its_checkpoint(toy, command, tmp_path, monkeypatch):
     from vqvae_lightning.callbacks.checkpoints import LastCheckpoint
 
     options = (*OPTUNA, "hydra.sweeper.n_trials=1", *LEARNING, *toy)
-    options = [text for text in options if "num_codes" not in text]  # so that three are drawn
+    options = [text for text in options if "num_codes" not in text]  # a searched key
     whole = LastCheckpoint.on_train_batch_end
 
     def stop(self, trainer, *arguments):
@@ -260,10 +264,10 @@ def test_an_interrupted_trial_goes_on_from_its_checkpoint(toy, command, tmp_path
     assert read_result(tmp_path / "study/0")["steps"] == 15
 
 
-def test_a_study_with_values_and_sampler_of_ones_own(toy, command, tmp_path):
+def test_a_study_with_another_space_and_sampler(toy, command, tmp_path):
     options = ("hydra/sweeper/sampler=random", "hydra.sweeper.n_trials=1", "seed=7")
     options = (*OPTUNA, *options, *TINY_VQVAE, *toy)
-    outcome = command("vqvae-train", *options, "quantizer=choice(none)")  # composed too late
+    outcome = command("vqvae-train", *options, "quantizer=choice(none)")  # does not compose
     assert outcome.status == 1
     assert "unknown key model.net.quantizer" in outcome.err
     outcome = command("vqvae-train", *options, "model.optimizer.lr=-1")
@@ -273,13 +277,105 @@ def test_a_study_with_values_and_sampler_of_ones_own(toy, command, tmp_path):
     own = (*options, "hydra/sweeper/space=given")
     outcome = command("vqvae-train", *own, "model.optimizer.lr=interval(1e-3,2e-3)")
     assert outcome.status == 1
-    assert "searches other values" in outcome.err
+    (line,) = outcome.err.splitlines()
+    assert re.match(r"error: model.optimizer.lr: the study in \S+ searches other values", line)
     outcome = command("vqvae-train", *own, "model.optimizer.lr=tag(log,interval(1e-3,2e-3))")
     assert outcome.status == 0, outcome.err
     job, failed = read_jobs(tmp_path / "study")
-    assert (job.name, failed.name, failed.state) == ("3", "1", "failed")
+    assert (job.name, failed.name, failed.state) == ("2", "1", "failed")
     assert 1e-3 <= job.config["model.optimizer.lr"] <= 2e-3
     assert job.config["model.net.quantizer.commitment"] == 0.25
+
+
+def test_interrupted_and_new_trials_run_in_parallel(toy, command, tmp_path, monkeypatch):
+    batches = []
+
+    def launch(self, overrides, initial_job_idx):
+        batches.append([*overrides])
+        raise Interrupted("Interrupted.")
+
+    launcher = "hydra._internal.core_plugins.basic_launcher.BasicLauncher"
+    monkeypatch.setattr(Plugins.instance().class_name_to_class[launcher], "launch", launch)
+    options = (*OPTUNA, "hydra.sweeper.n_jobs=2", "hydra.sweeper.n_trials=3", *toy)
+    for begun in ("1", None):
+        assert command("vqvae-train", *options).status == 130
+        if begun:
+            (tmp_path / "study" / begun).mkdir(parents=True)
+            (tmp_path / "study" / begun / "config.yaml").touch()
+    folders = [[job[-1].rpartition("=")[2] for job in jobs] for jobs in batches]
+    assert folders == [["0", "1"], ["1", "2"]]
+    assert batches[0][1] == batches[1][0], "the interrupted trial has its own values"
+    assert all(job[-2] == "resume=auto" for jobs in batches for job in jobs)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("x=int(interval(1,5))", "IntDistribution(high=5, log=False, low=1, step=1)"),
+        ("x=int(tag(log,interval(1,5)))", "IntDistribution(high=5, log=True, low=1, step=1)"),
+        ("x=interval(1,5.0)", "FloatDistribution(high=5.0, log=False, low=1.0, step=None)"),
+        ("x=tag(log,interval(1e-3,1))", "FloatDistribution(high=1.0, log=True, low=0.001, step="),
+        ("x=range(2,8,2)", "IntDistribution(high=8, log=False, low=2, step=2)"),
+        ("x=range(0,1,0.25)", "FloatDistribution(high=1.0, log=False, low=0.0, step=0.25)"),
+        ("x=shuffle(range(2))", "CategoricalDistribution(choices=("),
+        ("x=choice(a,2,true)", "CategoricalDistribution(choices=('a', 2, True))"),
+        ("x=null,'a b'", "CategoricalDistribution(choices=('null', \"'a b'\"))"),
+    ],
+)
+def test_hydras_sweeps_are_read_as_distributions(text, expected):
+    space, fixed = read_space([text, "y=1"])
+    assert str(space.pop("x")).startswith(expected)
+    assert (space, list(fixed)) == ({}, ["y"])
+
+
+def test_the_last_override_of_a_key_counts():
+    interval, value = "x=interval(1,5)", "x=3"
+    assert read_space([interval, value])[0] == {}
+    assert read_space([value, interval])[1] == {}
+
+
+@pytest.mark.parametrize("text", ["x=interval(5,1)", "x=glob(*)", "x=tag(log,interval(0.0,1.0))"])
+def test_a_space_that_cannot_be_searched_is_refused(text):
+    with pytest.raises(InputError, match=re.escape(text)):
+        read_space([text])
+
+
+@pytest.mark.parametrize(
+    ("option", "said"),
+    [
+        ("hydra.sweeper.n_jobs=0", "hydra.sweeper.n_jobs=0 must be"),
+        ("hydra.sweeper.direction=up", "direction=up must be minimize or maximize"),
+        ("hydra.sweeper.storage=sqlite:////nowhere/study.db", "storage=sqlite:////nowhere/stu"),
+        ("hydra.sweeper.sampler.seed=x", "hydra.sweeper.sampler"),
+        ("hydra.sweeper.custom_search_space=my.nothing", "custom_search_space=my.nothing"),
+    ],
+)
+def test_an_option_that_optuna_refuses_is_an_error_of_one_line(option, said, toy, command):
+    outcome = command("vqvae-train", *OPTUNA, option, *toy)
+    assert outcome.status == 1
+    (line,) = outcome.err.splitlines()
+    assert line.startswith("error: ")
+    assert said in line
+
+
+@pytest.mark.parametrize(
+    "path", sorted((CONF_DIR / "hydra/sweeper/sampler").glob("*.yaml")), ids=lambda path: path.stem
+)
+def test_every_sampler_suggests_values(path, toy, command, tmp_path, monkeypatch):
+    seen = []
+
+    def train(cfg):
+        seen.append(cfg.model.optimizer.lr)
+        return {"objective": cfg.model.optimizer.lr, "metrics": {}}
+
+    monkeypatch.setattr(training, "train", train)
+    choice = [f"hydra/sweeper/sampler={path.stem}", "hydra/sweeper/space=learning_rate"]
+    if "n_startup_trials" in OmegaConf.load(path):
+        choice.append("hydra.sweeper.sampler.n_startup_trials=1")
+    outcome = command("vqvae-train", *OPTUNA, *choice, "hydra.sweeper.n_trials=3", *toy)
+    assert outcome.status == 0, outcome.err
+    assert len(set(seen)) == 3
+    assert OmegaConf.load(tmp_path / "study/optimization_results.yaml").best_value == min(seen)
 
 
 def test_a_study_without_its_extra_is_refused(toy, command, monkeypatch):
@@ -324,15 +420,8 @@ def test_two_ranks_stop_together_with_the_values_that_were_drawn(toy, command, t
     assert command("vqvae-train", "-m", *LEARNING, *toy, rates, *others).status == 0
     run = subprocess.run(
         [
-            *(
-                sys.executable,
-                "-m",
-                "vqvae_lightning.train",
-                *OPTUNA,
-                *LEARNING,
-                *toy,
-                *PRUNING,
-            ),
+            *(sys.executable, "-m", "vqvae_lightning.train"),
+            *(*OPTUNA, *LEARNING, *toy, *PRUNING),
             *("trainer=ddp_cpu", "trainer.devices=2", "trainer.precision=32-true"),
             *("hydra/sweeper/space=given", "model.optimizer.lr=interval(1e-6,1e-5)"),
             *("hydra.sweeper.n_trials=1", "trainer.log_every_n_steps=1"),
