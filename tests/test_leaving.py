@@ -171,7 +171,7 @@ def test_a_further_rank_leaves_as_the_first_does(end, events, monkeypatch):
 def test_the_ranks_agree_on_a_stop_between_steps(monkeypatch):
     monkeypatch.delenv("SUBMITIT_EXECUTOR", raising=False)
     callback = LastCheckpoint("last.ckpt")
-    callback._asked = 15
+    callback._requested = 15
     with pytest.raises(Interrupted) as stopped:
         callback._stop("after step 3")
     assert stopped.value.agreed

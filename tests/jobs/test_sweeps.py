@@ -244,7 +244,7 @@ def test_an_interrupted_trial_resumes_from_its_checkpoint(toy, command, tmp_path
     whole = LastCheckpoint.on_train_batch_end
 
     def stop(self, trainer, *arguments):
-        self._asked = 2 if trainer.global_step == 12 else 0
+        self._requested = 2 if trainer.global_step == 12 else 0
         whole(self, trainer, *arguments)
 
     with monkeypatch.context() as patch:
