@@ -83,16 +83,15 @@ def mutations_of(file: str, tests: str, *edits: tuple[str, ...]) -> list[Mutatio
     return found
 
 
-ERRORS = "test_evaluation.py::test_errors_are_those_of_the_rounded_images"
-USE = "test_evaluation.py::test_use_of_the_codebook_is_that_of_the_histograms"
-BITS = "test_evaluation.py::test_bits_per_dim_are_summed_from_masses_and_softmaxes"
-JUDGE = (
-    "test_evaluation.py::test_the_judges_shares_and_distances_are_those_of_its_logits_and_features"
-)
-PRIOR = "test_evaluation.py::test_a_prior_logs_its_likelihoods_in_nats_and_bits"
-PRIOR_STEP = "test_evaluation.py::test_a_step_of_the_prior_logs_unsmoothed_nats"
-VQVAE = "test_evaluation.py::test_a_vqvae_logs_errors_and_use_of_whole_splits"
-VQVAE_STEP = "test_evaluation.py::test_a_step_of_the_vqvae_logs_its_terms_and_the_use_in_its_batch"
+EVALUATION = "evaluation/test_evaluation.py"
+ERRORS = f"{EVALUATION}::test_errors_are_those_of_the_rounded_images"
+USE = f"{EVALUATION}::test_use_of_the_codebook_is_that_of_the_histograms"
+BITS = f"{EVALUATION}::test_bits_per_dim_are_summed_from_masses_and_softmaxes"
+JUDGE = f"{EVALUATION}::test_the_judges_shares_and_distances_are_those_of_its_logits_and_features"
+PRIOR = f"{EVALUATION}::test_a_prior_logs_its_likelihoods_in_nats_and_bits"
+PRIOR_STEP = f"{EVALUATION}::test_a_step_of_the_prior_logs_unsmoothed_nats"
+VQVAE = f"{EVALUATION}::test_a_vqvae_logs_errors_and_use_of_whole_splits"
+VQVAE_STEP = f"{EVALUATION}::test_a_step_of_the_vqvae_logs_its_terms_and_the_use_in_its_batch"
 
 MUTATIONS = (
     *mutations_of(
@@ -350,7 +349,7 @@ MUTATIONS = (
     ),
     *mutations_of(
         "networks/classifier.py",
-        "test_evaluation.py",
+        EVALUATION,
         ("judge with dropout", "0.2, self.training)", "0.2, True)", JUDGE),
     ),
     *mutations_of(
@@ -377,7 +376,7 @@ MUTATIONS = (
     ),
     *mutations_of(
         "tasks/vqvae.py",
-        "test_evaluation.py",
+        EVALUATION,
         (
             "nmse four times too large",
             "(4 * pixel_variance)",
@@ -401,7 +400,7 @@ MUTATIONS = (
     ),
     *mutations_of(
         "tasks/prior.py",
-        "test_evaluation.py",
+        EVALUATION,
         ("validation nats as bits", "bits = nats / math.log(2)", "bits = nats", PRIOR),
         (
             "training nats as bits",
@@ -496,7 +495,7 @@ MUTATIONS = (
     ),
     *mutations_of(
         "evaluation/reconstruction.py",
-        "test_evaluation.py",
+        EVALUATION,
         ("constant ssim", "cast(Tensor, ssim.compute()).item()", "0.9", ERRORS),
         (
             "psnr per image of the mean error",
@@ -543,7 +542,7 @@ MUTATIONS = (
     ),
     *mutations_of(
         "evaluation/likelihood.py",
-        "test_evaluation.py",
+        EVALUATION,
         (
             "scale fitted on test images",
             '_pairs(codes, "val", device, "fitting the scale", limit)',
@@ -572,7 +571,7 @@ MUTATIONS = (
     ),
     *mutations_of(
         "evaluation/classifier.py",
-        "test_evaluation.py",
+        EVALUATION,
         (
             "judge trained on test images",
             "    data = copy.copy(images)\n",
@@ -608,7 +607,7 @@ MUTATIONS = (
     ),
     *mutations_of(
         "evaluation/drawing.py",
-        "test_evaluation.py",
+        EVALUATION,
         (
             "nearest image of the last batch",
             "closer = distance < best",
@@ -618,7 +617,7 @@ MUTATIONS = (
     ),
     *mutations_of(
         "stages/evaluating.py",
-        "test_evaluation.py",
+        EVALUATION,
         (
             "errors of another split",
             "reconstruction_metrics(found.codes, cfg.split, device)",
@@ -674,7 +673,7 @@ MUTATIONS = (
     ),
     *mutations_of(
         "pictures.py",
-        "test_pipeline.py",
+        "stages/test_pipeline.py",
         (
             "black pictures",
             "images = (rows if isinstance(rows, Tensor) else torch.cat(list(rows))).cpu()",
