@@ -363,7 +363,7 @@ class Unread(Reading):
         self.asked, self.size = Unread.step, values.numel()
         Unread.delays = [] if Unread.step == 0 else Unread.delays
 
-    def numbers(self):
+    def wait(self):
         Unread.delays.append(Unread.step - self.asked)
         return [0.0] * self.size
 

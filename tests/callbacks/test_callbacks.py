@@ -16,7 +16,7 @@ def watch(callback, quantizer, values, name="val/codebook_use", images=100):
     trainer = SimpleNamespace(
         sanity_checking=False, is_global_zero=True, callback_metrics={}, datamodule=data
     )
-    net = SimpleNamespace(quantizer=quantizer, grid=lambda height, width: (2, 2))
+    net = SimpleNamespace(quantizer=quantizer, compute_grid=lambda height, width: (2, 2))
     module = SimpleNamespace(net=net)
     for value in values:
         trainer.callback_metrics[name] = torch.tensor(value)
