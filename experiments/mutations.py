@@ -545,8 +545,8 @@ MUTATIONS = (
         EVALUATION,
         (
             "scale fitted on test images",
-            '_pairs(codes, "val", device, "fitting the scale", limit)',
-            '_pairs(codes, "test", device, "fitting the scale", limit)',
+            'pair_images_with_codes(codes, "val", device, "fitting the scale", limit)',
+            'pair_images_with_codes(codes, "test", device, "fitting the scale", limit)',
             BITS,
         ),
         (
@@ -620,14 +620,14 @@ MUTATIONS = (
         EVALUATION,
         (
             "errors of another split",
-            "reconstruction_metrics(found.codes, cfg.split, device)",
-            'reconstruction_metrics(found.codes, "test", device)',
+            "measure_reconstruction(found.codes, cfg.split, device)",
+            'measure_reconstruction(found.codes, "test", device)',
             "test_the_command_measures_the_split_it_names",
         ),
         (
             "likelihoods of another split",
-            "likelihood_metrics(found.codes, found.prior, cfg.split, device)",
-            'likelihood_metrics(found.codes, found.prior, "test", device)',
+            "measure_likelihood(found.codes, found.prior, cfg.split, device)",
+            'measure_likelihood(found.codes, found.prior, "test", device)',
             "test_the_command_measures_the_split_it_names",
         ),
     ),

@@ -7,8 +7,8 @@ import torch
 
 from vqvae_lightning.data import CodesDataModule, ImageDataModule
 from vqvae_lightning.data.sources import Split, Splits
-from vqvae_lightning.evaluation.likelihood import likelihood_metrics
-from vqvae_lightning.evaluation.reconstruction import reconstruction_metrics
+from vqvae_lightning.evaluation.likelihood import measure_likelihood
+from vqvae_lightning.evaluation.reconstruction import measure_reconstruction
 from vqvae_lightning.networks.autoencoder import VQVAE
 from vqvae_lightning.networks.pixelcnn import PixelCNN
 from vqvae_lightning.pixels import from_uint8
@@ -81,6 +81,6 @@ def measured(folder, split="test"):
     """All that `evaluation` measures on a split without drawing samples."""
     codes = codes_data(folder)
     return {
-        **reconstruction_metrics(codes, split, CPU),
-        **likelihood_metrics(codes, prior_of(codes), split, CPU),
+        **measure_reconstruction(codes, split, CPU),
+        **measure_likelihood(codes, prior_of(codes), split, CPU),
     }

@@ -99,12 +99,12 @@ def test_a_prior_is_sent_to_other_processes_from_the_cpu(monkeypatch):
     monkeypatch.setattr(drawing.signal, "signal", lambda *_: None)
     monkeypatch.setattr(drawing.torch, "set_num_threads", lambda _: None)
     prior = Travelling(5, 2, 2, channels=4, layers=1, first_kernel=3).eval()
-    draw = drawing._Draw(prior, (3, 2, 2), None, 0, {"batch_size": 2})
-    drawn = list(draw.shared([torch.device("meta"), torch.device("meta")]))
+    request = drawing._Request(prior, (3, 2, 2), None, 0, {"batch_size": 2})
+    drawn = list(request.draw_in_processes([torch.device("meta"), torch.device("meta")]))
     assert sum(len(batch.codes) for batch in drawn) == 3
     assert prior.journey[:3] == ("cuda:0", "cpu", "sent")
     # Each process then moves it to its own device.
-    assert drawing._drawing[0].prior.journey[-1] == "meta"
+    assert drawing._worker[0].prior.journey[-1] == "meta"
 
 
 def test_all_that_is_sent_of_a_draw_comes_from_the_cpu():
@@ -114,8 +114,8 @@ def test_all_that_is_sent_of_a_draw_comes_from_the_cpu():
 
     labels, known = (torch.zeros(3).as_subclass(Elsewhere) for _ in range(2))
     prior = PixelCNN(5, 2, 2, channels=4, layers=1, first_kernel=3)
-    draw = drawing._Draw(prior, (3, 2, 2), labels, 0, {"known": known, "top_k": 2})
-    sent = draw.on_cpu()
+    request = drawing._Request(prior, (3, 2, 2), labels, 0, {"known": known, "top_k": 2})
+    sent = request.move_to_cpu()
     assert [type(part) for part in (sent.labels, sent.options["known"])] == [torch.Tensor] * 2
     assert sent.options["top_k"] == 2
 

@@ -27,9 +27,9 @@ from vqvae_lightning.data.shards import index, stream
 from vqvae_lightning.data.shards.stream import ShardBatches
 from vqvae_lightning.data.shards.write import encode_png, write_shards
 from vqvae_lightning.errors import InputError
-from vqvae_lightning.evaluation.drawing import nearest_training_images
-from vqvae_lightning.evaluation.likelihood import likelihood_metrics
-from vqvae_lightning.evaluation.reconstruction import _pairs, reconstruction_metrics
+from vqvae_lightning.evaluation.drawing import find_nearest_images
+from vqvae_lightning.evaluation.likelihood import measure_likelihood
+from vqvae_lightning.evaluation.reconstruction import measure_reconstruction, pair_images_with_codes
 from vqvae_lightning.networks.autoencoder import VQVAE
 from vqvae_lightning.pixels import from_uint8
 from vqvae_lightning.quantizers import EMAQuantizer
@@ -229,10 +229,10 @@ def test_codes_and_metrics_of_shards_are_those_from_memory(toy_npz, toy_shards, 
         codes = CodesDataModule(images, net, "hash", str(tmp_path / name), 8)
         codes.encode(device)
         codes.setup()
-        metrics = reconstruction_metrics(codes, "train", device)
-        metrics |= likelihood_metrics(codes, None, "train", device)
+        metrics = measure_reconstruction(codes, "train", device)
+        metrics |= measure_likelihood(codes, None, "train", device)
         seen = 0
-        for levels, labels, grid in _pairs(codes, "train", device, "pairing"):
+        for levels, labels, grid in pair_images_with_codes(codes, "train", device, "pairing"):
             with torch.no_grad():
                 assert torch.equal(net.encode(from_uint8(levels)), grid)
             # The class is the position of a bright bar.
@@ -241,7 +241,7 @@ def test_codes_and_metrics_of_shards_are_those_from_memory(toy_npz, toy_shards, 
             seen += len(levels)
         assert seen == 96
         samples = images.datasets["test"].preview(5).data
-        found[name] = images, codes, metrics, nearest_training_images(images, samples)
+        found[name] = images, codes, metrics, find_nearest_images(images, samples)
     (memory, one, metrics, nearest), (shards, other, shard_metrics, nearest_) = found.values()
     for split in SPLITS:
         assert np.array_equal(one.datasets[split].data, other.datasets[split].data), split

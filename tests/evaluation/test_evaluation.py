@@ -11,9 +11,9 @@ from evaluated import CPU, NUM_CODES, SIZES
 
 from vqvae_lightning.data import Batch
 from vqvae_lightning.evaluation import likelihood
-from vqvae_lightning.evaluation.classifier import classifier_metrics, train_classifier
-from vqvae_lightning.evaluation.drawing import nearest_training_images
-from vqvae_lightning.evaluation.reconstruction import reconstruction_metrics
+from vqvae_lightning.evaluation.classifier import measure_with_classifier, train_classifier
+from vqvae_lightning.evaluation.drawing import find_nearest_images
+from vqvae_lightning.evaluation.reconstruction import measure_reconstruction
 from vqvae_lightning.networks.classifier import Classifier
 from vqvae_lightning.pixels import from_uint8
 from vqvae_lightning.stages.evaluating import Subject
@@ -39,8 +39,8 @@ def measure(codes, prior):
     """What `evaluation` says of the validation and of the test images."""
     return {
         split: {
-            **reconstruction_metrics(codes, split, CPU),
-            **likelihood.likelihood_metrics(codes, prior, split, CPU),
+            **measure_reconstruction(codes, split, CPU),
+            **likelihood.measure_likelihood(codes, prior, split, CPU),
         }
         for split in ("val", "test")
     }
@@ -210,12 +210,12 @@ def test_a_scale_fitted_on_test_images_would_be_another(codes, measure):
 def test_the_scale_is_fitted_on_the_first_values_up_to_a_limit(codes, monkeypatch):
     monkeypatch.setattr(likelihood, "SCALE_VALUES", 9 * DIMS - 1)
     images, _, decoded = arrays(codes, "val")
-    found = likelihood._scale(codes, CPU).exp().numpy()
+    found = likelihood._fit_scale(codes, CPU).exp().numpy()
     np.testing.assert_allclose(found, fitted_scale(images[:9], decoded[:9]), rtol=5e-3)
 
 
 def test_without_a_prior_there_are_no_metrics_of_one(codes, measure):
-    alone = likelihood.likelihood_metrics(codes, None, "test", CPU)
+    alone = likelihood.measure_likelihood(codes, None, "test", CPU)
     of_a_prior = ("nats_per_code", "bits_per_code", "prior_bits_per_dim", "total_bits_per_dim")
     expected = {name: measure["test"][name] for name in measure["test"] if name in alone}
     assert alone == expected
@@ -255,7 +255,7 @@ def test_the_judges_shares_and_distances_are_those_of_its_logits_and_features(co
     samples = torch.from_numpy(generator.integers(0, 256, (300, 3, 16, 20), dtype=np.uint8))
     samples[::2] = samples[::2] // 4  # two sorts, in two batches of at most 256
     labels = torch.arange(300) % 3
-    found = classifier_metrics(judge, codes, "test", samples, labels, CPU)
+    found = measure_with_classifier(judge, codes, "test", samples, labels, CPU)
     levels = {
         "real": torch.from_numpy(images),
         "reconstruction": torch.from_numpy(rounded(decoded)),
@@ -276,7 +276,7 @@ def test_the_judges_shares_and_distances_are_those_of_its_logits_and_features(co
     assert set(found) == set(expected)
     for name, value in expected.items():
         assert found[name] == pytest.approx(float(value), rel=1e-3), name
-    unconditional = classifier_metrics(judge, codes, "test", samples, None, CPU)
+    unconditional = measure_with_classifier(judge, codes, "test", samples, None, CPU)
     del expected["sample_accuracy"]
     assert set(unconditional) == set(expected)
 
@@ -312,7 +312,7 @@ def test_the_nearest_image_is_that_of_a_full_search():
     samples = np.concatenate([noisy, evaluated.images_of("test").images.numpy()[:9]])
     samples = samples.clip(0, 255).astype(np.uint8)
     distances = ((samples[:, None].astype(np.float64) - train[None]) ** 2).sum((2, 3, 4))
-    found = nearest_training_images(data, torch.from_numpy(samples))
+    found = find_nearest_images(data, torch.from_numpy(samples))
     assert (found.numpy() == train[distances.argmin(1)]).all()
     assert distances.argmin(1)[:3].tolist() == [59, 3, 17]
 

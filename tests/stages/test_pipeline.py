@@ -155,7 +155,7 @@ def test_a_broken_run_goes_on_after_its_last_finished_stage(
 ):
     places = {
         "prior": "vqvae_lightning.tasks.PriorTask.training_step",
-        "evaluation": "vqvae_lightning.stages.evaluating.reconstruction_metrics",
+        "evaluation": "vqvae_lightning.stages.evaluating.measure_reconstruction",
         "samples": "vqvae_lightning.stages.pipeline.draw_samples",
         "report": "vqvae_lightning.stages.pipeline.write_report",
     }

@@ -1,1 +1,1 @@
-"""Metrics of a VQ-VAE and a prior on a held-out split."""
+"""Measure a VQ-VAE and a prior on a held-out split."""

@@ -1,7 +1,7 @@
-"""A classifier that judges samples."""
+"""Measure samples and reconstructions with a classifier."""
 
 import copy
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytorch_lightning as pl
 import torch
@@ -13,24 +13,27 @@ from vqvae_lightning.callbacks.progress import StepProgress
 from vqvae_lightning.callbacks.reproducibility import SeedSteps
 from vqvae_lightning.data.codes import CodesDataModule
 from vqvae_lightning.data.images import PixelDataModule, SplitName
-from vqvae_lightning.evaluation.reconstruction import _pairs
+from vqvae_lightning.evaluation.reconstruction import pair_images_with_codes
 from vqvae_lightning.pixels import from_uint8, to_uint8
 from vqvae_lightning.tasks.classifier import ClassifierTask
+
+if TYPE_CHECKING:
+    from vqvae_lightning.networks.classifier import Classifier
 
 
 def train_classifier(
     task: ClassifierTask, images: PixelDataModule, trainer_options: dict[str, Any], batch_size: int
-) -> nn.Module:
-    """The network of `task`, trained on the real training images.
+) -> "Classifier":
+    """Train the network of `task` on the real training images.
 
     Args:
-        task: Untrained.
-        images: Set up.
-        trainer_options: Of Lightning's Trainer; `max_steps` among them.
+        task: Untrained task.
+        images: Images, set up.
+        trainer_options: Arguments of Lightning's Trainer, including `max_steps`.
         batch_size: Images per step.
 
     Returns:
-        In evaluation mode, without gradients.
+        The network in evaluation mode; its parameters need no gradients.
     """
     data = copy.copy(images)
     data.batch_size = min(batch_size, len(data.datasets["train"]))
@@ -41,7 +44,7 @@ def train_classifier(
         enable_model_summary=False,
         use_distributed_sampler=False,
         limit_val_batches=0,
-        plugins=[LightningEnvironment()],  # alone, whatever scheduler there is
+        plugins=[LightningEnvironment()],  # one rank, even within the job of a scheduler
         **trainer_options,
     )
     trainer.fit(task, datamodule=data)
@@ -49,38 +52,38 @@ def train_classifier(
 
 
 @torch.inference_mode()
-def classifier_metrics(
-    classifier: Any,
+def measure_with_classifier(
+    classifier: "Classifier",
     codes: CodesDataModule,
     split: SplitName,
     samples: Tensor,
     labels: Tensor | None,
     device: torch.device,
 ) -> dict[str, float]:
-    """What a classifier of real images makes of reconstructions and samples.
+    """Measure reconstructions and samples with a classifier of real images.
 
     Args:
-        classifier: Trained on real training images.
-        codes: Codes and images.
-        split: Real images to compare with.
-        samples: (N, C, H, W) uint8.
-        labels: (N,) classes that the samples were drawn for; None for an unconditional prior.
-        device: To compute on.
+        classifier: Classifier trained on real training images.
+        codes: Codes and their images.
+        split: Split whose images are compared with the reconstructions and samples.
+        samples: Samples (N, C, H, W) uint8.
+        labels: Classes (N,) of the samples; None for an unconditional prior.
+        device: Device to compute on.
 
     Returns:
-        Share of real images, reconstructions and samples that are recognised as their class, and
-        the Fréchet distance (arXiv:1706.08500, equation 6) between real images and reconstructions,
-        and samples, in the classifier's features. The distance depends on the classifier: compare
-        it within a run only.
+        Accuracy of the classifier on real images, reconstructions and samples. Fréchet distances
+        (arXiv:1706.08500, equation 6) of reconstructions and of samples to the real images, in the
+        features of the classifier. They depend on the classifier, so compare them only within a
+        run.
     """
     distance = FrechetInceptionDistance(
         feature=_Features(classifier),
-        reset_real_features=False,  # the real images serve both distances
+        reset_real_features=False,  # both distances use the real images
         input_img_size=codes.images.image_shape,
     ).to(device)
     right = {"real": 0, "reconstruction": 0, "sample": 0}
     done = 0
-    for levels, truth, grid in _pairs(codes, split, device, "judging"):
+    for levels, truth, grid in pair_images_with_codes(codes, split, device, "judging"):
         assert truth is not None
         decoded = to_uint8(codes.vqvae.decode(grid))
         done += len(levels)
@@ -106,14 +109,14 @@ def classifier_metrics(
 
 
 class _Features(nn.Module):
-    """uint8 images to the classifier's features, as torchmetrics' FID calls its network."""
+    """The feature network of a classifier, with the interface that torchmetrics' FID expects."""
 
-    def __init__(self, classifier: Any) -> None:
+    def __init__(self, classifier: "Classifier") -> None:
         super().__init__()
         self.classifier = classifier
-        # Or torchmetrics finds it out with an image on the CPU, wherever the classifier is.
+        # Without this, torchmetrics tries an image on the CPU, but the classifier may be on a GPU.
         self.num_features = classifier.head.in_features
 
     def forward(self, levels: Tensor) -> Tensor:
-        """(B, C, H, W) uint8 to (B, features)."""
-        return self.classifier.features(from_uint8(levels))  # type: ignore[no-any-return]
+        """Compute the features (B, D) of images (B, C, H, W) uint8."""
+        return self.classifier.features(from_uint8(levels))

@@ -1,11 +1,11 @@
-"""Samples for an evaluation, and their nearest training images."""
+"""Draw new images, and find the training images that are nearest to them."""
 
 import math
 import multiprocessing
 import signal
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,6 +17,9 @@ from vqvae_lightning.networks.pixelcnn import PixelCNN
 from vqvae_lightning.networks.sampling import Drawn, fit_batch_size, sample_batches
 from vqvae_lightning.randomness import derive_seed
 
+if TYPE_CHECKING:
+    from vqvae_lightning.networks.autoencoder import VQVAE
+
 
 class Samples(NamedTuple):
     """New images, on the CPU."""
@@ -26,11 +29,11 @@ class Samples(NamedTuple):
     codes: Tensor
     """(N, h, w) int64."""
     nats: Tensor
-    """(N,) entropy of the distributions that were drawn from, summed over the drawn positions."""
+    """(N,) entropy of the distributions drawn from, summed over the drawn positions."""
 
 
 def draw_images(
-    vqvae: Any,
+    vqvae: "VQVAE",
     prior: PixelCNN,
     count: int,
     labels: Tensor | None,
@@ -39,25 +42,27 @@ def draw_images(
     keep_finished: bool = False,
     **options: Any,
 ) -> Samples:
-    """New images, under a progress bar.
+    """Draw new images and show a progress bar.
 
     Args:
-        vqvae: The decoder of the prior's codes.
-        prior: In evaluation mode.
-        count: Images to draw.
-        labels: (count,) classes to draw; None for an unconditional prior.
-        seed: Of the draw.
-        devices: To share the batches between, a process each; the samples are the same for any
-            number of them.
-        keep_finished: Whether Ctrl-C returns the batches finished so far, if there are any.
-        **options: Of `sample_batches`.
+        vqvae: VQ-VAE that decodes the codes of the prior.
+        prior: Prior in evaluation mode.
+        count: Number of images.
+        labels: Classes (count,) of the images; None for an unconditional prior.
+        seed: Seed for sampling.
+        devices: Devices that share the batches, with one process each if there are several. The
+            samples do not depend on their number.
+        keep_finished: Whether Ctrl-C returns the finished batches, if there are any.
+        **options: Further arguments of `sample_batches`.
     """
     device = devices[0]
-    draw = _Draw(prior, (count, prior.height, prior.width), labels, seed, options)
+    request = _Request(prior, (count, prior.height, prior.width), labels, seed, options)
+    alone = len(devices) == 1
+    batches = request.draw(device) if alone else request.draw_in_processes(devices)
     drawn: list[Drawn] = []
     with show_progress("sampling", count) as advance:
         try:
-            for batch in draw.batches(device) if len(devices) == 1 else draw.shared(devices):
+            for batch in batches:
                 drawn.append(batch)
                 advance(len(batch.codes))
         except KeyboardInterrupt:
@@ -67,8 +72,8 @@ def draw_images(
     return Samples(decode_images(vqvae.to(device), codes.to(device)), codes, nats)
 
 
-class _Draw(NamedTuple):
-    """What a draw needs, to be sent to other processes."""
+class _Request(NamedTuple):
+    """What to draw, in a form that can be sent to other processes."""
 
     prior: PixelCNN
     shape: tuple[int, int, int]
@@ -76,8 +81,8 @@ class _Draw(NamedTuple):
     seed: int
     options: dict[str, Any]
 
-    def batches(self, device: torch.device, only: slice | None = None) -> Iterator[Drawn]:
-        """Draw here; the batches come to the CPU."""
+    def draw(self, device: torch.device, only: slice | None = None) -> Iterator[Drawn]:
+        """Draw in this process; the batches are returned on the CPU."""
         prior = self.prior.to(device)
         generator = torch.Generator().manual_seed(derive_seed(self.seed, "samples"))
         batches = sample_batches(
@@ -86,20 +91,20 @@ class _Draw(NamedTuple):
         for batch in batches:
             yield Drawn(*(part.cpu() for part in batch))
 
-    def on_cpu(self) -> "_Draw":
-        """Itself, with the prior and all tensors on the CPU.
+    def move_to_cpu(self) -> "_Request":
+        """Return the request with the prior and all tensors on the CPU.
 
-        A tensor of a GPU is sent as a handle of its memory: each receiving process would open that
-        GPU too, besides its own, and this one would have to keep the memory.
+        A GPU tensor would be sent as a handle to its memory. Each receiving process would then open
+        that GPU in addition to its own, and this process could not free the memory.
         """
         labels = None if self.labels is None else self.labels.cpu()
         options = {k: v.cpu() if isinstance(v, Tensor) else v for k, v in self.options.items()}
         return self._replace(prior=self.prior.cpu(), labels=labels, options=options)
 
-    def shared(self, devices: Sequence[torch.device]) -> Iterator[Drawn]:
-        """Draw in a process per device, batch by batch, in order.
+    def draw_in_processes(self, devices: Sequence[torch.device]) -> Iterator[Drawn]:
+        """Draw with one process per device; the batches come in order.
 
-        Each process moves the prior, which comes to the CPU, to its own device.
+        The prior is sent from the CPU, and each process moves it to its own device.
         """
         context = multiprocessing.get_context("spawn")
         places = context.SimpleQueue()
@@ -112,9 +117,9 @@ class _Draw(NamedTuple):
             self.options.get("guidance", 1) not in (0, 1),
             len(devices),
         )
-        # No larger than a device's share, or some would have nothing to do.
+        # At most the share of a device, so that each device has something to do.
         size = min(size, -(-self.shape[0] // len(devices)))
-        sent = (places, self.on_cpu())
+        sent = (places, self.move_to_cpu())
         with ProcessPoolExecutor(len(devices), context, _start_drawing, sent) as pool:
             starts = range(0, self.shape[0], size)
             jobs = [pool.submit(_draw_part, slice(start, start + size)) for start in starts]
@@ -126,29 +131,40 @@ class _Draw(NamedTuple):
                 pool.shutdown(cancel_futures=True)
 
 
-_drawing: tuple[_Draw, torch.device]
+_worker: tuple[_Request, torch.device]
 
 
-def _start_drawing(places: Any, draw: _Draw) -> None:
-    """In a process of its own: take one of the devices."""
-    global _drawing
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent stops, and keeps what is finished
+def _start_drawing(places: Any, request: _Request) -> None:
+    """Set up a worker process: take one of the devices."""
+    global _worker
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
     device, threads = places.get()
     torch.set_num_threads(threads)
-    _drawing = draw, device
+    _worker = request, device
 
 
 def _draw_part(only: slice) -> tuple[Any, Any]:
-    """In a process of its own: a batch, as arrays, which need no file descriptors to be sent."""
-    draw, device = _drawing
-    (batch,) = draw._replace(
-        options={**draw.options, "batch_size": only.stop - only.start}
-    ).batches(device, only)
+    """Draw a batch in a worker process.
+
+    Arrays are returned, because sending tensors needs file descriptors.
+    """
+    request, device = _worker
+    (batch,) = request._replace(
+        options={**request.options, "batch_size": only.stop - only.start}
+    ).draw(device, only)
     return batch.codes.numpy(), batch.nats.numpy()
 
 
-def nearest_training_images(images: PixelDataModule, samples: Tensor) -> Tensor:
-    """For each sample (N, C, H, W) uint8, the training image at the smallest Euclidean distance."""
+def find_nearest_images(images: PixelDataModule, samples: Tensor) -> Tensor:
+    """Find the training image at the smallest Euclidean distance from each sample.
+
+    Args:
+        images: Images, set up.
+        samples: Samples (N, C, H, W) uint8.
+
+    Returns:
+        Training images of the same shape.
+    """
     flat = samples.flatten(1).float()
     best = torch.full((len(samples),), math.inf)
     nearest = torch.zeros_like(samples)

@@ -1,4 +1,4 @@
-"""Likelihoods on a split: nats per code and bits/dim."""
+"""Measure likelihoods on a split, in nats per code and bits/dim."""
 
 import math
 
@@ -8,38 +8,44 @@ from torch import Tensor
 from vqvae_lightning.data.codes import CodesDataModule
 from vqvae_lightning.data.images import SplitName
 from vqvae_lightning.distributed import all_reduce, gather
-from vqvae_lightning.evaluation.reconstruction import _pairs
+from vqvae_lightning.evaluation.reconstruction import pair_images_with_codes
 from vqvae_lightning.metrics import unigram_log_probabilities
 from vqvae_lightning.networks.likelihoods import discretised_logistic, fit_log_scale
 from vqvae_lightning.networks.pixelcnn import PixelCNN
 from vqvae_lightning.networks.sampling import score
 
-SCALE_VALUES = 2**23  # pixel values of validation images that the decoder's scale is fitted on
+SCALE_VALUES = 2**23  # number of pixel values that the decoder's scale is fitted to
 LN2 = math.log(2)
 
 
 @torch.inference_mode()
-def likelihood_metrics(
+def measure_likelihood(
     codes: CodesDataModule, prior: PixelCNN | None, split: SplitName, device: torch.device
 ) -> dict[str, float]:
-    """An upper bound on bits per dimension, term by term: -log2 p(x | z) - log2 p(z).
+    """Measure the terms of an upper bound on bits per dimension, -log2 p(x | z) - log2 p(z).
 
-    p(x | z) is a discretised logistic around the reconstruction with one scale per channel, fitted
-    on validation images; the bound holds because the encoder is deterministic. p(z) is uniform, the
-    histogram of the training codes, or the prior; given the label where the prior is conditional,
-    so the total is then -log2 p(x | y).
+    p(x | z) is a discretised logistic distribution around the reconstruction. Its scale per channel
+    is fitted on validation images. The bound holds because the encoder is deterministic. p(z) is
+    uniform, the histogram of the training codes, or the prior. A conditional prior is given the
+    label, so the total is then a bound on -log2 p(x | y).
+
+    Args:
+        codes: Codes and their images.
+        prior: Prior in evaluation mode; None to leave out its metrics.
+        split: Split to measure.
+        device: Device to compute on.
     """
     dims = math.prod(codes.images.image_shape)
     positions = math.prod(codes.grid)
     unigram = unigram_log_probabilities(codes.histogram()).to(device)
-    by_position = _position_log_probabilities(codes).to(device)
-    log_scale = _scale(codes, device)
+    by_position = _compute_position_log_probabilities(codes).to(device)
+    log_scale = _fit_scale(codes, device)
     sums = {
         name: torch.zeros((), dtype=torch.float64)
         for name in ("pixels", "unigram", "position", "prior")
     }
     total = len(codes.datasets[split])
-    for levels, labels, grid in _pairs(codes, split, device, "scoring"):
+    for levels, labels, grid in pair_images_with_codes(codes, split, device, "scoring"):
         mean = (codes.vqvae.decode(grid).float() + 1) * 127.5
         sums["pixels"] -= discretised_logistic(levels, mean, log_scale).double().sum().cpu()
         sums["unigram"] -= unigram[grid].double().sum().cpu()
@@ -67,20 +73,24 @@ def likelihood_metrics(
     return metrics
 
 
-def _scale(codes: CodesDataModule, device: torch.device) -> Tensor:
+def _fit_scale(codes: CodesDataModule, device: torch.device) -> Tensor:
+    """Fit the log scale of the decoder's distribution per channel, on validation images."""
     limit = -(-SCALE_VALUES // math.prod(codes.images.image_shape))
     means, levels = [], []
-    for images, _, grid in _pairs(codes, "val", device, "fitting the scale", limit):
+    for images, _, grid in pair_images_with_codes(codes, "val", device, "fitting the scale", limit):
         means.append(((codes.vqvae.decode(grid).float() + 1) * 127.5).cpu())
         levels.append(images.cpu())
-    # Each rank fits to the images of all, and finds the same.
+    # Each rank fits to the images of all ranks, so that all find the same scale.
     parts = [part for rank in gather((levels, means)) for part in zip(*rank, strict=True)]
     every = [torch.cat(column).to(device) for column in zip(*parts, strict=True)]
     return fit_log_scale(*every)
 
 
-def _position_log_probabilities(codes: CodesDataModule) -> Tensor:
-    """(1, K, h, w) log p of each code at each position: the training histogram, one added."""
+def _compute_position_log_probabilities(codes: CodesDataModule) -> Tensor:
+    """Compute log p (1, K, h, w) of each code at each position.
+
+    p is the histogram of the training codes, with one added to each count.
+    """
     counts = torch.zeros(math.prod(codes.grid), codes.num_codes)
     for batch in codes.batches("train"):
         flat = batch.data.long().flatten(1).t()

@@ -1,9 +1,9 @@
-"""Reconstruction metrics on a split."""
+"""Measure reconstructions on a split."""
 
 import math
 import sys
 from collections.abc import Iterator
-from typing import Any, cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor
@@ -17,16 +17,20 @@ from vqvae_lightning.distributed import all_reduce, get_rank_and_world
 from vqvae_lightning.metrics import CodebookUsage, entropy_nats
 from vqvae_lightning.pixels import to_uint8
 
+if TYPE_CHECKING:
+    from vqvae_lightning.networks.autoencoder import VQVAE
+
 
 @torch.inference_mode()
-def reconstruction_metrics(
+def measure_reconstruction(
     codes: CodesDataModule, split: SplitName, device: torch.device
 ) -> dict[str, float]:
-    """How well a split is reconstructed and how its codes use the codebook.
+    """Measure how well a split is reconstructed and how its codes use the codebook.
 
-    Errors are measured on uint8-rounded images in [0, 1], `mse_unrounded` apart. `perplexity` is of
-    the whole split's histogram; `perplexity_batch32`, the mean over batches of 32 images, is lower
-    and only there to compare with older work. `dead_codes` never occur in the training split.
+    Errors are measured on images in [0, 1] that are rounded to uint8, except for `mse_unrounded`.
+    `perplexity` is that of the histogram of the whole split. `perplexity_batch32`, the mean over
+    batches of 32 images, is lower and serves only to compare with older work. `dead_codes` counts
+    the codes that never occur in the training split.
     """
     squared, unrounded = MeanSquaredError().to(device), MeanSquaredError().to(device)
     ssim = StructuralSimilarityIndexMeasure(data_range=1.0).to(device)
@@ -35,7 +39,7 @@ def reconstruction_metrics(
     )
     usage = CodebookUsage(codes.num_codes).to(device)
     psnr_sum = torch.zeros((), dtype=torch.float64)
-    for levels, _, grid in _pairs(codes, split, device, "reconstructing"):
+    for levels, _, grid in pair_images_with_codes(codes, split, device, "reconstructing"):
         decoded = codes.vqvae.decode(grid).float()
         rounded, truth = to_uint8(decoded).float() / 255, levels.float() / 255
         squared.update(rounded, truth)
@@ -75,22 +79,32 @@ def reconstruction_metrics(
 
 
 @torch.inference_mode()
-def decode_images(vqvae: Any, codes: Tensor) -> Tensor:
-    """Images (N, C, H, W) uint8 on the CPU of codes (N, h, w), in batches."""
+def decode_images(vqvae: "VQVAE", codes: Tensor) -> Tensor:
+    """Decode codes (N, h, w), in batches, to images (N, C, H, W) uint8 on the CPU."""
     return torch.cat([to_uint8(vqvae.decode(part)).cpu() for part in codes.split(256)])
 
 
-def _pairs(
+def pair_images_with_codes(
     codes: CodesDataModule,
     split: SplitName,
     device: torch.device,
     step: str,
     limit: int = sys.maxsize,
 ) -> Iterator[tuple[Tensor, Tensor | None, Tensor]]:
-    """Images (B, C, H, W) uint8, labels (B,) and codes (B, h, w) in batches, under a progress bar.
+    """Iterate over the images of a split and their codes in batches, and show a progress bar.
 
-    Images that workers read come in another order than the rows of the codes. Several ranks divide
-    the split; only its first `limit` rows come.
+    Images that worker processes read come in another order than the rows of the codes. The ranks
+    share the split.
+
+    Args:
+        codes: Codes and their images.
+        split: Split to read.
+        device: Device of the batches.
+        step: Name of the progress bar.
+        limit: Number of rows at the start of the split to use.
+
+    Yields:
+        Images (B, C, H, W) uint8, labels (B,) or None, and codes (B, h, w) int64.
     """
     codes.vqvae.to(device)
     stored, loader = codes.datasets[split], codes.images.batches(split)

@@ -14,10 +14,10 @@ from vqvae_lightning.data import CodesDataModule
 from vqvae_lightning.data.images import PixelDataModule
 from vqvae_lightning.devices import choose_devices
 from vqvae_lightning.errors import InputError, Key, check_positive, check_range, prefix_keys
-from vqvae_lightning.evaluation.classifier import classifier_metrics, train_classifier
-from vqvae_lightning.evaluation.drawing import draw_images, nearest_training_images
-from vqvae_lightning.evaluation.likelihood import likelihood_metrics
-from vqvae_lightning.evaluation.reconstruction import decode_images, reconstruction_metrics
+from vqvae_lightning.evaluation.classifier import measure_with_classifier, train_classifier
+from vqvae_lightning.evaluation.drawing import draw_images, find_nearest_images
+from vqvae_lightning.evaluation.likelihood import measure_likelihood
+from vqvae_lightning.evaluation.reconstruction import decode_images, measure_reconstruction
 from vqvae_lightning.files import replace_file
 from vqvae_lightning.jobs.ranks import (
     count_ranks,
@@ -123,8 +123,8 @@ def measure(cfg: DictConfig, found: Subject) -> dict[str, float]:
     if found.prior is not None:
         found.prior.to(device)
     return {
-        **reconstruction_metrics(found.codes, cfg.split, device),
-        **likelihood_metrics(found.codes, found.prior, cfg.split, device),
+        **measure_reconstruction(found.codes, cfg.split, device),
+        **measure_likelihood(found.codes, found.prior, cfg.split, device),
     }
 
 
@@ -201,13 +201,13 @@ def _evaluate(cfg: DictConfig, images: PixelDataModule | None, watch: Stopwatch)
             devices,
             temperature=cfg.temperature,
         ).images
-        nearest = nearest_training_images(images, drawn[:10])
+        nearest = find_nearest_images(images, drawn[:10])
         save_png(arrange_pairs(drawn[:10], nearest), folder / "nearest.png")
         task = build_classifier(cfg, images)
         if task is not None:
             steps = {**options, "max_steps": cfg.classifier_steps}
             judge = train_classifier(task, images, steps, cfg.classifier_batch_size)
-            metrics |= classifier_metrics(judge, codes, cfg.split, drawn, labels, device)
+            metrics |= measure_with_classifier(judge, codes, cfg.split, drawn, labels, device)
     named = {f"{cfg.split}/{name}": value for name, value in metrics.items()}
     pictures = [folder / "reconstructions.png", folder / "nearest.png"]
     loggers = [build(part) for part in (cfg.logger or {}).values() if part is not None]
