@@ -15,7 +15,7 @@ from vqvae_lightning.callbacks.checkpoints import BestCheckpoint
 from vqvae_lightning.callbacks.pruning import MedianPruning
 from vqvae_lightning.checkpoints import load
 from vqvae_lightning.errors import InputError
-from vqvae_lightning.report.sweep import read_jobs
+from vqvae_lightning.report.jobs import read_jobs
 from vqvae_lightning.stages.inputs import load_images
 from vqvae_lightning.stages.training import train
 from vqvae_lightning.units import get_direction

@@ -1,9 +1,7 @@
-"""Sweeps: failed jobs, studies that resume, pruned jobs, and the report of all jobs."""
+"""Sweeps: failed jobs, studies that resume, and pruned jobs."""
 
 import csv
-import json
 import re
-import shutil
 import statistics
 import subprocess
 import sys
@@ -14,12 +12,11 @@ from conftest import TINY_VQVAE, compose
 from hydra.core.plugins import Plugins
 from omegaconf import OmegaConf
 
-from vqvae_lightning.commands.report import main as report_command
 from vqvae_lightning.configs import CONF_DIR
 from vqvae_lightning.errors import InputError, Interrupted
 from vqvae_lightning.jobs.study import read_space
-from vqvae_lightning.report.sweep import job_folders, read_jobs, write_sweep_report
-from vqvae_lightning.runs.results import read_curves, read_result, write_config
+from vqvae_lightning.report.jobs import read_jobs
+from vqvae_lightning.runs.results import read_result, write_config
 from vqvae_lightning.stages import training
 
 OPTUNA = ("-m", "hydra/sweeper=optuna", "hydra.sweep.dir=study")
@@ -63,9 +60,11 @@ def test_a_failed_job_is_reported_and_stops_no_other(toy, command, tmp_path, mon
         disturb(patch, {"4": RuntimeError("power cut")})
         outcome = command("vqvae-train", *sweep, *values)
     assert outcome.status == 1
-    told = [line for line in outcome.err.splitlines() if re.match(r"  job \d", line)]
+    lines = [line for line in outcome.err.splitlines() if re.match(r"  job \d", line)]
     refused = "model.optimizer.lr=-1: Invalid learning rate: -1; the default is 0.001."
-    assert [re.match(r"  job (\d) .*commitment=(\S+)\): (.*)", line).groups() for line in told] == [
+    assert [
+        re.match(r"  job (\d) .*commitment=(\S+)\): (.*)", line).groups() for line in lines
+    ] == [
         ("2", "0.25", refused),
         ("3", "1.0", refused),
         ("4", "0.25", "RuntimeError: power cut"),
@@ -125,71 +124,6 @@ def test_errors_before_any_job_are_reported_as_usual(toy, command):
     assert "no report" not in outcome.out
 
 
-def test_pipelines_and_unfinished_runs_are_compared(toy, command, tmp_path, capsys):
-    smoke = ("experiment=smoke", "evaluation.num_samples=12", "sampling.num_samples=6")
-    first = tmp_path / "sweep" / "2"
-    assert command("vqvae-pipeline", *smoke, *toy, "seed=3", folder=first).status == 0
-    for name, seed, score in (("10", 4, 0.5), ("deeper/0", 5, None)):
-        copy = tmp_path / "sweep" / name
-        shutil.copytree(first, copy)
-        config = (copy / "config.yaml").read_text().replace("seed: 3", f"seed: {seed}")
-        (copy / "config.yaml").write_text(config.replace("seed=3", f"seed={seed}"))
-        result = read_result(copy)
-        result["objective"] = score
-        (copy / "result.json").write_text(json.dumps(result))
-        if score is None:
-            (copy / "result.json").unlink()
-    names = [str(path.relative_to(tmp_path / "sweep")) for path in job_folders(tmp_path / "sweep")]
-    assert names == ["2", "10", "deeper/0"]
-    sys.argv = ["vqvae-report", str(tmp_path / "sweep")]
-    report_command()
-    assert capsys.readouterr().out.split() == [
-        str(tmp_path / "sweep" / name) for name in ("report.html", "jobs.csv")
-    ]
-    rows = table(tmp_path / "sweep")
-    assert [(row["folder"], row["state"], row["seed"]) for row in rows] == [
-        ("10", "finished", "4"),
-        ("2", "finished", "3"),
-        ("deeper/0", "unfinished", "5"),
-    ]
-    best = read_result(first / "vqvae")["objective"]
-    assert [row["objective"] for row in rows] == ["0.5", repr(best), ""]
-    assert rows[0]["monitor"] == "val/nmse"
-    assert float(rows[1]["seconds"]) == pytest.approx(sum(read_result(first)["seconds"].values()))
-    page = (tmp_path / "sweep/report.html").read_text()
-    assert "val/nats_per_code" in page
-    assert 'alt="samples of job 10"' in page
-
-
-def test_an_incomplete_row_is_left_out(tmp_path):
-    path = tmp_path / "metrics.csv"
-    path.write_text("epoch,step,val/nmse\n0,4,0.25\n0,9,0.1")
-    assert read_curves(path) == {"val/nmse": ([5], [0.25])}
-
-
-@pytest.mark.parametrize(("place", "said"), [("", "no job in it"), ("run", "of one run")])
-def test_a_folder_without_a_sweep_is_refused(place, said, tmp_path, monkeypatch):
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "config.yaml").write_text("")
-    folder = tmp_path / place if place else tmp_path / "nothing"
-    monkeypatch.setattr(sys, "argv", ["vqvae-report", str(folder)])
-    with pytest.raises(SystemExit, match=said):
-        report_command()
-
-
-def test_markup_in_a_config_is_shown_as_text(toy, command, tmp_path):
-    study = r"study='<script>$\frac$</script>'"  # markup in HTML and in matplotlib
-    folder = tmp_path / "jobs" / "0"
-    assert command("vqvae-train", *TINY_VQVAE, *toy, study, folder=folder).status == 0
-    shutil.copytree(folder, folder.with_name("1"))
-    config = folder / "config.yaml"
-    config.write_text(config.read_text().replace("frac", "other"))
-    write_sweep_report(folder.parent)
-    page = (folder.parent / "report.html").read_text()
-    assert page.count(r"study=&lt;script&gt;$\frac$") == 2, "in the curves and below the picture"
-    assert "<script" not in page
-
-
 def test_a_resumed_study_runs_the_missing_trials(toy, command, tmp_path, monkeypatch):
     options = (*OPTUNA, "hydra.sweeper.n_trials=3", *TINY_VQVAE, *toy)
     with monkeypatch.context() as patch:
@@ -230,7 +164,7 @@ def test_a_resumed_study_runs_the_missing_trials(toy, command, tmp_path, monkeyp
     assert best.best_value == jobs[0].objective == min(job.objective for job in jobs[:3])
     assert best.best_params["model.optimizer.lr"] == jobs[0].chosen["model.optimizer.lr"]
 
-    # Another monitor would compare its values with those of the first one.
+    # Another monitor would compare its values with those of the first monitor.
     outcome = command("vqvae-train", *options, "monitor=val/psnr_db")
     assert outcome.status == 1
     assert "hydra.sweeper.direction=maximize must be minimize" in outcome.err

@@ -1,9 +1,7 @@
 """The main job, end to end, on a few steps."""
 
-import base64
 import json
 import math
-import re
 
 import numpy as np
 import pytest
@@ -36,7 +34,7 @@ def finished(toy_npz, tmp_path_factory):
     return folder
 
 
-def test_a_run_leaves_what_it_promises(finished):
+def test_a_run_writes_what_it_promises(finished):
     for name in (
         "config.yaml",
         "result.json",
@@ -92,19 +90,6 @@ def test_reported_errors_are_those_of_the_saved_network(finished):
     assert value["total_bits_per_dim"] == pytest.approx(total)
 
 
-def test_report_stands_alone_and_shows_everything(finished):
-    page = (finished / "report.html").read_text()
-    assert not re.findall(r"(?:src|href)=\"(?!data:|#)", page)
-    pictures = re.findall(r"data:image/png;base64,([A-Za-z0-9+/=]+)", page)
-    assert len(pictures) >= 3
-    assert all(base64.b64decode(p).startswith(b"\x89PNG") for p in pictures)
-    assert page.count("<svg") == 6
-    result = json.loads((finished / "result.json").read_text())
-    for name in result["metrics"]:
-        assert name in page
-    assert result["command"].split("dataset.source")[0].strip() in page
-
-
 def tiles(path, count, columns):
     """The first images of a grid in the toy data's 12x8 pixels, (count, 12, 8, 3)."""
     with Image.open(path) as image:
@@ -150,7 +135,7 @@ def test_a_finished_run_resumes_without_work(finished, command, monkeypatch):
 
 
 @pytest.mark.parametrize("stage", ["prior", "evaluation", "samples", "report"])
-def test_a_broken_run_goes_on_after_its_last_finished_stage(
+def test_a_broken_run_resumes_after_its_last_finished_stage(
     stage, toy, tmp_path, command, monkeypatch
 ):
     places = {
@@ -167,7 +152,7 @@ def test_a_broken_run_goes_on_after_its_last_finished_stage(
         patch.setattr(places[stage], fail)
         assert command("vqvae-pipeline", *SMOKE, *toy).status == 1
     folder = tmp_path / "run"
-    # A run may be moved before it goes on.
+    # A run may be moved before it resumes.
     moved = folder.rename(tmp_path / "moved")
     outcome = command("vqvae-pipeline", f"resume={moved}")
     assert outcome.status == 0, outcome.err

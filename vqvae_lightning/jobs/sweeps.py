@@ -11,6 +11,7 @@ from omegaconf import DictConfig, OmegaConf, read_write
 
 from vqvae_lightning.console import console
 from vqvae_lightning.errors import Failed
+from vqvae_lightning.report.jobs import list_job_folders
 from vqvae_lightning.runs.claims import SWEEP_CLAIM, claim_folder, new_folder
 from vqvae_lightning.runs.failures import FAILURE, read_failure
 from vqvae_lightning.runs.results import read_result
@@ -52,15 +53,13 @@ class Sweep(Callback):
         Raises:
             Failed: If another command holds the folder; Hydra would only warn of another exception.
         """
-        from vqvae_lightning.report.sweep import job_folders
-
         try:
             _choose_folder(config, "sweep")
             folder = Path(config.hydra.sweep.dir).absolute()
             Sweep.held.enter_context(claim_folder(folder, name=SWEEP_CLAIM))
             Sweep.folder = folder
             Sweep.failed_before = {
-                mark for job in job_folders(folder) for mark in _find_failure(job)
+                mark for job in list_job_folders(folder) for mark in _find_failure(job)
             }
         except Exception as error:
             raise Failed(error) from error
@@ -121,9 +120,7 @@ def report_sweep(one_line: Callable[[BaseException], str], full: bool) -> Iterat
 
 def _report_failures(folder: Path, error: str | None) -> bool:
     """Print a line for each job that failed in this start; True if they include `error`."""
-    from vqvae_lightning.report.sweep import job_folders
-
-    jobs = list(job_folders(folder))
+    jobs = list(list_job_folders(folder))
     failures = {job: read_failure(job) for job in jobs if _find_failure(job) - Sweep.failed_before}
     finished = sum(read_result(job) is not None for job in jobs)
     if not failures:
@@ -144,10 +141,11 @@ def _find_failure(job: Path) -> set[tuple[Path, int]]:
 
 def _write_report(folder: Path) -> None:
     """Write the sweep's report; the sweep succeeds even if the report fails."""
-    from vqvae_lightning.report.sweep import job_folders, write_sweep_report
-
-    if not any(job_folders(folder)):
+    if not any(list_job_folders(folder)):
         return
+    # Imported here because it imports matplotlib, which most commands do not need.
+    from vqvae_lightning.report.sweep import write_sweep_report
+
     try:
         paths = write_sweep_report(folder)
     except Exception as error:

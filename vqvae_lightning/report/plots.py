@@ -34,7 +34,7 @@ STYLE: dict[Any, Any] = {
 }
 
 
-def draw(
+def draw_svg(
     size: tuple[float, float], columns: int, paint: Callable[[list[Axes]], None], rows: int = 1
 ) -> str:
     """Draw an SVG of `size` inches; `paint` gets its axes in reading order and fills them."""
@@ -47,14 +47,14 @@ def draw(
     return text[text.index("<svg") :]
 
 
-def plot(axes: Axes, curves: Curves, name: str, label: str, colour: str) -> None:
+def plot_curve(axes: Axes, curves: Curves, name: str, label: str, colour: str) -> None:
     """Plot one curve if it was logged."""
     if name in curves:
         few = len(curves[name][0]) < 30
         axes.plot(*curves[name], label=label, color=colour, marker="o" if few else "", ms=3)
 
 
-def overlaid(
+def plot_runs(
     named: list[tuple[str, Curves]], others: list[Curves], panels: list[tuple[str, str]]
 ) -> str:
     """Plot the curves of several runs, with one panel per metric.
@@ -73,7 +73,9 @@ def overlaid(
                 if name in curves:
                     axis.plot(*curves[name], color=QUIET, lw=0.7)
             for number, (label, curves) in enumerate(named):
-                plot(axis, curves, name, label.replace("$", r"\$"), COLOURS[number % len(COLOURS)])
+                plot_curve(
+                    axis, curves, name, label.replace("$", r"\$"), COLOURS[number % len(COLOURS)]
+                )
                 if name in curves:
                     # Dashes distinguish the curves without colours.
                     axis.lines[-1].set_linestyle(DASHES[number % len(DASHES)])
@@ -90,40 +92,40 @@ def overlaid(
             fontsize=8,
         )
 
-    return draw((9, 2.6 * rows + 0.2 * -(-len(named) // 2)), columns, paint, rows)
+    return draw_svg((9, 2.6 * rows + 0.2 * -(-len(named) // 2)), columns, paint, rows)
 
 
-def losses(curves: Curves) -> str:
+def plot_losses(curves: Curves) -> str:
     """Plot the reconstruction and quantizer losses of stage 1 over steps."""
 
     def paint(axes: list[Axes]) -> None:
         left, right = axes
-        plot(left, curves, "train/nmse", "training batches", TRAIN)
-        plot(left, curves, "val/nmse", "validation", VAL)
+        plot_curve(left, curves, "train/nmse", "training batches", TRAIN)
+        plot_curve(left, curves, "val/nmse", "validation", VAL)
         left.set(title="Reconstruction: NMSE", xlabel="steps", yscale="log")
         left.legend()
-        plot(right, curves, "train/nmse", "reconstruction", TRAIN)
-        plot(right, curves, "train/commitment_weighted", "commitment, weighted", EXTRA)
-        plot(right, curves, "train/codebook_weighted", "codebook, weighted", VAL)
+        plot_curve(right, curves, "train/nmse", "reconstruction", TRAIN)
+        plot_curve(right, curves, "train/commitment_weighted", "commitment, weighted", EXTRA)
+        plot_curve(right, curves, "train/codebook_weighted", "codebook, weighted", VAL)
         right.set(title="How the training losses balance", xlabel="steps", yscale="log")
         if right.lines:
             right.legend()
 
-    return draw((9, 2.8), 2, paint)
+    return draw_svg((9, 2.8), 2, paint)
 
 
-def usage(curves: Curves, num_codes: int) -> str:
+def plot_usage(curves: Curves, num_codes: int) -> str:
     """Plot the perplexity and codebook use of stage 1 over steps."""
 
     def paint(axes: list[Axes]) -> None:
         left, right = axes
-        plot(left, curves, "train/perplexity", "training, since last point", TRAIN)
-        plot(left, curves, "val/perplexity", "validation", VAL)
+        plot_curve(left, curves, "train/perplexity", "training, since last point", TRAIN)
+        plot_curve(left, curves, "val/perplexity", "validation", VAL)
         left.axhline(num_codes, color=QUIET, ls=":", label=f"all {num_codes} equally")
         left.set(title="Perplexity of the codes", xlabel="steps", ylim=(0, num_codes * 1.08))
         left.legend(loc="lower right")
-        plot(right, curves, "train/codebook_use", "training, since last point", TRAIN)
-        plot(right, curves, "val/codebook_use", "validation", VAL)
+        plot_curve(right, curves, "train/codebook_use", "training, since last point", TRAIN)
+        plot_curve(right, curves, "val/codebook_use", "validation", VAL)
         right.set(title="Share of codes in use", xlabel="steps", ylim=(0, 1.05))
         if "train/revived_codes" in curves:
             steps, revived = curves["train/revived_codes"]
@@ -134,16 +136,16 @@ def usage(curves: Curves, num_codes: int) -> str:
         if right.lines:
             right.legend(loc="lower right")
 
-    return draw((9, 2.8), 2, paint)
+    return draw_svg((9, 2.8), 2, paint)
 
 
-def prior(curves: Curves, split: str, metrics: dict[str, Any]) -> str:
+def plot_prior(curves: Curves, split: str, metrics: dict[str, Any]) -> str:
     """Plot the nats per code of stage 2 over steps, with the baselines."""
 
     def paint(axes: list[Axes]) -> None:
         left, right = axes
-        plot(left, curves, "train/nats_per_code", "training batches", TRAIN)
-        plot(left, curves, "val/nats_per_code", "validation, averaged weights", VAL)
+        plot_curve(left, curves, "train/nats_per_code", "training batches", TRAIN)
+        plot_curve(left, curves, "val/nats_per_code", "validation, averaged weights", VAL)
         baselines = (
             ("unigram_nats_per_code", "histogram of codes", "--"),
             ("position_nats_per_code", "histogram per position", ":"),
@@ -155,13 +157,13 @@ def prior(curves: Curves, split: str, metrics: dict[str, Any]) -> str:
                 )
         left.set(title="Prior: nats per code", xlabel="steps")
         left.legend(loc="upper right", bbox_to_anchor=(1, 0.78))
-        plot(right, curves, "val/accuracy", "validation", VAL)
+        plot_curve(right, curves, "val/accuracy", "validation", VAL)
         right.set(title="Prior: share of codes predicted", xlabel="steps", ylim=(0, None))
 
-    return draw((9, 2.8), 2, paint)
+    return draw_svg((9, 2.8), 2, paint)
 
 
-def histogram(counts: Array) -> str:
+def plot_histogram(counts: Array) -> str:
     """Plot the share of each code in the training split, the most used first."""
 
     def paint(axes: list[Axes]) -> None:
@@ -174,10 +176,10 @@ def histogram(counts: Array) -> str:
         )
         axes[0].legend()
 
-    return draw((9, 2.4), 1, paint)
+    return draw_svg((9, 2.4), 1, paint)
 
 
-def code_maps(images: Array, codes: Array, counts: Array, columns: int = 10) -> str:
+def plot_code_maps(images: Array, codes: Array, counts: Array, columns: int = 10) -> str:
     """Show images (N, C, H, W) uint8 above their codes (N, h, w), coloured by frequency."""
     rank = np.empty(len(counts), dtype=int)
     rank[np.argsort(-counts)] = np.arange(len(counts))
@@ -192,10 +194,10 @@ def code_maps(images: Array, codes: Array, counts: Array, columns: int = 10) -> 
         for one in axes:
             one.set_axis_off()
 
-    return draw((9, 1.95), shown, paint, rows=2)
+    return draw_svg((9, 1.95), shown, paint, rows=2)
 
 
-def rate(metrics: dict[str, Any], split: str) -> str:
+def plot_rate(metrics: dict[str, Any], split: str) -> str:
     """Plot the bits per dimension of the pixels and of the codes."""
 
     def paint(axes: list[Axes]) -> None:
@@ -220,4 +222,4 @@ def rate(metrics: dict[str, Any], split: str) -> str:
         axes[0].grid(visible=False, axis="y")
         axes[0].legend(loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=2)
 
-    return draw((9, 1.9), 1, paint)
+    return draw_svg((9, 1.9), 1, paint)

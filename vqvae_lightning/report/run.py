@@ -9,6 +9,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 from markupsafe import Markup
 
 from vqvae_lightning.files import write_text
+from vqvae_lightning.report import plots
 from vqvae_lightning.runs.results import read_curves, read_result
 
 
@@ -21,8 +22,6 @@ def write_report(folder: Path) -> Path:
     Returns:
         Path of the page.
     """
-    from vqvae_lightning.report import plots
-
     result = read_result(folder)
     stages = {name: read_result(folder / name) for name in ("evaluation", "samples")}
     assert result is not None
@@ -39,7 +38,7 @@ def write_report(folder: Path) -> Path:
         "nearest": folder / "evaluation" / "nearest.png",
     }
     split = result["split"]
-    page = template("template.html").render(
+    page = load_template("template.html").render(
         result=result,
         split=split,
         value=lambda name: result["metrics"].get(f"{split}/{name}", {}).get("value"),
@@ -47,13 +46,13 @@ def write_report(folder: Path) -> Path:
         columns=[names[number] for number in stages["samples"]["column_classes"]],
         stages=result["seconds"],
         pictures={name: inline_png(path) for name, path in pictures.items()},
-        progress=[inline_png(path) for path in _some(folder / "prior" / "pictures", 4)],
-        losses=Markup(plots.losses(curves["vqvae"])),
-        usage=Markup(plots.usage(curves["vqvae"], len(histogram))),
-        prior=Markup(plots.prior(curves["prior"], split, result["metrics"])),
-        histogram=Markup(plots.histogram(histogram)),
-        code_maps=Markup(plots.code_maps(images, codes, histogram)),
-        rate=Markup(plots.rate(result["metrics"], split)),
+        progress=[inline_png(path) for path in _pick_evenly(folder / "prior" / "pictures", 4)],
+        losses=Markup(plots.plot_losses(curves["vqvae"])),
+        usage=Markup(plots.plot_usage(curves["vqvae"], len(histogram))),
+        prior=Markup(plots.plot_prior(curves["prior"], split, result["metrics"])),
+        histogram=Markup(plots.plot_histogram(histogram)),
+        code_maps=Markup(plots.plot_code_maps(images, codes, histogram)),
+        rate=Markup(plots.plot_rate(result["metrics"], split)),
         config=(folder / "config.yaml").read_text(encoding="utf-8"),
         folder=str(folder),
     )
@@ -62,7 +61,7 @@ def write_report(folder: Path) -> Path:
     return path
 
 
-def template(name: str) -> Template:
+def load_template(name: str) -> Template:
     """Load a page of this folder, in which a missing value is an error."""
     environment = Environment(
         loader=PackageLoader("vqvae_lightning", "report"),
@@ -78,7 +77,7 @@ def inline_png(path: Path) -> dict[str, Any]:
     return {"name": path.stem, "uri": f"data:image/png;base64,{data}"}
 
 
-def _some(folder: Path, count: int) -> list[Path]:
+def _pick_evenly(folder: Path, count: int) -> list[Path]:
     """Pick `count` PNG files evenly in order of name, including the first and the last."""
     paths = sorted(folder.glob("*.png"))
     last = len(paths) - 1
