@@ -682,7 +682,7 @@ MUTATIONS = (
         ),
     ),
     *mutations_of(
-        "jobs/ranks.py",
+        "jobs/launched_ranks.py",
         "test_launchers.py",
         (
             "any number of ranks",

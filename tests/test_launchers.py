@@ -17,8 +17,8 @@ from conftest import TINY_VQVAE, compose
 
 from vqvae_lightning.errors import Interrupted, RankError
 from vqvae_lightning.jobs import parallel
+from vqvae_lightning.jobs.launched_ranks import detect_launcher
 from vqvae_lightning.jobs.launcher import resources
-from vqvae_lightning.jobs.ranks import detect_launcher
 
 RANKS = (
     *[option for option in TINY_VQVAE if not option.startswith("trainer=")],

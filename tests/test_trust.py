@@ -50,7 +50,10 @@ def attack(tmp_path, monkeypatch):
     np.save(place / "payload.npy", np.array([Payload(ran)]), allow_pickle=True)
     monkeypatch.syspath_prepend(place)
     monkeypatch.setenv("EVIL", "vqvae_lightning.commands.app.os.system")
-    run = {"_target_": "vqvae_lightning.jobs.ranks.subprocess.run", "args": ["touch", str(ran)]}
+    run = {
+        "_target_": "vqvae_lightning.jobs.local_ranks.subprocess.run",
+        "args": ["touch", str(ran)],
+    }
     configs = {
         "torch.load": {"f": str(place / "payload.pkl"), "weights_only": False},
         "torch.hub.load": {"repo_or_dir": str(place), "model": "made", "source": "local"},
@@ -58,7 +61,7 @@ def attack(tmp_path, monkeypatch):
             "path": {"_target_": "vqvae_lightning.runs.results.Path", "_args_": [str(ran)]},
             "text": "",
         },
-        "vqvae_lightning.jobs.ranks.subprocess.run": run,
+        "vqvae_lightning.jobs.local_ranks.subprocess.run": run,
         "vqvae_lightning.stages.sharding.shutil.rmtree": {"path": str(place / "victim")},
         "vqvae_lightning.commands.app.os.system": {"command": f"touch {ran}"},
         # An import that is enough, an unsuspected library, arguments without names, a target that
@@ -82,7 +85,7 @@ ATTACKS = (
     "torch.load",
     "torch.hub.load",
     "vqvae_lightning.files.write_text",
-    "vqvae_lightning.jobs.ranks.subprocess.run",
+    "vqvae_lightning.jobs.local_ranks.subprocess.run",
     "vqvae_lightning.stages.sharding.shutil.rmtree",
     "vqvae_lightning.commands.app.os.system",
     "evil_package.made",

@@ -32,7 +32,7 @@ from vqvae_lightning.data.sources.protocol import (
 )
 from vqvae_lightning.errors import InputError
 from vqvae_lightning.files import write_text
-from vqvae_lightning.jobs.ranks import local_rank
+from vqvae_lightning.jobs.ranks import get_local_rank
 
 FOLDER = ".vqvae_lightning"
 LAYOUT = 1  # increase it when files of older versions must not be used
@@ -82,7 +82,7 @@ def load(source: Source, cache_dir: Path | None) -> Loaded:
             return Loaded(_read(folder), folder)
         except OSError as error:
             reason = str(error)
-    if local_rank() == 0:
+    if get_local_rank() == 0:
         console.print(
             f"warning: the images of {stamp.place} are held in memory by every process, because "
             f"they cannot be stored ({reason}): set dataset.cache_dir to a writable folder.",

@@ -19,11 +19,11 @@ from vqvae_lightning.evaluation.drawing import draw_images, find_nearest_images
 from vqvae_lightning.evaluation.likelihood import measure_likelihood
 from vqvae_lightning.evaluation.reconstruction import decode_images, measure_reconstruction
 from vqvae_lightning.files import replace_file
+from vqvae_lightning.jobs.launched_ranks import detect_launcher
 from vqvae_lightning.jobs.ranks import (
     count_ranks,
-    detect_launcher,
+    get_local_rank,
     join_ranks,
-    local_rank,
     start_ranks,
 )
 from vqvae_lightning.loggers.media import log_result
@@ -117,7 +117,7 @@ def measure(cfg: DictConfig, found: Subject) -> dict[str, float]:
     join_ranks(cfg.trainer.accelerator)
     count = count_ranks(cfg.trainer)
     with prefix_keys("trainer"):
-        device = choose_devices(cfg.trainer.accelerator, count)[local_rank()]
+        device = choose_devices(cfg.trainer.accelerator, count)[get_local_rank()]
     found.codes.encode(device)
     found.codes.setup()
     if found.prior is not None:

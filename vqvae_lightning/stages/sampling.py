@@ -21,7 +21,7 @@ from vqvae_lightning.errors import (
 )
 from vqvae_lightning.evaluation.drawing import draw_images
 from vqvae_lightning.files import replace_file
-from vqvae_lightning.jobs.ranks import detect_launcher
+from vqvae_lightning.jobs.launched_ranks import detect_launcher
 from vqvae_lightning.networks.autoencoder import VQVAE
 from vqvae_lightning.networks.pixelcnn import PixelCNN
 from vqvae_lightning.networks.sampling import check_guidance, check_top_p

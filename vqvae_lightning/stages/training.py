@@ -18,7 +18,7 @@ from vqvae_lightning.console import console
 from vqvae_lightning.data import CodesDataModule
 from vqvae_lightning.data.images import PixelDataModule, StageDataModule
 from vqvae_lightning.errors import InputError, Interrupted, Key, prefix_keys
-from vqvae_lightning.jobs.ranks import environment, local_rank, start_ranks
+from vqvae_lightning.jobs.ranks import get_environment, get_local_rank, start_ranks
 from vqvae_lightning.loggers.wandb import Input, WandbRun, name_run
 from vqvae_lightning.randomness import derive_seed
 from vqvae_lightning.runs.results import read_result, write_config, write_result
@@ -215,7 +215,9 @@ def fit(
     best, last = folder / "checkpoints" / "best.ckpt", folder / "checkpoints" / "last.ckpt"
     on_gpu = cfg.trainer.accelerator != "cpu"
     if on_gpu:
-        torch.cuda.set_device(local_rank())  # otherwise all ranks would use memory of the first GPU
+        torch.cuda.set_device(
+            get_local_rank()
+        )  # otherwise all ranks would use memory of the first GPU
         torch.cuda.reset_peak_memory_stats()
 
     task.save_hyperparameters(to_plain(cfg))
@@ -225,7 +227,7 @@ def fit(
     trainer = build(
         cfg.trainer,
         callbacks=callbacks,
-        plugins=[environment()],
+        plugins=[get_environment()],
         logger=build_parts(cfg.logger),
         enable_progress_bar=cfg.callbacks.progress is not None,
     )
