@@ -114,10 +114,10 @@ def test_the_logits_of_a_priors_validation_are_counted(toy, tmp_path, monkeypatc
 
 
 def test_mapped_images_that_memory_cannot_hold_are_a_warning(toy, tmp_path, monkeypatch):
-    monkeypatch.setattr(preflight, "_room", lambda *_: (2**40, "anywhere"))
+    monkeypatch.setattr(preflight, "_measure_room", lambda *_: (2**40, "anywhere"))
     monkeypatch.setattr(preflight, "measure_available_memory", lambda: 43_000)
     (warning,) = surveys(tmp_path, *toy)["vqvae"].warnings
-    assert "the images take 43.2 kB and this machine has 43 kB left" in warning
+    assert "the images take 43.2 kB, but this machine has 43 kB left" in warning
 
 
 def test_the_vectors_that_initialize_the_codebook_are_counted(toy, tmp_path, monkeypatch):
@@ -146,7 +146,7 @@ def test_the_images_are_counted_once_per_rank(toy, tmp_path, monkeypatch):
     three = (*toy, "trainer.devices=3", "dataset.batch_size=33", "prior.batch_size=33")
     assert surveys(tmp_path, *three)["vqvae"].warnings == []
     # This process has loaded its images; the other two need 86 kB together.
-    monkeypatch.setattr(preflight, "_room", lambda *_: (2**40, "anywhere"))
+    monkeypatch.setattr(preflight, "_measure_room", lambda *_: (2**40, "anywhere"))
     monkeypatch.setattr(preflight, "measure_available_memory", lambda: 2 * pixels)
     assert surveys(tmp_path, *three)["vqvae"].warnings == []
     monkeypatch.setattr(preflight, "measure_available_memory", lambda: 2 * pixels - 1)

@@ -1,4 +1,4 @@
-"""What a run is going to be, against what it then is."""
+"""What preflight reports about a run, compared with the run."""
 
 import re
 from types import SimpleNamespace
@@ -17,17 +17,17 @@ from vqvae_lightning.tasks.optimization import check_optimizer
 SMALL = [option for option in TINY_VQVAE if not option.startswith("trainer=")]
 
 
-def surveyed(folder, *overrides):
+def survey_vqvae(folder, *overrides):
     cfg = compose("vqvae", *overrides, folder=folder)
     return prepare(cfg, load_images(cfg.dataset)).survey
 
 
-def bytes_of(text):
+def parse_bytes(text):
     number, unit = re.match(r"([\d.]+) (kB|MB|GB)", text).groups()
     return float(number) * {"kB": 1e3, "MB": 1e6, "GB": 1e9}[unit]
 
 
-def test_preflight_prints_everything_and_leaves_nothing(toy, command):
+def test_preflight_prints_everything_and_writes_nothing(toy, command):
     outcome = command("vqvae-pipeline", "experiment=smoke", "preflight=true", *toy)
     assert outcome.status == 0, outcome.err
     for words in ("1 x cpu, 32-true", "3x2 codes of 512", "96 train, 24 val, 30 test", "GB free"):
@@ -35,15 +35,15 @@ def test_preflight_prints_everything_and_leaves_nothing(toy, command):
     assert not outcome.folder.exists()
 
 
-def test_a_run_begins_with_its_line_and_its_checkpoints_are_as_large_as_told(toy, command):
+def test_a_run_prints_its_facts_first_and_its_checkpoints_have_the_reported_size(toy, command):
     small = ("experiment=smoke", "model.net.hidden=64", "prior.model.net.channels=32", *toy)
     outcome = command("vqvae-pipeline", *small)
     assert outcome.status == 0, outcome.err
     text = " ".join(outcome.out.split())
     for stage in ("vqvae", "prior"):
-        told = re.search(rf"{stage} 1 x cpu.*?checkpoints of ([\d.]+ [kMG]B)", text).group(1)
+        reported = re.search(rf"{stage} 1 x cpu.*?checkpoints of ([\d.]+ [kMG]B)", text).group(1)
         written = (outcome.folder / stage / "checkpoints" / "last.ckpt").stat().st_size
-        assert bytes_of(told) == pytest.approx(written, rel=0.1), stage
+        assert parse_bytes(reported) == pytest.approx(written, rel=0.1), stage
 
 
 def test_a_pipeline_surveys_each_training_stage_once(toy, command, monkeypatch):
@@ -59,11 +59,11 @@ def test_a_pipeline_surveys_each_training_stage_once(toy, command, monkeypatch):
 def test_activations_are_the_bytes_kept_for_the_backward_pass():
     net = nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 2, 3, padding=1))
     data = SimpleNamespace(image_shape=(1, 8, 8))
-    # The first convolution keeps its input, the second the ReLU's output; the ReLU the same.
-    assert preflight._activations(net, data, "32-true") == 4 * 64 * (1 + 4)
+    # The first convolution keeps its input. The second and the ReLU keep the ReLU's output.
+    assert preflight._measure_activations(net, data, "32-true") == 4 * 64 * (1 + 4)
 
 
-def test_looking_over_changes_nothing_of_the_network(toy, tmp_path):
+def test_a_survey_does_not_change_the_network(toy, tmp_path):
     cfg = compose("vqvae", *SMALL, *toy, folder=tmp_path)
     images = load_images(cfg.dataset)
     task = prepare(cfg, images).task
@@ -72,7 +72,7 @@ def test_looking_over_changes_nothing_of_the_network(toy, tmp_path):
     preflight.survey(cfg, task.net, images, 2.0)
     assert torch.equal(torch.get_rng_state(), state)
     assert task.net.training
-    assert task.net.quantizer.update(0.5) == {}, "nothing was gathered"
+    assert task.net.quantizer.update(0.5) == {}, "vectors were gathered"
     for name, value in task.net.state_dict().items():
         assert torch.equal(value, before[name]), name
 
@@ -93,7 +93,7 @@ def test_the_receptive_field_is_what_a_code_depends_on(downsamplings, blocks):
 @pytest.mark.parametrize(
     ("optimizer", "values"), [(torch.optim.Adam, 2), (torch.optim.AdamW, 2), (torch.optim.SGD, 0)]
 )
-def test_the_optimizers_state_is_counted(optimizer, values):
+def test_the_state_of_the_optimizer_is_counted(optimizer, values):
     assert check_optimizer(lambda parameters: optimizer(parameters, lr=0.1)) == values
 
 
@@ -114,25 +114,25 @@ def test_the_optimizers_state_is_counted(optimizer, values):
 )
 def test_combinations_that_cannot_work_are_errors(overrides, words, toy, tmp_path):
     with pytest.raises(InputError, match=words):
-        surveyed(tmp_path, *SMALL, *toy, *overrides)
+        survey_vqvae(tmp_path, *SMALL, *toy, *overrides)
 
 
 def test_a_model_larger_than_memory_is_refused(toy, tmp_path, monkeypatch):
     monkeypatch.setattr(preflight, "measure_available_memory", lambda: 100_000)
     with pytest.raises(InputError, match=r"take \d+ kB, but this machine .* has 100 kB"):
-        surveyed(tmp_path, *SMALL, *toy, "model.net.hidden=20")
+        survey_vqvae(tmp_path, *SMALL, *toy, "model.net.hidden=20")
 
 
 def test_activations_that_do_not_fit_are_a_warning(toy, tmp_path, monkeypatch):
     monkeypatch.setattr(preflight, "measure_available_memory", lambda: 120_000)
-    (warning,) = surveyed(tmp_path, *SMALL, *toy).warnings
+    (warning,) = survey_vqvae(tmp_path, *SMALL, *toy).warnings
     assert "smaller dataset.batch_size" in warning
 
 
 def test_a_full_disk_is_found_before_training(toy, tmp_path, monkeypatch):
     monkeypatch.setattr(preflight.shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
     with pytest.raises(InputError, match=r"do not fit into the 1 kB .*hydra\.run\.dir"):
-        surveyed(tmp_path, *SMALL, *toy)
+        survey_vqvae(tmp_path, *SMALL, *toy)
 
 
 @pytest.mark.parametrize(
@@ -142,27 +142,26 @@ def test_a_full_disk_is_found_before_training(toy, tmp_path, monkeypatch):
         (("dataset.batch_size=1", "model.net.quantizer.num_codes=64"), "hit every 11 steps"),
     ],
 )
-def test_what_is_probably_not_meant_is_a_warning(overrides, words, toy, tmp_path):
+def test_what_is_probably_not_intended_is_a_warning(overrides, words, toy, tmp_path):
     assert any(
-        words in warning for warning in surveyed(tmp_path, *SMALL, *toy, *overrides).warnings
+        words in warning for warning in survey_vqvae(tmp_path, *SMALL, *toy, *overrides).warnings
     )
 
 
-def test_a_prior_whose_layers_do_not_span_the_grid_is_told(command):
+def test_a_prior_whose_layers_do_not_cover_the_grid_is_a_warning(command):
     short = ("experiment=smoke", "prior.model.net.layers=1", "prior.model.net.first_kernel=3")
     outcome = command("vqvae-pipeline", *short, "preflight=true")
-    assert "model.net.layers=1 leaves some of the 7x7 codes unseen; 6 layers see all" in " ".join(
-        outcome.out.split()
-    )
+    words = "model.net.layers=1 the receptive field does not cover the 7x7 codes; 6 layers cover"
+    assert words in " ".join(outcome.out.split())
 
 
-def test_checkpoints_of_a_run_that_goes_on_are_not_asked_for_twice(toy, tmp_path, monkeypatch):
+def test_a_resumed_run_needs_no_disk_space_for_the_checkpoints_it_has(toy, tmp_path, monkeypatch):
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "checkpoints" / "last.ckpt").write_bytes(b"x" * 10_000_000)
     monkeypatch.setattr(preflight.shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
-    assert "1 kB free" in surveyed(tmp_path, *SMALL, *toy).facts["checkpoints"]
+    assert "1 kB free" in survey_vqvae(tmp_path, *SMALL, *toy).facts["checkpoints"]
 
 
 def test_accumulated_batches_count_as_epochs(toy, tmp_path):
     steps = ("trainer.max_steps=3", "dataset.batch_size=32", "trainer.accumulate_grad_batches=2")
-    assert surveyed(tmp_path, *SMALL, *toy, *steps).facts["length"] == "3 steps, 2.0 epochs"
+    assert survey_vqvae(tmp_path, *SMALL, *toy, *steps).facts["length"] == "3 steps, 2.0 epochs"

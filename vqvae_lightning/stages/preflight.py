@@ -1,18 +1,20 @@
-"""What a run is going to be, before its first step: sizes, memory, data, and what cannot work."""
+"""Check a stage before its first step, and describe its sizes, memory, data and codes."""
 
 import copy
 import math
 import os
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 import torch
+from omegaconf import DictConfig
 from torch import Tensor, nn
 
 from vqvae_lightning.checks import check_types
 from vqvae_lightning.data import CodesDataModule
-from vqvae_lightning.data.images import StageDataModule, check_divides
+from vqvae_lightning.data.images import PixelDataModule, StageDataModule, check_divides
 from vqvae_lightning.devices import measure_available_memory
 from vqvae_lightning.errors import (
     InputError,
@@ -28,22 +30,25 @@ from vqvae_lightning.networks.pixelcnn import PixelCNN
 from vqvae_lightning.quantizers import VectorQuantizer
 from vqvae_lightning.units import get_direction
 
-PROBED = 2  # images in the batch on which activations are measured
-CHECKPOINTS = 4  # best, last, the one before, and the one being written
+if TYPE_CHECKING:
+    from vqvae_lightning.tasks import PriorTask, VQVAETask
+
+PROBED = 2  # number of images in the batch on which activations are measured
+CHECKPOINTS = 4  # best, last, the previous one, and the one being written
 AUTOCAST = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 
 
 class Survey(NamedTuple):
-    """What `survey` found."""
+    """Result of `survey`."""
 
     facts: dict[str, str]
-    """Name and text of each, in reading order."""
+    """Name and text of each fact, in reading order."""
     warnings: list[str]
-    """What will work, but probably not as meant."""
+    """What works, but probably not as intended."""
 
     @property
     def line(self) -> str:
-        """The facts in short, for the start of every run."""
+        """The facts in one line, which every run prints at its start."""
         facts = self.facts
         return (
             f"{facts['devices']}, batch {facts['batch']}; {facts['parameters']} parameters, "
@@ -51,19 +56,23 @@ class Survey(NamedTuple):
         )
 
 
-def check_monitor(monitor: str, task: Any, data: StageDataModule) -> None:
-    """Refuse a score that no validation of the stage logs, or that has no best value.
+def check_monitor(monitor: str, task: "VQVAETask | PriorTask", data: StageDataModule) -> None:
+    """Check that validation logs the monitored metric, and that the metric has a best value.
 
     Args:
-        monitor: Its name, such as `val/nmse`.
-        task: The `VQVAETask` or `PriorTask`.
-        data: The data of the stage.
+        monitor: Name of the metric, such as `val/nmse`.
+        task: Task of the stage.
+        data: Data of the stage, set up.
 
     Raises:
-        InputError: With the names that can be chosen, and which of their values is the best.
+        InputError: If not; the message lists the accepted names and whether their minimum or
+            maximum is best.
     """
-    codes = isinstance(data, CodesDataModule)
-    grid = data.grid if codes else task.net.compute_grid(*data.image_shape[1:])  # type: ignore[attr-defined]
+    if isinstance(data, CodesDataModule):
+        grid = data.grid
+    else:
+        shape = _get_images(data).image_shape
+        grid = cast("VQVAETask", task).net.compute_grid(*shape[1:])
     names = sorted(task.list_validation_metrics(grid))
     known = {name: best for name in names if (best := get_direction(name))}
     if monitor not in known:
@@ -71,11 +80,13 @@ def check_monitor(monitor: str, task: Any, data: StageDataModule) -> None:
         raise InputError(Key("monitor"), f"={monitor} must be one of {accepted}.")
 
 
-def check_trainer(trainer: Any) -> None:
-    """Refuse values of `conf/trainer` that Lightning takes, or refuses without naming the key.
+def check_trainer(trainer: DictConfig) -> None:
+    """Check the values of `conf/trainer`.
+
+    Lightning accepts some bad values, and does not name the key of others.
 
     Raises:
-        InputError: With the key.
+        InputError: If a value is bad; the message names its key.
     """
     check_types(trainer)
     with prefix_keys("trainer"):
@@ -91,44 +102,46 @@ def check_trainer(trainer: Any) -> None:
             _check_limit(f"limit_{split}_batches", trainer[f"limit_{split}_batches"])
         every = trainer.val_check_interval
         if trainer.check_val_every_n_epoch is None:
-            # A text is a time between validations, which Lightning reads.
+            # A string is the time between validations, which Lightning parses.
             if not isinstance(every, str):
                 check_positive("val_check_interval", every)
             return
         check_positive("check_val_every_n_epoch", trainer.check_val_every_n_epoch)
-        if isinstance(every, float) or every is None:  # a share of the epoch
+        if isinstance(every, float) or every is None:  # share of an epoch
             check_range("val_check_interval", 1.0 if every is None else every, 1e-9, 1)
         elif not isinstance(every, str):
             check_positive("val_check_interval", every)
 
 
 def _check_limit(name: str, limit: object) -> None:
-    """Refuse what is neither a number of batches (an integer) nor a share of them (a float)."""
+    """Check that a limit is a number of batches (an integer) or a share of them (a float)."""
     if limit is None or (isinstance(limit, float) and 0 <= limit <= 1):
         return
     if isinstance(limit, bool) or not isinstance(limit, int) or limit < 0:
         raise InputError(
-            Key(name), f"={limit} must be a number of batches, or a share of them as in 0.5."
+            Key(name), f"={limit} must be a number of batches, or a share of them such as 0.5."
         )
 
 
-def survey(cfg: Any, net: nn.Module, data: StageDataModule, optimizer_states: float) -> Survey:
-    """Look a stage over, before any of its steps.
+def survey(
+    cfg: DictConfig, net: nn.Module, data: StageDataModule, optimizer_states: float
+) -> Survey:
+    """Inspect a stage before its first step.
 
     Args:
-        cfg: The stage's config, with what the data decide filled in.
-        net: The network built from it.
-        data: The stage's data, set up, but for the codes of a prior, which may not be made yet.
-        optimizer_states: Values that the optimizer keeps per value of a parameter.
+        cfg: Config of the stage, with the sizes that the data decide filled in.
+        net: Network built from the config.
+        data: Data of the stage, set up. The codes of a prior may not be encoded yet.
+        optimizer_states: Number of values that the optimizer keeps per trained value.
 
     Raises:
-        InputError: If it cannot work: a batch that does not divide over the devices, a state larger
-            than the device, checkpoints larger than what is free on the disk, a precision that the
-            device has not got.
+        InputError: If the stage cannot work: the batch does not divide over the devices, its state
+            does not fit on the device or its checkpoints on the disk, or the device lacks the
+            precision.
     """
-    images = data.images if isinstance(data, CodesDataModule) else data
+    images = _get_images(data)
     sizes = {split: len(images.datasets[split]) for split in ("train", "val", "test")}
-    shape = images.image_shape  # type: ignore[attr-defined]
+    shape = images.image_shape
     ranks, nodes = count_ranks(cfg.trainer), int(cfg.trainer.num_nodes)
     world = ranks * nodes
     batch = data.batch_size
@@ -138,64 +151,65 @@ def survey(cfg: Any, net: nn.Module, data: StageDataModule, optimizer_states: fl
             raise InputError(
                 Key("trainer.devices"),
                 f"={cfg.trainer.devices}: the {split} split has {sizes[split]} images for {world} "
-                "devices, and each device needs one.",
+                "devices, but each device needs at least one.",
             )
-    device = _device(cfg.trainer, ranks)
-    if cfg.compile and device == "cpu" and not _cpp_compiler():
+    device = _check_device(cfg.trainer, ranks)
+    if cfg.compile and device == "cpu" and not _find_cpp_compiler():
         raise InputError("compile=true needs a C++ compiler on a CPU: install g++, or set CXX.")
     warnings: list[str] = []
 
-    with rename_keys(lambda key: {"size": images.size_key}.get(key, key)):  # type: ignore[attr-defined]
-        codes, found = _codes(net, data, shape, batch, sizes["train"])
+    with rename_keys(lambda key: {"size": images.size_key}.get(key, key)):
+        codes, found = _describe_codes(net, data, shape, batch, sizes["train"])
     warnings += found
     parameters = sum(p.numel() for p in net.parameters())
-    weights = _bytes(net.state_dict().values())
+    weights = _count_bytes(net.state_dict().values())
     states = sum(p.numel() * p.element_size() for p in net.parameters() if p.requires_grad)
     optimizer = round(states * optimizer_states)
-    averages = cfg.callbacks.average is not None if "average" in cfg.callbacks else False
-    pool = _pool(net)
+    averages = cfg.callbacks.get("average") is not None
+    pool = _count_pool_bytes(net)
     fixed = weights * (2 if averages else 1) + optimizer + states * (2 if world > 1 else 1) + pool
     local = batch // world
     step = batch * cfg.trainer.accumulate_grad_batches
-    training = local * _activations(net, data, cfg.trainer.precision)
+    training = local * _measure_activations(net, data, cfg.trainer.precision)
     evaluated = min(data.eval_batch_size, max(sizes["val"], sizes["test"]))
-    validating = -(-evaluated // world) * _logits(net, data)
+    validating = -(-evaluated // world) * _count_logit_bytes(net, data)
     running = max(training, validating)
-    held = images.memory  # type: ignore[attr-defined]
+    held = images.memory
     free_memory = measure_available_memory()
-    copies = held * (ranks - 1)  # this process has its own already
-    room, where = _room(device, ranks, max(0, free_memory - copies))
+    copies = held * (ranks - 1)  # this process has loaded its copy
+    room, where = _measure_room(device, ranks, max(0, free_memory - copies))
     if copies > free_memory:
         warnings.append(
-            f"the images take {_size(held)} in each of {ranks} processes, and this machine has "
-            f"{_size(free_memory)} left for them."
+            f"the images take {_format_bytes(held)} in each of {ranks} processes, but this machine "
+            f"has only {_format_bytes(free_memory)} left."
         )
-    mapped = images.mapped  # type: ignore[attr-defined]
+    mapped = images.mapped
     if mapped > free_memory:
         warnings.append(
-            f"the images take {_size(mapped)} and this machine has {_size(free_memory)} left: each "
-            "epoch reads them from the disk."
+            f"the images take {_format_bytes(mapped)}, but this machine has "
+            f"{_format_bytes(free_memory)} left: each epoch reads them from the disk."
         )
     if fixed > room:
         raise InputError(
-            f"weights, gradients and optimizer take {_size(fixed)}, but {where} has "
-            f"{_size(room)}: choose a smaller model.net.hidden, channels or num_codes."
+            f"weights, gradients and optimizer take {_format_bytes(fixed)}, but {where} has "
+            f"{_format_bytes(room)}: choose a smaller model.net.hidden, channels or num_codes."
         )
     if fixed + running > room:
         larger = data.batch_size_key if training >= validating else "dataset.eval_batch_size"
         warnings.append(
-            f"about {_size(fixed + running)} are needed and {where} has {_size(room)}: choose a "
-            f"smaller {larger}, or more devices."
+            f"training needs about {_format_bytes(fixed + running)}, but {where} has "
+            f"{_format_bytes(room)}: choose a smaller {larger}, or more devices."
         )
     checkpoint = weights * (2 if averages else 1) + optimizer
-    largest = checkpoint + pool  # within the warm-up
-    free = shutil.disk_usage(_existing(Path(cfg.folder))).free
-    # Those that are there already, of a run that goes on, will be replaced.
+    largest = checkpoint + pool  # during the warm-up
+    free = shutil.disk_usage(_find_existing(Path(cfg.folder))).free
+    # A resumed run replaces the checkpoints that it has written.
     written = sum(path.stat().st_size for path in Path(cfg.folder, "checkpoints").glob("*.ckpt"))
     if CHECKPOINTS * largest > free + written:
         raise InputError(
-            f"{CHECKPOINTS} checkpoints of {_size(largest)} do not fit into the {_size(free)} "
-            f"that are free at {cfg.folder}: set hydra.run.dir to another disk."
+            f"{CHECKPOINTS} checkpoints of {_format_bytes(largest)} do not fit into the "
+            f"{_format_bytes(free)} free at {cfg.folder}: set hydra.run.dir to a folder on "
+            "another disk."
         )
     steps = cfg.trainer.max_steps
     places = f" on each of {nodes} nodes" if nodes > 1 else ""
@@ -205,35 +219,44 @@ def survey(cfg: Any, net: nn.Module, data: StageDataModule, optimizer_states: fl
         "devices": f"{ranks} x {device}{places}, {cfg.trainer.precision}{compiled}",
         "batch": f"{batch}{each}",
         "parameters": f"{parameters:,}",
-        "memory": f"{_size(fixed + running)} per device",
+        "memory": f"{_format_bytes(fixed + running)} per device",
         "codes": codes,
         "data": f"{sizes['train']:,} train, {sizes['val']:,} val, {sizes['test']:,} test images of "
-        f"{'x'.join(map(str, shape))}, {len(images.class_names) or 'no'} classes, fingerprint "  # type: ignore[attr-defined]
-        f"{images.fingerprint}, {_kept(images)}",  # type: ignore[attr-defined]
+        f"{'x'.join(map(str, shape))}, {len(images.class_names) or 'no'} classes, fingerprint "
+        f"{images.fingerprint}, {_describe_storage(images)}",
         "length": f"{steps:,} steps, {steps * step / sizes['train']:.1f} epochs"
         if steps > 0
         else f"{cfg.trainer.max_epochs} epochs",
-        "checkpoints": f"{_size(checkpoint)}, {_size(free)} free",
+        "checkpoints": f"{_format_bytes(checkpoint)}, {_format_bytes(free)} free",
     }
     return Survey(facts, warnings)
 
 
-def _codes(
+def _get_images(data: StageDataModule) -> PixelDataModule:
+    """Return the images of a stage, from which a prior's codes are made."""
+    return data.images if isinstance(data, CodesDataModule) else cast(PixelDataModule, data)
+
+
+def _describe_codes(
     net: nn.Module, data: StageDataModule, shape: tuple[int, int, int], batch: int, total: int
 ) -> tuple[str, list[str]]:
-    """The latent grid against what sees it, and the codes of a batch against K."""
+    """Compare the latent grid with the receptive field, and the codes of a batch with K.
+
+    Returns:
+        Text of the fact, and warnings.
+    """
     if isinstance(net, PixelCNN):
         assert isinstance(data, CodesDataModule)
         rows, columns = data.grid
         layers, needed = len(net.layers), net.layers_needed
-        text = f"{rows}x{columns} codes of {net.num_codes}, seen by {needed} of {layers} layers"
+        text = f"{rows}x{columns} codes of {net.num_codes}, covered by {needed} of {layers} layers"
         if needed <= layers:
             return text, []
         warning = (
-            f"model.net.layers={layers} leaves some of the {rows}x{columns} codes unseen; "
-            f"{needed} layers see all."
+            f"with model.net.layers={layers} the receptive field does not cover the "
+            f"{rows}x{columns} codes; {needed} layers cover them."
         )
-        return f"{rows}x{columns} codes of {net.num_codes}, not all seen", [warning]
+        return f"{rows}x{columns} codes of {net.num_codes}, not covered", [warning]
     assert isinstance(net, VQVAE)
     rows, columns = net.compute_grid(*shape[1:])
     seen = net.encoder.receptive_field
@@ -252,20 +275,20 @@ def _codes(
     text = f"{grid % f'codes of {quantizer.num_codes}'}, {share:.3g} per code and step"
     if share < 0.1:
         warnings.append(
-            f"a step has {batch * positions} codes for model.net.quantizer.num_codes="
-            f"{quantizer.num_codes}: each is hit every {1 / share:.0f} steps at best; choose a "
-            f"larger {data.batch_size_key}."
+            f"a batch has {batch * positions} codes for model.net.quantizer.num_codes="
+            f"{quantizer.num_codes}, so that each is hit every {1 / share:.0f} steps at best: "
+            f"choose a larger {data.batch_size_key}."
         )
     return text, warnings
 
 
-def _activations(net: nn.Module, data: StageDataModule, precision: str) -> int:
-    """Bytes per image that a training step keeps for the backward pass, measured on a copy."""
+def _measure_activations(net: nn.Module, data: StageDataModule, precision: str) -> int:
+    """Measure the bytes per image that a training step keeps for the backward pass, on a copy."""
     probe = copy.deepcopy(net).train()
     kept: dict[int, int] = {}
     own = {p.untyped_storage().data_ptr() for p in (*probe.parameters(), *probe.buffers())}
 
-    def note(tensor: Tensor) -> Tensor:
+    def record(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in own:
             kept[storage.data_ptr()] = storage.nbytes()
@@ -277,37 +300,38 @@ def _activations(net: nn.Module, data: StageDataModule, precision: str) -> int:
         labels = [torch.zeros(PROBED, dtype=torch.long)] if net.num_classes else []
         inputs = (torch.zeros(PROBED, *data.grid, dtype=torch.long), *labels)
     else:
-        inputs = (torch.zeros(PROBED, *data.image_shape),)  # type: ignore[attr-defined]
+        inputs = (torch.zeros(PROBED, *_get_images(data).image_shape),)
     with (
         torch.random.fork_rng(devices=[]),
         torch.autocast("cpu", AUTOCAST.get(precision), enabled=precision in AUTOCAST),
-        torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor),
+        torch.autograd.graph.saved_tensors_hooks(record, lambda tensor: tensor),
     ):
         output = probe(*inputs)
-    del output  # kept until here, so that no storage is counted twice under one address
+    del output  # kept until here, so that no address is used by two storages
     return sum(kept.values()) // PROBED
 
 
-def _kept(images: Any) -> str:
-    """How the images are at hand."""
+def _describe_storage(images: PixelDataModule) -> str:
+    """Describe where the images are stored, and their size."""
     if images.mapped:
-        return f"{_size(images.mapped)} mapped from a file"
-    return f"{_size(images.memory)} in memory" if images.memory else "read as a stream"
+        return f"{_format_bytes(images.mapped)} mapped from a file"
+    return f"{_format_bytes(images.memory)} in memory" if images.memory else "read as a stream"
 
 
-def _pool(net: nn.Module) -> int:
-    """Bytes of the vectors that the warm-up gathers for the first codebook, at most."""
+def _count_pool_bytes(net: nn.Module) -> int:
+    """Count the bytes of the vectors that the warm-up gathers for the first codebook, at most."""
     quantizer = getattr(net, "quantizer", None)
     if not isinstance(quantizer, VectorQuantizer):
         return 0
-    vector = quantizer.code_dim * quantizer.codebook.element_size() + 8  # and a random number
+    vector = quantizer.code_dim * quantizer.codebook.element_size() + 8  # 8 for a random number
     return quantizer.pool_rows * vector
 
 
-def _logits(net: nn.Module, data: StageDataModule) -> int:
-    """Bytes per image of a prior's logits in validation; twice, for the loss takes their logarithm.
+def _count_logit_bytes(net: nn.Module, data: StageDataModule) -> int:
+    """Count the bytes per image of a prior's logits in validation.
 
-    Training keeps its own, which `_activations` counts.
+    They are counted twice, because the loss computes their log-softmax. `_measure_activations`
+    includes those of training.
     """
     if not isinstance(net, PixelCNN):
         return 0
@@ -315,11 +339,11 @@ def _logits(net: nn.Module, data: StageDataModule) -> int:
     return 2 * 4 * net.num_codes * math.prod(data.grid)
 
 
-def _device(trainer: Any, ranks: int) -> str:
-    """Name of a device, and whether there are as many and they have the precision.
+def _check_device(trainer: DictConfig, ranks: int) -> str:
+    """Return the name of the device.
 
     Raises:
-        InputError: If not.
+        InputError: If there are fewer devices than ranks, or they lack the precision.
     """
     if trainer.accelerator not in ("gpu", "cuda"):
         if trainer.precision == "16-mixed":
@@ -331,8 +355,10 @@ def _device(trainer: Any, ranks: int) -> str:
         return str(trainer.accelerator)
     present = torch.cuda.device_count()
     if ranks > present:
-        said = f"={ranks} must be at most {present}, the GPUs of this machine."
-        raise InputError(Key("trainer.devices"), said)
+        raise InputError(
+            Key("trainer.devices"),
+            f"={ranks} must be at most {present}, the number of GPUs of this machine.",
+        )
     if trainer.precision == "bf16-mixed" and not torch.cuda.is_bf16_supported(False):
         raise InputError(
             Key("trainer.precision"),
@@ -342,30 +368,30 @@ def _device(trainer: Any, ranks: int) -> str:
     return torch.cuda.get_device_name()
 
 
-def _cpp_compiler() -> str | None:
+def _find_cpp_compiler() -> str | None:
     chosen = os.environ.get("CXX")
     names = [chosen] if chosen else ["g++", "clang++", "c++"]
     return next((name for name in names if shutil.which(name)), None)
 
 
-def _room(device: str, ranks: int, free_memory: int) -> tuple[int, str]:
-    """Bytes for each rank, and of what."""
+def _measure_room(device: str, ranks: int, free_memory: int) -> tuple[int, str]:
+    """Measure the bytes that each rank may use, and name the device that they are on."""
     if device == "cpu" or not torch.cuda.is_available():
-        return free_memory // ranks, "this machine (a rank's share)"
+        return free_memory // ranks, "this machine (share of one rank)"
     return torch.cuda.mem_get_info()[1], device
 
 
-def _existing(folder: Path) -> Path:
-    """The nearest folder above that is there."""
+def _find_existing(folder: Path) -> Path:
+    """Return the folder, or the nearest one above it that exists."""
     return next(path for path in (folder, *folder.absolute().parents) if path.exists())
 
 
-def _bytes(tensors: Any) -> int:
+def _count_bytes(tensors: Iterable[object]) -> int:
     return sum(t.numel() * t.element_size() for t in tensors if isinstance(t, Tensor))
 
 
-def _size(count: float) -> str:
-    """A number of bytes for people, in decimal units."""
+def _format_bytes(count: float) -> str:
+    """Format a number of bytes in decimal units."""
     for power, name in ((1e9, "GB"), (1e6, "MB")):
         if count >= power:
             return f"{count / power:.3g} {name}" if count < 1e12 else f"{count / power:,.0f} {name}"
