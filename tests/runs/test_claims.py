@@ -44,7 +44,7 @@ def stale(folder, **changed):
     """Leave the claim of a process that has ended."""
     ended = subprocess.Popen(["true"])
     ended.wait()
-    claim = claims._own(())._replace(pid=ended.pid, born="long ago", token="stale")
+    claim = claims._make_claim(())._replace(pid=ended.pid, born="long ago", token="stale")
     folder.mkdir(exist_ok=True)
     write_text(folder / CLAIM, json.dumps(claim._replace(**changed)._asdict()))
 
@@ -146,7 +146,7 @@ def test_a_finished_run_is_shown_where_nothing_can_be_written(tmp_path, monkeypa
     def refuse(path, claim):
         raise OSError(30, "Read-only file system", str(path))
 
-    monkeypatch.setattr(claims, "_write", refuse)
+    monkeypatch.setattr(claims, "_write_claim", refuse)
     with pytest.raises(OSError, match="Read-only"):
         _hold(tmp_path)
     (tmp_path / "result.json").write_text("{}")
@@ -156,7 +156,7 @@ def test_a_finished_run_is_shown_where_nothing_can_be_written(tmp_path, monkeypa
 def test_without_proc_ps_knows_when_a_process_started(tmp_path, monkeypatch):
     # As on macOS.
     monkeypatch.setattr(claims, "PROC", tmp_path / "nowhere")
-    assert claims._namespace() is None
+    assert claims._read_namespace() is None
     with claim_folder(tmp_path / "run"), pytest.raises(InputError, match=str(os.getpid())):
         _hold(tmp_path / "run")
     stale(tmp_path / "run", pid=os.getpid())
@@ -217,7 +217,7 @@ def test_every_command_is_refused_where_another_works(name, held, tmp_path):
 
 @pytest.fixture
 def trained(monkeypatch):
-    """Folder, seed and hidden files beside it of each run that vqvae-train was to train."""
+    """Folder, seed and hidden files next to the folder of each run that vqvae-train reaches."""
     seen = []
 
     def untrained(cfg):

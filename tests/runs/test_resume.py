@@ -1,4 +1,4 @@
-"""A run that goes on: on the data that it began with, and with the time of all its parts."""
+"""A resumed run: it needs the data that it began with, and sums the time of all its parts."""
 
 import numpy as np
 import pytest
@@ -9,7 +9,7 @@ from vqvae_lightning.configs import to_plain
 from vqvae_lightning.errors import InputError, Interrupted
 from vqvae_lightning.runs import stopwatch
 from vqvae_lightning.runs.results import read_result
-from vqvae_lightning.runs.resume import stored_config
+from vqvae_lightning.runs.resume import read_stored_config
 from vqvae_lightning.runs.stopwatch import SECONDS, Stopwatch, time_stage
 from vqvae_lightning.stages.inputs import load_images
 from vqvae_lightning.stages.pipeline import stage_configs
@@ -92,7 +92,7 @@ def test_stages_that_had_not_begun_are_resumed_in_their_own_folders(toy, command
         assert command("vqvae-pipeline", *SMOKE, *toy).status == 130
     run = (tmp_path / "run").rename(tmp_path / "moved")
     before = stage_configs(compose("pipeline", *SMOKE, *toy, folder=run))
-    resumed = stage_configs(stored_config(run, run, []))
+    resumed = stage_configs(read_stored_config(run, run, []))
     filled_in = ("command", "commit", "data_fingerprint")
     for name in ("prior", "evaluation", "samples"):
         for key in set(before[name]) - set(filled_in):
@@ -228,4 +228,4 @@ def test_a_config_stored_without_its_kind_is_recognised(config, kind, tmp_path):
     stored = to_plain(cfg, missing=True)
     del stored["kind"]
     OmegaConf.save(stored, tmp_path / "config.yaml")
-    assert stored_config(tmp_path, tmp_path, []).kind == kind
+    assert read_stored_config(tmp_path, tmp_path, []).kind == kind

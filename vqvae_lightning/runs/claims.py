@@ -1,4 +1,4 @@
-"""Claims: at most one command works in a folder at a time, however many start at once.
+"""Claims: at most one command works in a folder at a time, even if several start at once.
 
 A command writes `.claim` into its folder before it reads any data and deletes it when it ends. The
 file says which process holds the folder, so that the claim of a killed process is recognised and
@@ -22,23 +22,22 @@ from vqvae_lightning.errors import InputError
 
 CLAIM = ".claim"
 SWEEP_CLAIM = ".sweep.claim"
-"""Another name than a run's, because a sweep may have its only job in its own folder."""
+"""Differs from a run's name, because a sweep may have its only job in its own folder."""
 PROC = Path("/proc")
-TRIES, PAUSE = 100, 0.02  # 2 s: another process needs far less to write or to replace a claim
+TRIES, PAUSE = 100, 0.02  # 2 s: writing or replacing a claim takes far less
 
 
 class Claim(NamedTuple):
-    """What a claim's file says.
+    """The contents of a claim's file.
 
     Attributes:
         host: Name of the machine.
-        namespace: Set of process numbers that `pid` belongs to: containers have their own. None
-            where the system has one set only.
+        namespace: PID namespace of `pid`, as containers have their own. None where there are none.
         pid: Number of the process.
-        born: When the process started, because numbers are used again. None if unknown.
-        job: Slurm's number of the job; None outside of Slurm.
+        born: When the process started, because process numbers are reused. None if unknown.
+        job: Slurm's number of the job; None outside Slurm.
         restarts: How often Slurm had requeued the job.
-        parts: Folders below that belong to the same command.
+        parts: Subfolders that belong to the same command.
         token: Different for each claim.
     """
 
@@ -53,7 +52,7 @@ class Claim(NamedTuple):
 
 
 def new_folder(path: Path) -> Path:
-    """Make a folder that no other command has: `path`, else `path` with `_2`, `_3` and so on."""
+    """Make a new folder: `path` or, if it exists, `path` with `_2`, `_3` and so on."""
     path.parent.mkdir(parents=True, exist_ok=True)
     number, chosen = 1, path
     while True:
@@ -71,17 +70,18 @@ def claim_folder(folder: Path, parts: Sequence[str] = (), name: str = CLAIM) -> 
 
     Args:
         folder: Folder of a run or a sweep; made if it does not exist.
-        parts: Names of folders below it that no other command may hold meanwhile.
+        parts: Names of subfolders that no other command may hold meanwhile.
         name: Name of the claim's file.
 
     Raises:
-        InputError: If another command holds the folder, or the command that it is a part of.
+        InputError: If another command holds the folder, one of `parts`, or the pipeline of this
+            stage.
     """
-    path, own = folder / name, _own(parts)
+    path, own = folder / name, _make_claim(parts)
     try:
-        _take(path, own)
+        _take_claim(path, own)
     except OSError:
-        # A finished run can be shown from a disk on which nothing can be written.
+        # A finished run can be shown from a read-only disk.
         if not (folder / "result.json").is_file():
             raise
         yield
@@ -90,19 +90,19 @@ def claim_folder(folder: Path, parts: Sequence[str] = (), name: str = CLAIM) -> 
         _check_family(folder, own)
         yield
     finally:
-        found = _read(path)
+        found = _read_claim(path)
         # The user may have deleted the claim, and another command may have made its own.
         if found is not None and found.token == own.token:
             path.unlink(missing_ok=True)
 
 
-def _own(parts: Sequence[str]) -> Claim:
+def _make_claim(parts: Sequence[str]) -> Claim:
     pid = os.getpid()
     return Claim(
         host=socket.gethostname(),
-        namespace=_namespace(),
+        namespace=_read_namespace(),
         pid=pid,
-        born=_born(pid),
+        born=_read_start(pid),
         job=os.environ.get("SLURM_JOB_ID"),
         restarts=int(os.environ.get("SLURM_RESTART_COUNT", "0")),
         parts=list(parts),
@@ -110,7 +110,7 @@ def _own(parts: Sequence[str]) -> Claim:
     )
 
 
-def _take(path: Path, own: Claim) -> None:
+def _take_claim(path: Path, own: Claim) -> None:
     """Make the claim `path`, or take it over from a process that has ended.
 
     Raises:
@@ -119,34 +119,34 @@ def _take(path: Path, own: Claim) -> None:
     for _ in range(TRIES):
         path.parent.mkdir(parents=True, exist_ok=True)
         with suppress(FileExistsError, FileNotFoundError):  # the latter: the folder was removed
-            _write(path, own)
+            _write_claim(path, own)
             return
-        found = _read(path)
+        found = _read_claim(path)
         if found is None:  # being written, or just released
             time.sleep(PAUSE)
             continue
         _refuse_if_held(path, found, own)
-        if _replaced(path, found, own):
+        if _replace_stale(path, found, own):
             return
     raise InputError(
         f"{path.parent} cannot be claimed: if no command works there, delete {path}*, which a "
-        "killed command has left."
+        "killed command left behind."
     )
 
 
-def _replaced(path: Path, old: Claim, own: Claim) -> bool:
-    """Replace the claim of a dead process, unless another process has done so or is doing it."""
-    # Only one process can make this file, and only for this very claim. It becomes the new claim,
-    # so the right to replace the old one ends in the same moment as the old claim.
+def _replace_stale(path: Path, old: Claim, own: Claim) -> bool:
+    """Replace the claim of a dead process; False if another process does so first."""
+    # Only one process can create this file, whose name has the old claim's token. The file then
+    # becomes the new claim, so no second process can replace the same old claim.
     right = path.with_name(f"{path.name}.{old.token}")
     try:
-        _write(right, own)
+        _write_claim(right, own)
     except FileExistsError:
         time.sleep(PAUSE)
         return False
     try:
-        found = _read(path)
-        # Else another process had replaced it before this one made its file.
+        found = _read_claim(path)
+        # Otherwise another process had replaced the claim before this one created its file.
         if found is None or found.token != old.token:
             return False
         right.replace(path)
@@ -156,33 +156,33 @@ def _replaced(path: Path, old: Claim, own: Claim) -> bool:
 
 
 def _check_family(folder: Path, own: Claim) -> None:
-    """Refuse a stage of a pipeline that runs, and a pipeline of which a stage is in use.
+    """Refuse a stage of a running pipeline, and a pipeline with a stage that is in use.
 
-    Each command has made its own claim before it looks for the other's, so two that start at once
-    cannot both miss each other.
+    Each command claims its own folder before it reads the other's claim, so if both start at once,
+    at least one of them is refused.
     """
     outer = folder.resolve().parent / CLAIM
-    found = _read(outer)
+    found = _read_claim(outer)
     if found is not None and folder.resolve().name in found.parts:
         _refuse_if_held(outer, found, own)
     for part in own.parts:
         inner = folder / part / CLAIM
-        found = _read(inner)
+        found = _read_claim(inner)
         if found is not None:
             _refuse_if_held(inner, found, own)
 
 
 def _refuse_if_held(path: Path, found: Claim, own: Claim) -> None:
-    """Return if the process of the claim `found` has ended.
+    """Check that the process of the claim `found` has ended.
 
     Raises:
-        InputError: Otherwise, or if that cannot be known from here.
+        InputError: If it still runs, or if that cannot be known on this machine.
     """
-    # Slurm requeues a job only after its processes have ended, on whatever node they ran.
+    # Slurm requeues a job only after its processes have ended on all nodes.
     if found.job is not None and found.job == own.job and own.restarts > found.restarts:
         return
     here = (found.host, found.namespace) == (own.host, own.namespace)
-    if here and not _alive(found):
+    if here and not _is_alive(found):
         return
     way_out = (
         "wait for it, or choose another folder"
@@ -194,11 +194,11 @@ def _refuse_if_held(path: Path, found: Claim, own: Claim) -> None:
     )
 
 
-def _write(path: Path, claim: Claim) -> None:
+def _write_claim(path: Path, claim: Claim) -> None:
     """Make a file with a claim.
 
     Raises:
-        FileExistsError: If it exists: of several processes, one makes it.
+        FileExistsError: If it exists, so that only one of several processes makes it.
     """
     with path.open("x") as file:
         try:
@@ -209,16 +209,16 @@ def _write(path: Path, claim: Claim) -> None:
             raise
 
 
-def _read(path: Path) -> Claim | None:
-    """The claim in a file; None if there is none, or not yet a whole one."""
+def _read_claim(path: Path) -> Claim | None:
+    """Read the claim in a file; None if the file is missing or still incomplete."""
     try:
         return Claim(**json.loads(path.read_text()))
     except (OSError, ValueError, TypeError):
         return None
 
 
-def _alive(claim: Claim) -> bool:
-    """Whether the process of a claim on this machine still runs; True if that is unknown."""
+def _is_alive(claim: Claim) -> bool:
+    """Tell whether the process of a claim on this machine still runs; True if unknown."""
     if sys.platform == "win32":  # where signal 0 is Ctrl-C
         return True
     try:
@@ -227,12 +227,12 @@ def _alive(claim: Claim) -> bool:
         return False
     except PermissionError:  # a process of another user
         pass
-    born = _born(claim.pid)
+    born = _read_start(claim.pid)
     return born is None or claim.born is None or born == claim.born
 
 
-def _born(pid: int) -> str | None:
-    """When a process started; None if unknown. Of a dead one that its parent ignores: `dead`."""
+def _read_start(pid: int) -> str | None:
+    """Read when a process started; None if unknown, `dead` for a zombie."""
     if (PROC / "self" / "stat").is_file():
         try:
             # The name of the program, in parentheses, may contain anything.
@@ -241,7 +241,7 @@ def _born(pid: int) -> str | None:
         except OSError:
             return None
         return "dead" if fields[0] in "ZX" else f"{boot} {fields[19]}"
-    # As on macOS; in one language and time zone, or two commands would read another time.
+    # macOS. The language and time zone are fixed, so that all commands read the same text.
     command = ["ps", "-o", "lstart=", "-p", str(pid)]
     environment = {**os.environ, "LC_ALL": "C", "TZ": "UTC0"}
     try:
@@ -251,7 +251,7 @@ def _born(pid: int) -> str | None:
     return found.stdout.strip() or None
 
 
-def _namespace() -> str | None:
+def _read_namespace() -> str | None:
     try:
         return os.readlink(PROC / "self" / "ns" / "pid")
     except OSError:

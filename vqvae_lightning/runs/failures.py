@@ -7,7 +7,7 @@ from typing import NamedTuple
 from vqvae_lightning.files import write_text
 
 FAILURE = "failure.txt"
-"""What a failed job of a sweep leaves: its error, its overrides, and where the code failed."""
+"""File in the folder of a failed job, with its error, its overrides and the traceback."""
 
 
 class Failure(NamedTuple):
@@ -18,13 +18,13 @@ class Failure(NamedTuple):
 
 
 def write_failure(folder: Path, error: str, overrides: list[str], trace: str) -> None:
-    """Leave `failure.txt` in a job's folder: the error in one line, and what led to it."""
+    """Write `failure.txt` to a job's folder: the error in one line, overrides, and traceback."""
     line = " ".join(error.split())
     write_text(folder / FAILURE, f"{line}\n{shlex.join(overrides)}\n\n{trace}")
 
 
 def read_failure(folder: Path) -> Failure | None:
-    """What `write_failure` wrote; None if the job has not failed."""
+    """Read what `write_failure` wrote; None if the job has not failed."""
     path = folder / FAILURE
     if not path.is_file():
         return None

@@ -1,4 +1,4 @@
-"""`result.json` with each metric's unit, `config.yaml`, and the curves of `metrics.csv`."""
+"""Files of a run: `result.json` with units, `config.yaml`, and the curves of `metrics.csv`."""
 
 import csv
 import json
@@ -6,35 +6,38 @@ import platform
 import subprocess
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vqvae_lightning.files import write_text
 from vqvae_lightning.units import get_unit
 
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
 
-def write_config(cfg: Any, folder: Path) -> None:
-    """`config.yaml`: the whole resolved config."""
+
+def write_config(cfg: "DictConfig", folder: Path) -> None:
+    """Write the whole resolved config to `config.yaml`."""
     from omegaconf import OmegaConf
 
     write_text(folder / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
 
 
 def read_result(folder: Path) -> dict[str, Any] | None:
-    """The `result.json` of a finished run or stage; None if there is none."""
+    """Read the `result.json` of a finished run or stage; None if there is none."""
     path = folder / "result.json"
     return json.loads(path.read_text()) if path.is_file() else None
 
 
 def read_curves(path: Path) -> dict[str, tuple[list[float], list[float]]]:
-    """Steps and values of each column of a `metrics.csv`; of a run that goes on, so far."""
+    """Read steps and values of each column of a `metrics.csv`, even while it is being written."""
     curves: dict[str, tuple[list[float], list[float]]] = {}
     text = path.read_text()
-    # A line without its end is one that is being written.
+    # A line without a newline is still being written.
     for row in csv.DictReader(text[: text.rfind("\n") + 1].splitlines()):
         for name, value in row.items():
             if value and name not in ("step", "epoch"):
                 steps, values = curves.setdefault(name, ([], []))
-                # A row carries the index of its step; the curve is over steps done.
+                # A row has the index of its step, but a curve is over the number of finished steps.
                 steps.append(float(row["step"]) + 1)
                 values.append(float(value))
     return curves
@@ -44,21 +47,21 @@ def write_result(folder: Path, metrics: dict[str, float], **facts: Any) -> dict[
     """Write `result.json`.
 
     Args:
-        folder: Of the run or stage.
+        folder: Folder of the run or stage.
         metrics: Name to value; the units come from `UNITS`.
-        **facts: What else belongs to the result: seed, split, number of images, seconds.
+        **facts: Other entries of the result, such as seed, split, number of images, seconds.
 
     Returns:
-        What was written.
+        The contents of the file.
     """
     named = {name: {"value": value, "unit": get_unit(name)} for name, value in metrics.items()}
-    result = {"metrics": named, **facts, **circumstances()}
+    result = {"metrics": named, **facts, **describe_environment()}
     write_text(folder / "result.json", json.dumps(result, indent=1))
     return result
 
 
-def circumstances() -> dict[str, Any]:
-    """Library versions and machine."""
+def describe_environment() -> dict[str, Any]:
+    """Collect the versions of libraries, and the machine's processor, threads and GPU."""
     import torch
 
     names = ("vqvae-lightning", "torch", "torchvision", "pytorch-lightning", "hydra-core")
@@ -68,14 +71,14 @@ def circumstances() -> dict[str, Any]:
             "python": platform.python_version(),
             **{name: version(name) for name in names},
         },
-        "machine": {"processor": _processor(), "threads": torch.get_num_threads(), "gpu": gpu},
+        "machine": {"processor": _read_processor(), "threads": torch.get_num_threads(), "gpu": gpu},
     }
 
 
-def checkout_commit() -> str | None:
-    """Commit of this checkout, `-dirty` if files differ from it; None for an installed wheel."""
+def read_commit() -> str | None:
+    """Read this checkout's commit, with `-dirty` if files differ; None for an installed wheel."""
     checkout = Path(__file__).parents[2]
-    # Not the commit of another project, in whose checkout a virtual environment may lie.
+    # A virtual environment may be in the checkout of another project, whose commit is not meant.
     if not (checkout / ".git").exists():
         return None
     command = ["git", "-C", str(checkout), "describe", "--always", "--dirty", "--abbrev=40"]
@@ -86,7 +89,7 @@ def checkout_commit() -> str | None:
     return run.stdout.strip()
 
 
-def _processor() -> str:
+def _read_processor() -> str:
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.is_file() else []
     named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))

@@ -1,24 +1,27 @@
-"""Start a run or resume one: which config a command works with."""
+"""Begin a run or resume one, which decides the config that a command works with."""
 
 import os
 import shlex
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vqvae_lightning.configs import read_trusted, record_foreign
 from vqvae_lightning.errors import InputError, check_range
 from vqvae_lightning.trust import list_packages
 
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
 
-def begin_or_resume(name: str, cfg: Any) -> Any:
-    """The config of the run that `cfg` starts, or of the one that it resumes.
 
-    A job that Slurm has started again goes on with its own run, as with `resume=auto`.
+def begin_or_resume(name: str, cfg: "DictConfig") -> "DictConfig":
+    """Return the config of the run that `cfg` begins or resumes.
+
+    A job that Slurm has requeued resumes its own run, as with `resume=auto`.
 
     Args:
-        name: The command, for `config.yaml` and for the line that says how to repeat the run.
-        cfg: The composed config.
+        name: Name of the command, for the line in `config.yaml` that says how to repeat the run.
+        cfg: Composed config.
 
     Raises:
         InputError: If `resume` comes with other overrides than the run began with.
@@ -26,7 +29,7 @@ def begin_or_resume(name: str, cfg: Any) -> Any:
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
 
-    from vqvae_lightning.runs.results import checkout_commit
+    from vqvae_lightning.runs.results import read_commit
     from vqvae_lightning.runs.stopwatch import SECONDS
 
     hydra = HydraConfig.get()
@@ -35,23 +38,23 @@ def begin_or_resume(name: str, cfg: Any) -> Any:
     if cfg.resume in (None, "auto"):
         chosen = hydra.job.config_name
         config = "" if chosen in ("vqvae", "pipeline") else f"--config-name {chosen} "
-        # Of a preset sweep this job is one: what repeats it has the values, not the sweep. With
-        # resume=auto a later start of a command is the same command.
+        # To repeat one job of a preset sweep, record its own values instead of `sweep=`. `resume=`
+        # is omitted, because a command and its restart with resume=auto are the same command.
         given = [t for t in hydra.overrides.task if not t.startswith(("sweep=", "resume="))]
         cfg.command = f"{name} {config}{shlex.join(given)}".strip()
-        cfg.commit = checkout_commit()
+        cfg.commit = read_commit()
         record_foreign(cfg)
         if not (Path(cfg.folder) / "config.yaml").is_file():
-            # Left by a command that was interrupted before its run had begun.
+            # An earlier command was interrupted before its run had begun.
             (Path(cfg.folder) / SECONDS).unlink(missing_ok=True)
             return cfg
         if cfg.resume is None and not requeued:
             raise InputError(
-                f"{cfg.folder} holds a run already: go on with resume={cfg.folder}, or choose "
-                "another folder."
+                f"{cfg.folder} holds a run already: resume it with resume={cfg.folder}, or "
+                "choose another folder."
             )
-        stored = stored_config(Path(cfg.folder), Path(cfg.folder), cfg.trust)
-        if _values(stored.command) != _values(cfg.command):
+        stored = read_stored_config(Path(cfg.folder), Path(cfg.folder), cfg.trust)
+        if _sort_words(stored.command) != _sort_words(cfg.command):
             raise InputError(
                 f"resume=auto: {cfg.folder} holds a run of another command: {stored.command}"
             )
@@ -59,23 +62,23 @@ def begin_or_resume(name: str, cfg: Any) -> Any:
     others = [t for t in hydra.overrides.task if not t.startswith(("resume=", "trust="))]
     if others:
         raise InputError(
-            f"resume={cfg.resume} goes on with the config in that folder; drop {' '.join(others)}"
+            f"resume={cfg.resume} uses the config in that folder; drop {' '.join(others)}"
         )
     if hydra.mode == RunMode.MULTIRUN:
-        raise InputError("resume goes on with one run: drop -m.")
-    stored = stored_config(Path(cfg.folder), Path(cfg.folder), list_packages(cfg.trust))
+        raise InputError("resume=FOLDER resumes a single run: drop -m.")
+    stored = read_stored_config(Path(cfg.folder), Path(cfg.folder), list_packages(cfg.trust))
     if str(stored.command).split()[0] != name:
         raise InputError(f"resume={cfg.resume} is a run of another command: {stored.command}")
     return stored
 
 
-def _values(command: str) -> list[str]:
-    """What two commands for the same run share, in any order, as a study may have it."""
+def _sort_words(command: str) -> list[str]:
+    """Sort the words that commands of the same run share; a study may reorder them."""
     return sorted(text for text in shlex.split(command) if not text.startswith("trust="))
 
 
-def stored_config(folder: Path, run: Path, trust: Iterable[str]) -> Any:
-    """The config left in `folder`, the run's or one below it; moved paths follow the run.
+def read_stored_config(folder: Path, run: Path, trust: Iterable[str]) -> "DictConfig":
+    """Read the config in a run's folder or a stage's, with the paths of a moved run corrected.
 
     Raises:
         InputError: If it names code outside of this package and of `trust`.
@@ -89,13 +92,13 @@ def stored_config(folder: Path, run: Path, trust: Iterable[str]) -> Any:
     old = Path(value["folder"])
     for _ in folder.relative_to(run).parts:
         old = old.parent
-    renewed = OmegaConf.create(_moved(value, str(old), str(run.absolute())))
+    renewed: DictConfig = OmegaConf.create(_move_paths(value, str(old), str(run.absolute())))
     OmegaConf.set_struct(renewed, True)
     return renewed
 
 
 def _derive_kind(config: dict[str, Any]) -> str:
-    """The `kind` of a run that was stored before configs had this key."""
+    """Derive the `kind` of a run that was stored before configs had this key."""
     marks = {
         "prior": "pipeline",
         "classifier": "evaluation",
@@ -107,11 +110,12 @@ def _derive_kind(config: dict[str, Any]) -> str:
     return next((kind for key, kind in marks.items() if key in config), "vqvae")
 
 
-def _moved(value: Any, old: str, new: str) -> Any:
+def _move_paths(value: Any, old: str, new: str) -> Any:
+    """Replace the folder `old` by `new` in all paths of a config."""
     if isinstance(value, dict):
-        return {key: _moved(child, old, new) for key, child in value.items()}
+        return {key: _move_paths(child, old, new) for key, child in value.items()}
     if isinstance(value, list):
-        return [_moved(child, old, new) for child in value]
+        return [_move_paths(child, old, new) for child in value]
     if isinstance(value, str) and (value == old or value.startswith(f"{old}/")):
         return new + value[len(old) :]
     return value

@@ -1,4 +1,4 @@
-"""Seconds that a run has taken, over all interruptions."""
+"""Seconds that a run has taken, summed over its interruptions."""
 
 import json
 from collections.abc import Iterator
@@ -10,14 +10,14 @@ from vqvae_lightning.errors import InputError
 from vqvae_lightning.files import write_text
 
 SECONDS = "seconds.json"
-"""What an unfinished run or stage leaves: how long it has taken so far."""
+"""File of an unfinished run or stage: how long it has taken so far."""
 
 
 class Stopwatch:
-    """Seconds that a run or stage has taken, over all parts into which it was interrupted.
+    """Seconds that a run or stage has taken, summed over the parts between interruptions.
 
     Args:
-        folder: Folder of the run or stage, where earlier parts have left their sum.
+        folder: Folder of the run or stage, where earlier parts have stored their sum.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -36,22 +36,22 @@ class Stopwatch:
         write_text(self._path, json.dumps({"seconds": self.seconds}))
 
     def forget(self) -> None:
-        """Delete what was kept: the result has the sum."""
+        """Delete the stored sum, which the result now contains."""
         self._path.unlink(missing_ok=True)
 
 
 @contextmanager
 def time_stage(folder: Path) -> Iterator[Stopwatch]:
-    """Time the block; if it does not end, keep its seconds for the next part of the same run.
+    """Time the block; if it fails, store its seconds for the next part of the same run.
 
-    A block that refuses its input before the run has begun leaves nothing.
+    If the block refuses its input before the run has begun, nothing is stored.
     """
     watch = Stopwatch(folder)
     try:
         yield watch
     except BaseException as error:
         if not isinstance(error, InputError) or (folder / "config.yaml").is_file():
-            with suppress(OSError):  # such as a full disk: the first error is what counts
+            with suppress(OSError):  # such as a full disk: the block's error is the one to report
                 watch.keep()
         raise
     watch.forget()

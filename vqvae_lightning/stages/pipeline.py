@@ -19,7 +19,7 @@ from vqvae_lightning.jobs.ranks import count_ranks
 from vqvae_lightning.report.run import write_report
 from vqvae_lightning.runs.folder import STAGES
 from vqvae_lightning.runs.results import read_result, write_config, write_result
-from vqvae_lightning.runs.resume import stored_config
+from vqvae_lightning.runs.resume import read_stored_config
 from vqvae_lightning.runs.stopwatch import Stopwatch, time_stage
 from vqvae_lightning.stages.evaluating import build_classifier, check_evaluation, evaluate
 from vqvae_lightning.stages.inputs import load_images, print_survey
@@ -56,7 +56,7 @@ def stage_configs(cfg: DictConfig) -> dict[str, DictConfig]:
     configs: dict[str, DictConfig] = {}
     for name in STAGES:
         if (folder / name / "config.yaml").is_file():
-            configs[name] = stored_config(folder / name, folder, cfg.trust)
+            configs[name] = read_stored_config(folder / name, folder, cfg.trust)
             continue
         # Paths in the config start with ${folder}: it is set first, so that they are the stage's.
         placed = whole.copy()
