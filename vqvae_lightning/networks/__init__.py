@@ -1,1 +1,9 @@
-"""Plain torch modules, each readable from top to bottom."""
+"""Plain torch modules, without Lightning.
+
+- `autoencoder`: the VQ-VAE, from its encoder to its decoder.
+- `pixelcnn`: the prior over grids of codes.
+- `sampling`: drawing codes from a prior, and their likelihood.
+- `likelihoods`: a probability for each level of a pixel, from a decoder's output.
+- `classifier`: the judge of class-conditional samples.
+- `dropout`: dropout that gives the same results on any number of devices.
+"""

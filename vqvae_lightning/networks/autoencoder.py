@@ -1,4 +1,4 @@
-"""The VQ-VAE's networks: encoder, decoder and the autoencoder around a quantizer."""
+"""Encoder, decoder and the VQ-VAE that joins them through a quantizer."""
 
 import itertools
 from typing import NamedTuple
@@ -11,11 +11,11 @@ from vqvae_lightning.quantizers.protocol import Quantizer, QuantizerOutput
 
 
 class ResidualStack(nn.Module):
-    """Residual blocks (ReLU, 3x3, ReLU, 1x1), closed by a ReLU, as in sonnet's example.
+    """Residual blocks (ReLU, 3x3, ReLU, 1x1) and a final ReLU, as in sonnet's example.
 
     Args:
-        channels: Channels in and out.
-        blocks: Number of blocks; 0 leaves only the closing ReLU.
+        channels: Input and output channels.
+        blocks: Number of blocks. With 0, only the final ReLU remains.
         hidden: Channels inside a block.
     """
 
@@ -32,18 +32,18 @@ class ResidualStack(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, channels, H, W) to the same shape."""
+        """Map (B, channels, H, W) to the same shape."""
         for block in self.blocks:
             x = x + block(x)
         return F.relu(x)
 
 
 class Encoder(nn.Module):
-    """Images (B, channels, H, W) to vectors (B, code_dim, H / f, W / f), f = 2**downsamplings.
+    """Maps images (B, channels, H, W) to vectors (B, code_dim, H / f, W / f), f = 2**downsamplings.
 
-    Each downsampling is a 4x4 convolution of stride 2; the first has half the channels. Then a 3x3
-    convolution, the residual stack and a 1x1 convolution to `code_dim`. Source: van den Oord et al.
-    2017 (arXiv:1711.00937), section 4.1, in the layout of sonnet's example.
+    Each downsampling is a 4x4 convolution of stride 2. The first of several has half the channels.
+    A 3x3 convolution, the residual stack and a 1x1 convolution to `code_dim` follow. Source: van
+    den Oord et al. 2017 (arXiv:1711.00937), section 4.1, in the layout of sonnet's example.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class Encoder(nn.Module):
         residual_hidden: int,
     ) -> None:
         super().__init__()
-        widths = [channels, *_widths(hidden, downsamplings)]
+        widths = [channels, *_list_widths(hidden, downsamplings)]
         layers: list[nn.Module] = []
         for inside, outside in itertools.pairwise(widths):
             layers += [nn.Conv2d(inside, outside, 4, stride=2, padding=1), nn.ReLU()]
@@ -68,12 +68,12 @@ class Encoder(nn.Module):
         )
 
     def forward(self, images: Tensor) -> Tensor:
-        """See the class."""
+        """Encode images (B, channels, H, W) as vectors (B, code_dim, H / f, W / f)."""
         return self.layers(images)  # type: ignore[no-any-return]
 
     @property
     def receptive_field(self) -> int:
-        """Height and width in pixels of what a code can depend on, borders aside."""
+        """Height and width in pixels of the window that a code away from the borders depends on."""
         seen = stride = 1
         for part in self.modules():
             if isinstance(part, nn.Conv2d):
@@ -83,9 +83,9 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Vectors (B, code_dim, H, W) to images (B, channels, H * f, W * f), f = 2**downsamplings.
+    """Maps vectors (B, code_dim, H, W) to images (B, channels, H * f, W * f), f = 2**downsamplings.
 
-    The encoder's mirror: a 3x3 convolution, the residual stack, 4x4 transposed convolutions of
+    Mirrors the encoder: a 3x3 convolution, the residual stack and 4x4 transposed convolutions of
     stride 2.
     """
 
@@ -99,7 +99,7 @@ class Decoder(nn.Module):
         residual_hidden: int,
     ) -> None:
         super().__init__()
-        widths = [hidden, *_widths(hidden, downsamplings)[-2::-1]]
+        widths = [hidden, *_list_widths(hidden, downsamplings)[-2::-1]]
         layers: list[nn.Module] = []
         for inside, outside in itertools.pairwise(widths):
             layers += [nn.ConvTranspose2d(inside, outside, 4, stride=2, padding=1), nn.ReLU()]
@@ -111,20 +111,23 @@ class Decoder(nn.Module):
         )
 
     def forward(self, vectors: Tensor) -> Tensor:
-        """See the class."""
+        """Decode vectors (B, code_dim, H, W) to images (B, channels, H * f, W * f)."""
         return self.layers(vectors)  # type: ignore[no-any-return]
 
 
-def _widths(hidden: int, downsamplings: int) -> list[int]:
-    """Channels after each downsampling: half for the first of several, where images are large."""
+def _list_widths(hidden: int, downsamplings: int) -> list[int]:
+    """List the channels after each downsampling.
+
+    The first of several has half of them, because its feature maps are the largest.
+    """
     return [hidden // 2, *[hidden] * (downsamplings - 1)] if downsamplings > 1 else [hidden]
 
 
 class VQVAEOutput(NamedTuple):
-    """What `VQVAE` returns for images (B, C, H, W)."""
+    """Output of `VQVAE` for images (B, C, H, W)."""
 
     reconstruction: Tensor
-    """(B, C, H, W), in the images' range."""
+    """(B, C, H, W), in the range of the images."""
     quantized: QuantizerOutput
 
 
@@ -132,18 +135,20 @@ class VQVAE(nn.Module):
     """Autoencoder with a discrete bottleneck (van den Oord et al. 2017, arXiv:1711.00937).
 
     Args:
-        quantizer: What turns vectors into codes, or a continuous bottleneck: then this is a plain
-            or a variational autoencoder. The encoder ends in a 1x1 convolution to its channels: a
-            small `code_dim` is a learnt projection of wide features to few for the look-up (Yu et
-            al. 2021, arXiv:2110.04627, section 3.2), which keeps large codebooks in use.
+        quantizer: Quantizer that turns vectors into codes. A continuous bottleneck makes this a
+            plain or a variational autoencoder. The encoder ends in a 1x1 convolution to the
+            quantizer's channels. With a small `code_dim`, it is a learnt projection to a
+            low-dimensional look-up, which keeps large codebooks in use (Yu et al. 2021,
+            arXiv:2110.04627, section 3.2).
         channels: Channels of the images.
-        hidden: Width of encoder and decoder; even.
-        downsamplings: Halvings of height and width; the images' sides divide by 2**downsamplings.
+        hidden: Width of encoder and decoder, an even number.
+        downsamplings: Number of times that height and width are halved. Both sides of an image must
+            be multiples of 2**downsamplings.
         residual_blocks: Residual blocks on each side.
         residual_hidden: Width inside a residual block.
 
     Raises:
-        InputError: If a size is not a positive integer.
+        InputError: If a size is out of range, or `hidden` is odd.
     """
 
     def __init__(
@@ -166,7 +171,7 @@ class VQVAE(nn.Module):
         check_range("residual_blocks", residual_blocks, 0)
         if hidden % 2:
             raise InputError(
-                Key("hidden"), f"={hidden} must be even: the first layer has half of it."
+                Key("hidden"), f"={hidden} must be even: the first layer has half as many channels."
             )
         self.channels = channels
         self.downsamplings = downsamplings
@@ -176,25 +181,25 @@ class VQVAE(nn.Module):
         self.decoder = Decoder(channels, hidden, quantizer.code_dim, *inner)
 
     def forward(self, images: Tensor) -> VQVAEOutput:
-        """Reconstruct images (B, C, H, W) in [-1, 1]; in training the quantizer observes them."""
+        """Reconstruct images (B, C, H, W) in [-1, 1]. In training mode the quantizer learns too."""
         self.compute_grid(images.shape[-2], images.shape[-1])
         quantized = self.quantizer(self.encoder(images))
         return VQVAEOutput(self.decoder(quantized.vectors), quantized)
 
     def encode(self, images: Tensor) -> Tensor:
-        """Codes (B, h, w) int64 of images (B, C, H, W) in [-1, 1]; never learns."""
+        """Encode images (B, C, H, W) in [-1, 1] as codes (B, h, w) int64, without learning."""
         self.compute_grid(images.shape[-2], images.shape[-1])
         return self.quantizer.encode(self.encoder(images))
 
     def decode(self, codes: Tensor) -> Tensor:
-        """Images (B, C, H, W), about in [-1, 1], of codes (B, h, w)."""
+        """Decode codes (B, h, w) to images (B, C, H, W), approximately in [-1, 1]."""
         return self.decoder(self.quantizer.decode(codes))  # type: ignore[no-any-return]
 
     def compute_grid(self, height: int, width: int) -> tuple[int, int]:
-        """Rows and columns of codes for images of this size.
+        """Compute the rows and columns of codes for images of this size.
 
         Raises:
-            InputError: If a side does not divide by 2**downsamplings; the key is `size`.
+            InputError: If a side is not a multiple of 2**downsamplings. The key is `size`.
         """
         factor = 2**self.downsamplings
         if height % factor or width % factor:
@@ -202,7 +207,8 @@ class VQVAE(nn.Module):
             most = next(d for d in range(self.downsamplings, -1, -1) if not (height | width) % 2**d)
             fewer = f", or train with model.net.downsamplings of at most {most}" if most else ""
             raise InputError(
-                f"image size {height}x{width} does not divide by 2**downsamplings = {factor}: set ",
+                f"image size {height}x{width} is not a multiple of "
+                f"2**downsamplings = {factor}: set ",
                 Key("size"),
                 f"=[{near[0]},{near[1]}]{fewer}.",
             )

@@ -1,4 +1,4 @@
-"""A small image classifier: the judge of class-conditional samples."""
+"""A small image classifier that judges class-conditional samples."""
 
 import itertools
 
@@ -9,12 +9,12 @@ from vqvae_lightning.errors import check_positive
 
 
 class Classifier(nn.Module):
-    """Three convolutions with batch norm, each followed by a halving, and a linear layer.
+    """Three convolutions with batch norm and max pooling, then a linear layer.
 
     Args:
-        channels: Of the images.
-        num_classes: Classes to tell apart.
-        hidden: Width of the first layer; the others have twice and four times as many.
+        channels: Channels of the images.
+        num_classes: Number of classes.
+        hidden: Width of the first layer. The second is twice, the third four times as wide.
 
     Raises:
         InputError: If a size is not a positive integer.
@@ -40,10 +40,10 @@ class Classifier(nn.Module):
         self.head = nn.Linear(widths[-1], num_classes)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits (B, num_classes) of images (B, C, H, W) in [-1, 1]."""
+        """Compute logits (B, num_classes) for images (B, C, H, W) in [-1, 1]."""
         features = F.dropout(self.features(images), 0.2, self.training)
         return self.head(features)  # type: ignore[no-any-return]
 
     def features(self, images: Tensor) -> Tensor:
-        """(B, 4 * hidden) what the last layer sees: the mean over positions."""
+        """Compute the input (B, 4 * hidden) of the linear layer, averaged over positions."""
         return self.layers(images).mean((2, 3))  # type: ignore[no-any-return]

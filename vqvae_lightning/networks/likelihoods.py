@@ -1,4 +1,4 @@
-"""What a decoder's output means: how probable each of the 256 levels of a pixel is."""
+"""Likelihood of 8-bit pixels under a discretised logistic around the decoder's output."""
 
 import math
 
@@ -6,11 +6,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-MIN_LOG_SCALE = -7.0  # a logistic of e**-7 levels already puts all mass on one level
+MIN_LOG_SCALE = -7.0  # a scale of e**-7 levels already puts all mass on one level
 
 
 def log1mexp(a: Tensor) -> Tensor:
-    """log(1 - exp(-a)) for a > 0, exact at both ends and with finite gradients."""
+    """Compute log(1 - exp(-a)) for a > 0, accurately at both ends and with finite gradients."""
     small = a <= math.log(2)
     one = torch.ones_like(a)
     return torch.where(
@@ -21,21 +21,21 @@ def log1mexp(a: Tensor) -> Tensor:
 
 
 def discretised_logistic(levels: Tensor, mean: Tensor, log_scale: Tensor) -> Tensor:
-    """Natural log of the mass that a logistic distribution puts on each of 256 levels.
+    """Compute the natural log of the mass that a logistic distribution puts on each level.
 
-    The bin of level x reaches from x - 1/2 to x + 1/2, the outer two to infinity, so
-    S(b) - S(a) = S(b) S(-a) (1 - exp(-1/s)) with b = (x + 1/2 - mean) / s and a = (x - 1/2 - mean)
-    / s.
+    The bin of level x extends from x - 1/2 to x + 1/2, and the two outer bins extend to infinity.
+    The mass of an inner bin is S(b) - S(a) = S(b) S(-a) (1 - exp(-1/s)), where S is the sigmoid,
+    b = (x + 1/2 - mean) / s and a = (x - 1/2 - mean) / s.
     Source: Salimans et al. 2017 (arXiv:1701.05517), section 2.1, in a form without clamps or a
     density fallback.
 
     Args:
-        levels: Pixels, 0 to 255, any dtype.
-        mean: On the same axis, broadcastable.
-        log_scale: Natural log of the scale in levels, broadcastable; at least -7 is used.
+        levels: Pixels, 0 to 255, of any dtype.
+        mean: Mean in levels, broadcastable.
+        log_scale: Natural log of the scale in levels, broadcastable. Values below -7 count as -7.
 
     Returns:
-        float32 of the broadcast shape.
+        float32 tensor of the broadcast shape.
     """
     x = levels.float()
     inverse = torch.exp(-log_scale.clamp_min(MIN_LOG_SCALE))
@@ -45,9 +45,13 @@ def discretised_logistic(levels: Tensor, mean: Tensor, log_scale: Tensor) -> Ten
 
 
 def fit_log_scale(levels: Tensor, mean: Tensor) -> Tensor:
-    """The log scale per channel (C, 1, 1) that makes `levels` (N, C, H, W) likeliest.
+    """Find the log scale per channel (C, 1, 1) that maximises the likelihood of `levels`.
 
-    By golden-section search: the log-likelihood has one maximum in the scale.
+    Golden-section search suffices, because the log-likelihood has one maximum in the scale.
+
+    Args:
+        levels: Pixels (N, C, H, W), 0 to 255.
+        mean: Mean in levels (N, C, H, W).
     """
     ratio = (math.sqrt(5) - 1) / 2
     channels = levels.shape[1]
@@ -57,7 +61,7 @@ def fit_log_scale(levels: Tensor, mean: Tensor) -> Tensor:
     def loss(log_scale: Tensor) -> Tensor:
         return -discretised_logistic(levels, mean, log_scale).mean((0, 2, 3))[:, None, None]
 
-    for _ in range(24):  # to 13 * 0.618**24 = 1e-4
+    for _ in range(24):  # narrows 13 to 13 * 0.618**24 = 1e-4
         left, right = high - ratio * (high - low), low + ratio * (high - low)
         below = loss(left) < loss(right)
         low, high = torch.where(below, low, left), torch.where(below, right, high)

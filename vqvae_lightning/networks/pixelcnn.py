@@ -13,7 +13,7 @@ from vqvae_lightning.randomness import draw_for_batch
 
 
 def gate(x: Tensor) -> Tensor:
-    """tanh(a) * sigmoid(b) of the two halves of the channels, dim 1 (equation 2)."""
+    """Compute tanh(a) * sigmoid(b), where a and b are the halves of the channels (equation 2)."""
     a, b = x.chunk(2, dim=1)
     return torch.tanh(a) * torch.sigmoid(b)
 
@@ -21,19 +21,18 @@ def gate(x: Tensor) -> Tensor:
 class GatedLayer(nn.Module):
     """One layer of vertical and horizontal stack (van den Oord et al. 2016, figure 2).
 
-    Causal by the shape of its kernels, without masks: `vertical` covers rows up to one's own,
-    `horizontal` columns up to one's own. The first layer leaves its own row and its own column out
-    (mask A), so in every later layer both may include their own: what stands there knows only
-    earlier codes, and no position stays unseen.
+    The shapes of the kernels make the layer causal, without masks. `vertical` covers the rows up to
+    the current one, and `horizontal` the columns up to the current one. The first layer excludes
+    the current row and column (mask A). Every later layer may include them, because the features
+    there depend only on earlier codes. The stacks therefore have no blind spot.
 
     Args:
         channels: Channels of both stacks.
-        kernel: Width of the receptive field of a full (unmasked) kernel, odd.
+        kernel: Width of the full (unmasked) kernel, odd.
         first: Whether this is the layer that sees the codes themselves.
-        last: Whether no layer follows: its horizontal stack then ends in the skip output.
-        num_labels: Labels that shift the gates; 0 for an unconditional model.
-        context_channels: Channels of the map that shifts the gates position by position; 0 for
-            none.
+        last: Whether this is the last layer, whose horizontal stack has only the skip output.
+        num_labels: Number of labels that shift the gates, 0 for an unconditional model.
+        context_channels: Channels of the map that shifts the gates at each position, 0 for none.
         dropout: Share of the horizontal stack's gate outputs dropped in training.
     """
 
@@ -67,11 +66,11 @@ class GatedLayer(nn.Module):
         labels: Tensor | None,
         context: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Next vertical and horizontal stack and the skip output, all (B, channels, H, W)."""
+        """Return the next vertical and horizontal stack and the skip output (B, channels, H, W)."""
         height, width = vertical.shape[-2:]
         for_vertical, for_horizontal = self.compute_shifts(labels, context)
-        # One row (column) too many comes out of the first layer, whose window ends before its own:
-        # cut it off.
+        # The first layer's window ends before the current row (column), so its output has one row
+        # (column) too many, which is cut off.
         above = F.pad(vertical, (self.reach, self.reach, self.reach, 0))
         left = F.pad(horizontal, (self.reach, 0))
         vertical = gate(self.vertical(above)[:, :, :height] + for_vertical)
@@ -83,9 +82,10 @@ class GatedLayer(nn.Module):
         return vertical, horizontal, self.skip(gated)
 
     def compute_shifts(self, labels: Tensor | None, context: Tensor | None) -> tuple[Any, Any]:
-        """What class and context add to the two gates, each (B, 2 * channels, 1 or H, 1 or W).
+        """Compute what label and context add to the vertical and the horizontal gate.
 
-        0.0 where there is neither.
+        Returns:
+            Two tensors (B, 2 * channels, 1 or H, 1 or W), or 0.0 twice without either condition.
         """
         total: Tensor | float = 0.0
         if self.label is not None:
@@ -99,24 +99,24 @@ class GatedLayer(nn.Module):
 
 
 class PixelCNN(nn.Module):
-    """Gated PixelCNN (arXiv:1606.05328): p(codes | label, context), a product over positions.
+    """Gated PixelCNN (arXiv:1606.05328): p(codes | label, context) as a product over positions.
 
-    Codes enter by an embedding, so their numbering has no meaning to the model.
+    Codes enter through an embedding, so their numbering has no meaning to the model.
 
     Args:
-        num_codes: Values a position can take (K).
-        height: Rows of the grid it is meant for; it runs on any size.
+        num_codes: Number of codes (K).
+        height: Rows of the grid that the model is built for. It runs on any size.
         width: Columns of that grid.
-        num_classes: Classes to condition on; 0 for an unconditional model.
-        context_channels: Channels of a map to condition on, such as the codes of a coarser level,
-            embedded; 0 for none.
-        null_label_rate: Share of the labels that training replaces by the label `num_classes`, "no
-            class": one model is then conditional and unconditional, as `guidance` needs (Ho and
-            Salimans 2022, arXiv:2207.12598).
+        num_classes: Number of classes to condition on, 0 for an unconditional model.
+        context_channels: Channels of a map to condition on, such as the embedded codes of a coarser
+            level, 0 for none.
+        null_label_rate: Share of the labels that training replaces by the label `num_classes`,
+            which means "no class". The model then learns both the conditional and the unconditional
+            distribution, as `guidance` needs (Ho and Salimans 2022, arXiv:2207.12598).
         channels: Channels of the stacks.
-        layers: Gated layers, the first one included.
+        layers: Number of gated layers, including the first.
         first_kernel: Kernel of the first layer, odd.
-        kernel: Kernel of the others, odd.
+        kernel: Kernel of the other layers, odd.
         dropout: Share of gate outputs dropped in training.
 
     Raises:
@@ -181,23 +181,24 @@ class PixelCNN(nn.Module):
 
     @property
     def layers_needed(self) -> int:
-        """Layers with which every position of the grid sees all earlier ones."""
-        first, *others = self._reaches()
+        """Smallest number of layers with which every position depends on all earlier ones."""
+        first, *others = self._list_reaches()
         missing = max(self.height, self.width) - 1 - first
         return 1 + max(0, -(-missing // (others[0] if others else 1)))
 
-    def _reaches(self) -> list[int]:
+    def _list_reaches(self) -> list[int]:
         return [cast(GatedLayer, layer).reach for layer in self.layers]
 
     def forward(
         self, codes: Tensor, labels: Tensor | None = None, context: Tensor | None = None
     ) -> Tensor:
-        """Logits (B, K, H, W) given the earlier codes.
+        """Compute logits (B, K, H, W) of each code given the earlier ones.
 
         Args:
-            codes: (B, H, W) int64.
-            labels: (B,) int64 for a conditional model; `num_classes` for "no class".
-            context: (B, context_channels, h, w) for a model with context, enlarge to (H, W).
+            codes: Codes (B, H, W) int64.
+            labels: Labels (B,) int64 for a conditional model, `num_classes` for "no class".
+            context: Context (B, context_channels, h, w) for a model that takes one. It is enlarged
+                to (H, W).
         """
         self.check_conditions(labels, context)
         if self.training and labels is not None and self.null_label_rate:
@@ -213,10 +214,10 @@ class PixelCNN(nn.Module):
         return self.head(total)  # type: ignore[no-any-return]
 
     def check_conditions(self, labels: Tensor | None, context: Tensor | None) -> None:
-        """Refuse conditions that the model does not have, and a lack of those that it has.
+        """Check that labels and context are given exactly if the model takes them.
 
         Raises:
-            InputError: Saying which.
+            InputError: If one is missing, superfluous or of the wrong number of channels.
         """
         if (labels is None) != (self.num_classes == 0):
             says = "needs a label per image" if self.num_classes else "takes no labels"
@@ -224,12 +225,13 @@ class PixelCNN(nn.Module):
         found = 0 if context is None else context.shape[1]
         if found != self.context_channels:
             raise InputError(
-                f"this prior has context_channels={self.context_channels}, the context {found}."
+                f"this prior has context_channels={self.context_channels}, "
+                f"but the context has {found}."
             )
 
 
 def enlarge(context: Tensor | None, height: int, width: int) -> Tensor | None:
-    """`context` (B, C, h, w) at the size of the grid, each value repeated."""
+    """Enlarge `context` (B, C, h, w) to the size of the grid by repeating each value."""
     if context is None or context.shape[2:] == (height, width):
         return context
     return F.interpolate(context, (height, width), mode="nearest-exact")

@@ -1,4 +1,4 @@
-"""Draw codes from a PixelCNN: its own weights, run one row and one code at a time."""
+"""Draw codes from a PixelCNN, one row and one code at a time, and score them."""
 
 from collections.abc import Iterator
 from typing import Any, NamedTuple, cast
@@ -11,7 +11,7 @@ from vqvae_lightning.devices import measure_available_memory
 from vqvae_lightning.errors import InputError, Key, check_positive, check_range
 from vqvae_lightning.networks.pixelcnn import GatedLayer, PixelCNN, enlarge, gate
 
-LARGEST_BATCH = 256  # from here on a larger one is no faster
+LARGEST_BATCH = 256  # larger batches are no faster
 MEMORY_SHARE = 0.25  # of the free memory that the caches of a batch may take
 
 
@@ -21,8 +21,11 @@ class Drawn(NamedTuple):
     codes: Tensor
     """(B, H, W) int64."""
     nats: Tensor
-    """(B,) sum over the drawn positions of the entropies of the distributions drawn from; its mean
-    is the entropy of the samples, and without options the expected -log p of one."""
+    """(B,) entropies of the distributions drawn from, summed over the drawn positions.
+
+    Their mean estimates the entropy of the samples. Without options such as a temperature, that is
+    the expected -log p of a sample.
+    """
 
 
 def sample(
@@ -50,36 +53,38 @@ def sample_batches(
 ) -> Iterator[Drawn]:
     """Draw codes in raster order, batch by batch.
 
-    The vertical stack runs once per row and the horizontal one once per code, so that all positions
+    The vertical stack runs once per row and the horizontal one once per code, so all positions
     together cost about one forward pass (Ramachandran et al. 2017, arXiv:1704.06001). One uniform
-    number per code is drawn for all images before the first batch: an image depends on the
-    generator and on its own place, not on the batch it is drawn in.
+    number per code is drawn for all images before the first batch. An image therefore depends on
+    the generator and on its index, not on its batch.
 
     Args:
-        prior: In evaluation mode.
+        prior: Prior in evaluation mode.
         shape: Number of images, rows and columns.
-        labels: (number of images,) int64 for a conditional prior.
-        temperature: Divides the logits; 0 takes the likeliest code.
-        top_k: Draw among the `top_k` likeliest codes only; None or at least K for all.
-        top_p: Then among the fewest likeliest codes that hold this share of the probability
-            (Holtzman et al. 2019, arXiv:1904.09751), in (0, 1]; at least one.
-        guidance: Logits u + guidance (c - u) of the model with class (c) and without (u): 1 is the
-            conditional model, 0 the unconditional one, more exaggerates the class (Ho and Salimans
-            2022, arXiv:2207.12598). Other than 1 it needs a prior with `null_label_rate` > 0.
-        generator: CPU generator of the uniform numbers; None for torch's own.
-        context: (number of images, context_channels, h, w) for a prior with context.
-        known: (number of images, rows, columns) int64: codes to complete, -1 where to draw. In each
-            image they come before the rest in raster order.
-        batch_size: Images drawn together; None for as many as fit into a quarter of the free
-            memory, at most 256.
-        only: The images to draw, of all those of `shape`: they come out as they would among all.
+        labels: Labels (number of images,) int64 for a conditional prior.
+        temperature: Divisor of the logits. With 0, the likeliest code is chosen.
+        top_k: Number of likeliest codes to draw from, None for all.
+        top_p: Share of the probability, in (0, 1], that the codes drawn from must hold. They are
+            the fewest likeliest codes that reach it, at least one, and are chosen after `top_k`
+            (Holtzman et al. 2019, arXiv:1904.09751).
+        guidance: Weight g of the logits u + g (c - u), where c are the logits with the class and u
+            those without. 1 is the conditional model, 0 the unconditional one, and larger weights
+            exaggerate the class (Ho and Salimans 2022, arXiv:2207.12598). Weights other than 1 need
+            a prior with `null_label_rate` > 0.
+        generator: CPU generator of the uniform numbers, None for torch's default generator.
+        context: Context (number of images, context_channels, h, w) for a prior with context.
+        known: Codes (number of images, rows, columns) int64 to complete, -1 where a code is drawn.
+            In each image the known codes come first in raster order.
+        batch_size: Images per batch. None for as many as fit into a quarter of the free memory, at
+            most 256.
+        only: Slice of the images to draw. They are the same as when all images are drawn.
 
     Yields:
         Batches, on the prior's device.
 
     Raises:
         InputError: If the prior is in training mode (its dropout would change the samples), a
-            condition does not fit, or an option is outside its range.
+            condition does not fit, or an option is out of range.
     """
     if prior.training:
         raise InputError("sample() needs prior.eval(): dropout would change the samples.")
@@ -92,7 +97,7 @@ def sample_batches(
     parts = {"labels": labels, "context": enlarge(context, height, width), "known": known}
     for name, part in parts.items():
         if part is not None and len(part) != count:
-            raise InputError(f"{len(part)} {name} for {count} images: give one each.")
+            raise InputError(f"{len(part)} {name} for {count} images: there must be one per image.")
     if known is not None:
         check_known(known, shape, prior.num_codes)
     check_guidance(guidance, prior.num_classes, prior.null_label_rate)
@@ -111,20 +116,20 @@ def sample_batches(
 
 
 def check_top_p(top_p: object) -> None:
-    """Refuse a `top_p` outside (0, 1].
+    """Check that `top_p` is in (0, 1].
 
     Raises:
-        InputError: Naming it.
+        InputError: If it is not.
     """
     if check_range("top_p", top_p, 0, 1) == 0:
-        raise InputError(Key("top_p"), "=0 leaves no code: it is in (0, 1], 1 for all codes.")
+        raise InputError(Key("top_p"), "=0 leaves no code: use a value in (0, 1]; 1 keeps all.")
 
 
 def check_guidance(guidance: float, num_classes: int, null_label_rate: float) -> None:
-    """Refuse guidance by a prior that has not learnt to do without the class.
+    """Check that guidance is used only with a prior that has also learnt without the class.
 
     Raises:
-        InputError: Naming it.
+        InputError: If it is used with another prior.
     """
     if guidance != 1 and not (num_classes and null_label_rate):
         raise InputError(
@@ -135,20 +140,21 @@ def check_guidance(guidance: float, num_classes: int, null_label_rate: float) ->
 
 
 def check_known(known: Tensor, shape: tuple[int, int, int], num_codes: int) -> None:
-    """Refuse codes to complete that are no codes, or that come after a position to draw.
+    """Check the codes to complete.
 
     Raises:
-        InputError: Saying which.
+        InputError: If their shape is wrong, a value is not a code, or a known code comes after a
+            position to draw.
     """
     if known.shape != shape:
-        raise InputError(f"known codes of shape {tuple(known.shape)} for samples of {shape}.")
+        raise InputError(f"known codes of shape {tuple(known.shape)} must have shape {shape}.")
     if int(known.min()) < -1 or int(known.max()) >= num_codes:
         raise InputError(f"known codes must be -1 (to draw) or 0 to {num_codes - 1}.")
     given = (known >= 0).flatten(1).int()
     if bool((given.diff(dim=1) > 0).any()):
         raise InputError(
-            "known codes must come before the rest in raster order: a code drawn before a known "
-            "one would not know of it."
+            "known codes must come before the others in raster order: a code drawn before a known "
+            "one could not depend on it."
         )
 
 
@@ -160,9 +166,10 @@ def fit_batch_size(
     guided: bool = False,
     processes: int = 1,
 ) -> int:
-    """Images whose caches fit into `MEMORY_SHARE` of the free memory, 1 to `LARGEST_BATCH`.
+    """Compute the largest batch whose caches fit into `MEMORY_SHARE` of the free memory.
 
-    Guidance takes twice as much; on a CPU, `processes` share the memory.
+    The result is between 1 and `LARGEST_BATCH`. Guidance needs twice the memory. On a CPU,
+    `processes` share the memory.
     """
     if device.type == "cuda":
         free = torch.cuda.mem_get_info(device)[0]
@@ -171,20 +178,22 @@ def fit_batch_size(
     channels, layers = prior.embedding.embedding_dim, len(prior.layers)
     reach = cast(GatedLayer, prior.layers[0]).reach
     cells = (height + reach) * (width + 2 * reach)
-    # Per layer the vertical stack's input and, twice as wide, what it hands to the horizontal one.
+    # Per layer: the vertical stack's input, and its contribution to the horizontal stack, which is
+    # twice as wide.
     floats = layers * channels * (cells + 4 * width)
     if prior.context_channels:
         floats += layers * 4 * channels * height * width
-    floats = floats * (2 if guided else 1) + 16 * prior.num_codes  # sorted, in float64
+    floats = floats * (2 if guided else 1) + 16 * prior.num_codes  # for sorting in float64
     return max(1, min(LARGEST_BATCH, int(MEMORY_SHARE * free) // (4 * floats)))
 
 
 def compute_distribution(
     logits: Tensor, temperature: float = 1.0, top_k: int | None = None, top_p: float = 1.0
 ) -> Tensor:
-    """Probabilities (B, K) float64 to draw from, of `logits` (B, K); options as `sample_batches`.
+    """Compute the probabilities (B, K) float64 to draw from, given `logits` (B, K).
 
-    Codes of equal probability at the edge of `top_k` or `top_p` stay in order of their number.
+    The options are those of `sample_batches`. Among equally probable codes at the limit of `top_k`
+    or `top_p`, the lower numbers are kept.
     """
     if temperature == 0:
         return F.one_hot(logits.argmax(1), logits.shape[1]).double()
@@ -194,7 +203,7 @@ def compute_distribution(
         return share
     best, order = share.sort(dim=1, descending=True, stable=True)
     best[:, keep:] = 0
-    # A code stays if what comes before it holds less than `top_p`: the first always does.
+    # A code is kept if the likelier ones hold less than `top_p`, so the first always is.
     before = best.cumsum(1) - best
     best = torch.where(before < top_p * best.sum(1, keepdim=True), best, 0)
     best /= best.sum(1, keepdim=True)
@@ -202,17 +211,17 @@ def compute_distribution(
 
 
 def choose_codes(share: Tensor, uniform: Tensor) -> Tensor:
-    """One code per row by inverting the distribution function at `uniform`.
+    """Choose one code per row by inverting the cumulative distribution at `uniform`.
 
     Args:
-        share: (B, K) float64, probabilities.
-        uniform: (B,) float64 in [0, 1).
+        share: Probabilities (B, K) float64.
+        uniform: Uniform numbers (B,) float64 in [0, 1).
 
     Returns:
-        (B,) int64; never a code of probability 0.
+        Codes (B,) int64, never one of probability 0.
     """
     cumulative = share.cumsum(1)
-    # Scaled by the last sum and kept below it: rounding leaves no gap in which no code is found.
+    # The rounded sum may differ from 1. Scaling by it, and staying below it, always finds a code.
     total = cumulative[:, -1:]
     wanted = torch.minimum(uniform[:, None] * total, torch.nextafter(total, total - 1))
     return torch.searchsorted(cumulative, wanted, right=True)[:, 0]
@@ -228,13 +237,13 @@ def _draw_batch(
     guidance: float,
     options: dict[str, Any],
 ) -> Drawn:
-    """One batch, for `uniform` (B, H, W)."""
+    """Draw one batch with the uniform numbers `uniform` (B, H, W)."""
     batch, height, width = uniform.shape
     guided = guidance not in (0, 1)
     if guidance != 1:
         assert labels is not None
         nulls = torch.full_like(labels, prior.num_classes)
-        # Both models in one batch: with the class, then without.
+        # One batch holds both models, first with the class and then without.
         labels = torch.cat([labels, nulls]) if guided else nulls
     times = 2 if guided else 1
     if context is not None:
@@ -252,7 +261,7 @@ def _draw_batch(
                 assert known is not None
                 chosen = known[place]
             else:
-                logits = run.logits(column)
+                logits = run.compute_logits(column)
                 if guided:
                     conditional, unconditional = logits.chunk(2)
                     logits = unconditional + guidance * (conditional - unconditional)
@@ -264,17 +273,17 @@ def _draw_batch(
                     entropy = entropy.masked_fill(given[place], 0)
                 nats += entropy
             codes[place] = chosen
-            run.put(row, column, chosen.repeat(times))
+            run.store(row, column, chosen.repeat(times))
     return Drawn(codes, nats.float())
 
 
 class _Incremental:
-    """The layers of a prior, run one row of the vertical stack and one code at a time.
+    """Runs a prior's layers incrementally, one row of the vertical stack and one code at a time.
 
-    The same sums as in `PixelCNN.forward`, from the same weights: what is a convolution over the
-    grid there is a matrix product at one position here, and the layers' skip outputs, which only
-    their sum needs, are one product for all layers. At a position the products are so small that
-    making views and buffers would cost as much: all are made before the first.
+    Computes the same sums as `PixelCNN.forward` with the same weights. A convolution over the grid
+    becomes a matrix product at one position. Only the sum of the layers' skip outputs is needed, so
+    it is one product for all layers. These products are so small that creating views and buffers
+    would cost as much, so all of them are created in advance.
     """
 
     def __init__(
@@ -289,53 +298,53 @@ class _Incremental:
         layers = [cast(GatedLayer, layer) for layer in prior.layers]
         self.prior, self.width = prior, width
         self.stacks = [_Stack(layer, batch, height, width, labels, context) for layer in layers]
-        # Minus: of what `gated` holds.
-        self.skip = -torch.cat([_matrix(layer.skip) for layer in layers])
+        # Negated, because `gated` holds the negative of the gate's output (see `_Stack`).
+        self.skip = -torch.cat([_to_matrix(layer.skip) for layer in layers])
         self.skip_bias = torch.stack([cast(Tensor, layer.skip.bias) for layer in layers]).sum(0)
         gated = self.skip.new_empty(batch, len(layers), len(self.skip_bias))
         self.gated, self.all_gated = gated.unbind(1), gated.flatten(1)
         self.hidden, self.out = (cast(torch.nn.Conv2d, prior.head[number]) for number in (1, 3))
-        self.hidden_matrix, self.out_matrix = _matrix(self.hidden), _matrix(self.out)
+        self.hidden_matrix, self.out_matrix = _to_matrix(self.hidden), _to_matrix(self.out)
 
     def start_row(self, row: int) -> None:
-        """Run the vertical stack over a row; all codes above it are known."""
+        """Run the vertical stack over a row, once all codes above it are known."""
         for number, stack in enumerate(self.stacks):
-            above = stack.vertical_row(row)
+            above = stack.run_vertical(row)
             if number + 1 < len(self.stacks):
-                self.stacks[number + 1].put_row(row, above)
+                self.stacks[number + 1].store_row(row, above)
 
-    def logits(self, column: int) -> Tensor:
-        """(B, K) at this column of the row; all codes to its left are known."""
+    def compute_logits(self, column: int) -> Tensor:
+        """Compute logits (B, K) at this column, once all codes to its left are known."""
         entering: Tensor | None = None
         for number, (stack, gated) in enumerate(zip(self.stacks, self.gated, strict=True)):
-            stack.gate(column, gated)
+            stack.compute_gate(column, gated)
             if number + 1 < len(self.stacks):
                 after = self.stacks[number + 1].places[column]
-                stack.residual_step(gated, entering, after)
+                stack.add_residual(gated, entering, after)
                 entering = after
         total = torch.addmm(self.skip_bias, self.all_gated, self.skip).relu_()
         hidden = torch.addmm(cast(Tensor, self.hidden.bias), total, self.hidden_matrix).relu_()
         return torch.addmm(cast(Tensor, self.out.bias), hidden, self.out_matrix)
 
-    def put(self, row: int, column: int, codes: Tensor) -> None:
-        """Take in the codes (B,) of a position, and at the end of a row the row."""
+    def store(self, row: int, column: int, codes: Tensor) -> None:
+        """Store the codes (B,) of a position, and at the end of a row the whole row."""
         first = self.stacks[0]
         first.places[column].copy_(self.prior.embedding(codes))
         if column + 1 == self.width:
-            first.put_row(row, first.left[:, first.reach :])
+            first.store_row(row, first.left[:, first.reach :])
 
 
 class _Stack:
-    """What one layer remembers while a batch is drawn: its inputs so far, padded as in `forward`.
+    """Cache of one layer while a batch is drawn: its inputs so far, padded as in `forward`.
 
-    The gate tanh(a) sigmoid(b) is computed as (2 sigmoid(2a) - 1) sigmoid(b), one sigmoid over both
-    halves: the doubling is in the weights, and what comes out is its negative, for whose sake the
-    weights that follow are negative too.
+    The gate tanh(a) sigmoid(b) is computed as (2 sigmoid(2a) - 1) sigmoid(b), which needs a single
+    sigmoid over both halves. The doubling is part of the weights. `compute_gate` yields the
+    negative of the gate's output, so the weights applied to it are negated too.
 
     Attributes:
-        above: (B, reach + H, W + 2 * reach, C) inputs of the vertical stack.
-        left: (B, reach + W, C) inputs of the horizontal stack in the current row.
-        places: Per column, the view of `left` where its input is.
+        above: Inputs (B, reach + H, W + 2 * reach, C) of the vertical stack.
+        left: Inputs (B, reach + W, C) of the horizontal stack in the current row.
+        places: View of `left` at the input of each column.
     """
 
     def __init__(
@@ -350,10 +359,13 @@ class _Stack:
         self.layer, self.reach = layer, layer.reach
         channels = layer.skip.out_channels
         if layer.residual is not None:
-            self.residual, self.bias = -_matrix(layer.residual), cast(Tensor, layer.residual.bias)
+            self.residual, self.bias = (
+                -_to_matrix(layer.residual),
+                cast(Tensor, layer.residual.bias),
+            )
         new = layer.skip.weight.new_zeros
         self.double = torch.cat([new(channels) + 2, new(channels) + 1])
-        # (2C, C, 1, extent) as the rows of a window of `left`, one position after the other.
+        # (2C, C, 1, extent) to (extent * C, 2C), the order of a flattened window of `left`.
         rows = layer.horizontal.weight[:, :, 0].permute(2, 1, 0).flatten(0, 1)
         self.horizontal = rows * self.double
         self.above = new(batch, layer.reach + height, width + 2 * layer.reach, channels)
@@ -364,19 +376,19 @@ class _Stack:
         self.offsets = self.from_above.unbind(1)
         self.both = new(batch, 2 * channels)
         self.halves = self.both.chunk(2, dim=1)
-        # As wide as the grid, without taking memory where all positions share them.
+        # `expand` to the size of the grid takes no memory where all positions share a value.
         size = (batch, 2 * channels, height, width)
         self.for_vertical, self.for_horizontal = (
             torch.as_tensor(shift, device=self.left.device, dtype=self.left.dtype).expand(size)
             for shift in layer.compute_shifts(labels, context)
         )
 
-    def put_row(self, row: int, values: Tensor) -> None:
+    def store_row(self, row: int, values: Tensor) -> None:
         """Store the vertical stack's input (B, W, C) of a finished row."""
         self.above[:, self.reach + row, self.reach : self.reach + values.shape[1]] = values
 
-    def vertical_row(self, row: int) -> Tensor:
-        """The vertical stack's output (B, W, C) in this row; readies the horizontal one."""
+    def run_vertical(self, row: int) -> Tensor:
+        """Compute the vertical stack's output (B, W, C) and its input to the horizontal stack."""
         layer, rows = self.layer, slice(row, row + 1)
         window = self.above[:, row : row + layer.extent].movedim(-1, 1)
         vertical = gate(layer.vertical(window) + self.for_vertical[:, :, rows])
@@ -385,42 +397,45 @@ class _Stack:
         torch.mul(handed[:, :, 0].movedim(1, -1) + bias, self.double, out=self.from_above)
         return vertical[:, :, 0].movedim(1, -1)
 
-    def gate(self, column: int, gated: Tensor) -> None:
-        """Write minus the gate's output at this column to `gated` (B, C)."""
+    def compute_gate(self, column: int, gated: Tensor) -> None:
+        """Write the negative of the gate's output at this column to `gated` (B, C)."""
         offset, window = self.offsets[column], self.windows[column]
         torch.addmm(offset, window, self.horizontal, out=self.both).sigmoid_()
         a, b = self.halves
         torch.addcmul(b, a, b, value=-2, out=gated)
 
-    def residual_step(self, gated: Tensor, entering: Tensor | None, after: Tensor) -> None:
+    def add_residual(self, gated: Tensor, entering: Tensor | None, after: Tensor) -> None:
         """Write the next layer's input to `after` (B, C).
 
-        `entering` is this layer's input there; the first layer has none, since its window ends
-        before.
+        Args:
+            gated: Result of `compute_gate`.
+            entering: This layer's input at the same column. None for the first layer, whose window
+                ends before it.
+            after: Tensor (B, C) to write to.
         """
         torch.addmm(self.bias, gated, self.residual, out=after)
         if entering is not None:
             after.add_(entering)
 
 
-def _matrix(convolution: torch.nn.Conv2d) -> Tensor:
-    """The weight of a 1x1 convolution as (channels in, channels out)."""
+def _to_matrix(convolution: torch.nn.Conv2d) -> Tensor:
+    """Return the weight of a 1x1 convolution as a matrix (channels in, channels out)."""
     return convolution.weight[:, :, 0, 0].t()
 
 
 def score(
     prior: PixelCNN, codes: Tensor, labels: Tensor | None = None, context: Tensor | None = None
 ) -> Tensor:
-    """Natural log-likelihood log p(codes | label, context) of each image, in one forward pass.
+    """Compute log p(codes | label, context) in nats for each image, in one forward pass.
 
     Args:
-        prior: In evaluation mode.
-        codes: (B, H, W) int64.
-        labels: (B,) int64 for a conditional prior.
-        context: (B, context_channels, h, w) for a prior with context.
+        prior: Prior in evaluation mode.
+        codes: Codes (B, H, W) int64.
+        labels: Labels (B,) int64 for a conditional prior.
+        context: Context (B, context_channels, h, w) for a prior with context.
 
     Returns:
-        (B,) float32.
+        Log-likelihoods (B,) float32.
     """
     logits = prior(codes, labels, context)
     return -F.cross_entropy(logits.float(), codes, reduction="none").sum((1, 2))
