@@ -1,4 +1,17 @@
-"""How a grid of vectors becomes a grid of codes (torch only)."""
+"""Bottlenecks between encoder and decoder: vector quantizers and their continuous baselines.
+
+This folder needs torch only. Start with `protocol`, the interface of every bottleneck.
+
+- `protocol`: what a bottleneck takes and returns.
+- `codebook`: what the EMA and loss codebooks share: look-up, warm-up, revival of dead codes.
+- `ema`: the EMA rule, which moves the codebook by moving averages.
+- `loss`: the codebook that learns by gradient.
+- `lookup`: the search for the nearest codebook row.
+- `gradients`: the estimators that pass the gradient through the look-up.
+- `rows`: the encoder vectors that become codebook rows, at the start and in a revival.
+- `library`: quantizers of vector-quantize-pytorch.
+- `continuous`: bottlenecks without codes, for an autoencoder or a variational autoencoder.
+"""
 
 from vqvae_lightning.quantizers.codebook import VectorQuantizer
 from vqvae_lightning.quantizers.continuous import GaussianBottleneck, NoQuantizer

@@ -1,4 +1,4 @@
-"""What EMA and loss codebooks share: first rows, look-up, revival of dead codes."""
+"""The base class of the EMA and loss codebooks: warm-up, look-up, revival of dead codes."""
 
 from abc import abstractmethod
 from collections.abc import Callable
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from vqvae_lightning.distributed import all_reduce, get_rank_and_world
 from vqvae_lightning.errors import InputError, Key, check_positive, check_range
 from vqvae_lightning.quantizers.gradients import ESTIMATORS
-from vqvae_lightning.quantizers.lookup import _nearest_codes, _operators, find_nearest_codes
+from vqvae_lightning.quantizers.lookup import find_nearest_codes
 from vqvae_lightning.quantizers.protocol import QuantizerOutput
 from vqvae_lightning.quantizers.rows import (
     count_rows_before,
@@ -22,48 +22,40 @@ from vqvae_lightning.quantizers.rows import (
 )
 from vqvae_lightning.randomness import derive_seed
 
-POOL_STEPS = 16  # last steps of the warm-up that the vectors for the first codebook are drawn from
-PER_CODE = {"kmeans": 16, "data": 1, "uniform": 0}  # how many of them per code
-WARMUP_SHARE = 0.1  # of the training: the longest warm-up
-_operators.define("nearest_codes(Tensor vectors, Tensor codebook) -> Tensor")
-_operators.impl("nearest_codes", _nearest_codes, "CompositeExplicitAutograd")
-
-
-torch.library.register_fake(
-    "vqvae_lightning::nearest_codes",
-    lambda vectors, codebook: vectors.new_empty(vectors.shape[0], dtype=torch.int64),
-    lib=_operators,
-)
+POOL_STEPS = 16  # warm-up steps, counted from its end, whose vectors can enter the first codebook
+PER_CODE = {"kmeans": 16, "data": 1, "uniform": 0}  # vectors drawn per code
+WARMUP_SHARE = 0.1  # longest warm-up, as a share of the training
 
 
 class VectorQuantizer(nn.Module):
-    """A codebook: look-up, gradient estimator, first rows out of data, revival of dead codes.
+    """Codebook with warm-up, nearest-row look-up, gradient estimator and revival of dead codes.
 
-    Subclasses say how the rows learn. A training run starts as a plain autoencoder: for
-    `warmup_steps` optimizer steps `z` is passed on as it is, and the last of them sets the
-    codebook, so that it starts where the encoder's vectors are. Codes that hardly any vector
-    chooses are moved onto random encoder vectors: without the two, most of K=512 codes stay unused
-    for ever (Dhariwal et al. 2020, arXiv:2005.00341, section 3.1).
+    Subclasses define how the rows learn. A training run starts as a plain autoencoder: `z` passes
+    unchanged for `warmup_steps` optimizer steps. The last of these steps initialises the codebook
+    from encoder vectors. Later, codes that are hardly ever chosen are moved onto random encoder
+    vectors. Without both measures, most of K=512 codes are never used (Dhariwal et al. 2020,
+    arXiv:2005.00341, section 3.1).
 
-    `forward` gathers, `update` learns: all collectives and everything random are in `update`, once
+    `forward` only collects statistics. All collectives and random draws happen in `update`, once
     per optimizer step, so that `forward` compiles as one graph.
 
     Args:
         num_codes: Rows of the codebook (K), at least 2.
         code_dim: Channels of `z` (D).
         commitment: Weight of the commitment term (beta in van den Oord et al. 2017, equation 3).
-        estimator: The gradient of `z`: `straight_through`, or `rotation` (arXiv:2410.06424).
-        normalize: Whether `z` and the rows have unit length, so that the nearest row is the one at
-            the smallest angle (Yu et al. 2021, arXiv:2110.04627, section 3.2).
+        estimator: Gradient estimator for `z`, `straight_through` or `rotation` (arXiv:2410.06424).
+        normalize: Whether `z` and the rows are scaled to unit length, so that the nearest row is
+            the one at the smallest angle (Yu et al. 2021, arXiv:2110.04627, section 3.2).
         decay: Share of the old average kept per optimizer step, in [0, 1).
-        init: First rows: `kmeans` or `data` (random encoder vectors), or `uniform` in [-1/K, 1/K].
-        warmup_steps: Optimizer steps as a plain autoencoder, at most a tenth of the training;
-            `kmeans` and `data` need one at least, to see vectors, and take it even at 0.
-        revive_below: A code is dead when its average count is below this share of the mean count; 0
-            switches revival off. Free of units: neither batch size nor number of ranks changes it.
+        init: Source of the first rows: `kmeans` of encoder vectors, random encoder vectors
+            (`data`), or `uniform` noise in [-1/K, 1/K].
+        warmup_steps: Optimizer steps as a plain autoencoder, at most a tenth of the training.
+            `kmeans` and `data` take at least one step even at 0, because they need vectors.
+        revive_below: Share of the mean count below which a code is dead; 0 disables revival. The
+            share depends neither on the batch size nor on the number of ranks.
         revive_every: Optimizer steps between two revivals.
-        revive_until: Share of training after which no code is revived, so that the codes settle for
-            a prior.
+        revive_until: Share of the training after which no code is revived, so that the codes are
+            stable when a prior learns them.
 
     Raises:
         InputError: If a value is outside its range.
@@ -93,7 +85,7 @@ class VectorQuantizer(nn.Module):
         check_positive("code_dim", code_dim)
         check_range("decay", decay, 0, 1)
         if decay == 1:
-            raise InputError(Key("decay"), "=1 must be below 1, or the codebook would never move.")
+            raise InputError(Key("decay"), "=1 must be below 1: at 1 the codebook never moves.")
         if init not in list(PER_CODE):
             raise InputError(Key("init"), f"={init} must be one of {', '.join(PER_CODE)}.")
         if estimator not in ESTIMATORS:
@@ -112,45 +104,46 @@ class VectorQuantizer(nn.Module):
         self.revive_until = check_range("revive_until", revive_until, 0, 1)
         self.weights = {"commitment": check_range("commitment", commitment, 0)}
         self.register_buffer("counts", torch.ones(num_codes))
-        # Both are kept as Python numbers too cheap to wait for on a GPU; `get_extra_state` saves
-        # them.
+        # Python numbers, because reading them from a GPU tensor would wait for the GPU.
+        # `get_extra_state` saves them.
         self.steps = 0
         self.initialised = init == "uniform" and warmup_steps == 0
-        # Hits of the batches since the last update. Not a buffer: DistributedDataParallel would put
-        # rank 0's in the place of this rank's. A checkpoint never falls between batch and update.
+        # Hits since the last update. Not a buffer, because DistributedDataParallel would overwrite
+        # it with rank 0's. No checkpoint is saved between a batch and its update.
         self.new_counts = torch.zeros(num_codes)
         self._newest: Tensor | None = None
-        # Vectors for the first codebook, equal on all ranks, and the random number of each. No
-        # buffers: their size changes, and a checkpoint after the warm-up has none.
-        self._pool, self._pool_keys = self._empty_pool()
+        # Vectors for the first codebook and the random key of each, equal on all ranks. They are
+        # not buffers, because their size changes and checkpoints after the warm-up omit them.
+        self._pool, self._pool_keys = self._make_empty_pool()
 
     @property
     def pool_rows(self) -> int:
-        """Encoder vectors that the first codebook is made from, at most."""
+        """Largest number of encoder vectors kept for the first codebook."""
         return PER_CODE[self.init] * self.num_codes
 
     def draw_first_rows(self) -> Tensor:
-        """Random rows (K, D) in [-1/K, 1/K]: van den Oord's own initialisation (sonnet v1)."""
+        """Draw random rows (K, D) in [-1/K, 1/K], as van den Oord's code does (sonnet v1)."""
         rows = torch.empty(self.num_codes, self.code_dim).uniform_(-1, 1) / self.num_codes
         return self.scale(rows)
 
     def scale(self, rows: Tensor) -> Tensor:
-        """Rows (..., D) at unit length if `normalize`, else as they are."""
+        """Scale rows (..., D) to unit length if `normalize` is set; otherwise return them as is."""
         return F.normalize(rows, dim=-1) if self.normalize else rows
 
     def table(self) -> Tensor:
-        """The rows (K, D) as look-up and decoder see them."""
+        """Return the rows (K, D) that the look-up compares with and the decoder receives."""
         return self.codebook
 
     def forward(self, z: Tensor) -> QuantizerOutput:
-        """Quantize `z` (B, D, H, W), or pass it on during the warm-up of a training run."""
+        """Quantize `z` (B, D, H, W); during the warm-up of a training run, return it unchanged."""
         with torch.autocast(z.device.type, enabled=False):
-            rows = self._rows(z)
+            rows = self._to_rows(z)
             flat = rows.detach().reshape(-1, self.code_dim)
             if self.training:
                 self._newest = flat
             if self.training and not self.initialised:
-                # The codebook's zero: or a distributed run would wait for a gradient of it.
+                # A zero that depends on the codebook: without a gradient for every parameter,
+                # DistributedDataParallel stops with an error.
                 return QuantizerOutput(rows.movedim(-1, 1), None, self.codebook.sum() * 0, {})
             table = self.table()
             codes = find_nearest_codes(flat, table.detach())
@@ -165,49 +158,49 @@ class VectorQuantizer(nn.Module):
 
     @abstractmethod
     def compute_losses(self, rows: Tensor, chosen: Tensor) -> dict[str, Tensor]:
-        """Unweighted terms for vectors and their codebook rows, both (B, H, W, D) float32."""
+        """Compute unweighted terms from vectors and their rows, both (B, H, W, D) float32."""
 
     def observe(self, flat: Tensor, codes: Tensor) -> None:
-        """Take in the vectors (N, D) and codes (N,) of one training batch."""
+        """Add the vectors (N, D) and codes (N,) of one training batch to the statistics."""
         self.new_counts.scatter_add_(0, codes, torch.ones_like(codes, dtype=self.new_counts.dtype))
 
     @abstractmethod
     def learn(self) -> None:
-        """Apply what was observed since the last call, summed over all ranks."""
+        """Apply the statistics since the last call, summed over all ranks, to the codebook."""
 
     @abstractmethod
     def set_rows(self, rows: Tensor, where: Tensor, count: Tensor) -> None:
-        """Set the rows `where` (K,) bool to those of `rows` (K, D), each with `count` hits."""
+        """Replace rows in the mask `where` (K,) by those of `rows` (K, D), with `count` hits."""
 
     def encode(self, z: Tensor) -> Tensor:
-        """Codes (B, H, W) of `z` (B, D, H, W); never learns, even in training mode."""
+        """Return the codes (B, H, W) of `z` (B, D, H, W); never learns, even in training mode."""
         with torch.no_grad(), torch.autocast(z.device.type, enabled=False):
-            rows = self._rows(z)
+            rows = self._to_rows(z)
             flat = rows.reshape(-1, self.code_dim)
             return find_nearest_codes(flat, self.table()).view(rows.shape[:-1])
 
     def decode(self, codes: Tensor) -> Tensor:
-        """Codebook rows (B, D, H, W) of `codes` (B, H, W)."""
+        """Return the codebook rows (B, D, H, W) of `codes` (B, H, W)."""
         return F.embedding(codes, self.table()).movedim(-1, 1)
 
     @torch.no_grad()
     def update(self, progress: float = 0.0) -> dict[str, float]:
-        """Learn from the batches since the last call; call it once after each optimizer step.
+        """Learn from the batches since the last call; call this once after each optimizer step.
 
-        No step waits for a GPU, except the last ones of the warm-up and those with a revival: their
-        random rows, and the number of revived codes, pass through the CPU.
+        Only the last steps of the warm-up and steps with a revival wait for a GPU, because their
+        random rows and the number of revived codes pass through the CPU.
 
         Args:
-            progress: Share of training that is done, in [0, 1].
+            progress: Completed share of the training, in [0, 1].
 
         Returns:
-            `revived_codes`, in the steps in which dead codes are looked for.
+            `revived_codes` in the steps that check for dead codes; otherwise nothing.
         """
         newest, self._newest = self._newest, None
-        if newest is None:  # no batch was seen: somebody else's network stepped
+        if newest is None:  # no batch was seen: the optimizer of another network stepped
             return {}
         self.steps += 1
-        generator = self._generator()
+        generator = self._make_generator()
         if not self.initialised:
             over = self.steps >= self.warmup_steps or progress >= WARMUP_SHARE
             if over or self.steps > self.warmup_steps - POOL_STEPS:
@@ -227,45 +220,50 @@ class VectorQuantizer(nn.Module):
         return {"revived_codes": float(dead.sum())}
 
     def get_extra_state(self) -> Tensor:
-        """Steps taken, and whether the codebook is set; one tensor."""
+        """Return the number of steps and whether the codebook is initialised, as one tensor."""
         return torch.tensor([self.steps, int(self.initialised)], dtype=torch.float64)
 
     def set_extra_state(self, state: Tensor) -> None:
-        """Restore `get_extra_state`."""
+        """Restore the state that `get_extra_state` returned."""
         self.steps, self.initialised = int(state[0]), bool(state[1])
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        """Save the gathered vectors too, as long as there are any."""
+        """Add the vectors gathered for the first codebook, if there are any."""
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if len(self._pool):
             destination[f"{prefix}pool"] = self._pool
             destination[f"{prefix}pool_keys"] = self._pool_keys
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *options: Any) -> None:
-        """Restore what `_save_to_state_dict` saved; without it, nothing was gathered."""
-        pool, keys = self._empty_pool()
+        """Restore the gathered vectors; a checkpoint without them leaves the pool empty."""
+        pool, keys = self._make_empty_pool()
         pool = state_dict.pop(f"{prefix}pool", pool)
         keys = state_dict.pop(f"{prefix}pool_keys", keys)
         super()._load_from_state_dict(state_dict, prefix, *options)
         self._pool, self._pool_keys = pool.to(self.codebook), keys.cpu()
 
-    def _empty_pool(self) -> tuple[Tensor, Tensor]:
+    def _make_empty_pool(self) -> tuple[Tensor, Tensor]:
         rows = self.counts.new_empty(0, self.code_dim)
         return rows, torch.empty(0, dtype=torch.float64, device="cpu")
 
     def extra_repr(self) -> str:
-        """Size and way of starting, for `print(net)`."""
+        """Describe the size and the initialisation for `print(net)`."""
         return f"num_codes={self.num_codes}, code_dim={self.code_dim}, init={self.init}"
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """Move what is no buffer along with the rest: `to`, `cuda`, `double`."""
+        """Apply `to`, `cuda` and `double` to the tensors that are not buffers too."""
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self.new_counts = fn(self.new_counts)
         self._pool = fn(self._pool)
         return self
 
-    def _rows(self, z: Tensor) -> Tensor:
-        """`z` (B, D, ...) as the vectors (B, ..., D) that are looked up."""
+    def _to_rows(self, z: Tensor) -> Tensor:
+        """Rearrange `z` (B, D, ...) into the vectors (B, ..., D) that are looked up.
+
+        Raises:
+            InputError: If `z` does not have `code_dim` channels, or if the codebook was cast to
+                half precision.
+        """
         if z.ndim < 2 or z.shape[1] != self.code_dim:
             raise InputError(
                 f"the quantizer expects (batch, {self.code_dim}, ...) but got {tuple(z.shape)}: "
@@ -273,23 +271,23 @@ class VectorQuantizer(nn.Module):
             )
         if self.codebook.dtype in (torch.bfloat16, torch.float16):
             raise InputError(
-                f"the codebook is {self.codebook.dtype}, in which averages stand still and codes "
-                "change; set trainer.precision to 32-true, bf16-mixed or 16-mixed."
+                f"the codebook is {self.codebook.dtype}, too coarse for moving averages and for "
+                "exact codes; set trainer.precision to 32-true, bf16-mixed or 16-mixed."
             )
         return self.scale(z.to(self.codebook.dtype).movedim(1, -1))
 
-    def _generator(self) -> torch.Generator:
-        # Seeded by the step alone, as a quantizer does not know the run's seed: every rank draws
-        # the same, and a resumed run draws what an uninterrupted one would have drawn.
+    def _make_generator(self) -> torch.Generator:
+        # The seed depends on the step only, because a quantizer does not know the run's seed. Every
+        # rank draws the same numbers, and so does a resumed run.
         return torch.Generator().manual_seed(derive_seed(0, "codebook", self.steps))
 
     def _gather(self, newest: Tensor, generator: torch.Generator) -> None:
-        """Let the vectors (N, D) of this step take part in the draw for the first codebook.
+        """Enter this step's vectors (N, D) into the draw for the first codebook.
 
-        Each vector of all ranks gets a random number, and those with the largest are kept. This is
-        a uniform draw out of the vectors of all steps, whatever their number (Vitter 1985, Random
-        sampling with a reservoir). Every rank keeps the same, so rank 0's checkpoint holds
-        everything needed to resume.
+        Each vector on any rank gets a random key, and the vectors with the largest keys are kept.
+        This draws uniformly from the vectors of all steps, whose number need not be known (Vitter
+        1985, Random sampling with a reservoir). All ranks keep the same vectors, so that rank 0's
+        checkpoint holds everything needed to resume.
         """
         if not self.pool_rows:
             return
@@ -304,13 +302,13 @@ class VectorQuantizer(nn.Module):
 
     def _initialise(self, generator: torch.Generator) -> None:
         rows = self._pool
-        self._pool, self._pool_keys = self._empty_pool()
+        self._pool, self._pool_keys = self._make_empty_pool()
         if self.init != "uniform":
             if self.init == "kmeans" and len(rows) > self.num_codes:
                 rows = kmeans(rows, self.num_codes, generator)
                 if get_rank_and_world()[0] > 0:
                     rows.zero_()
-                all_reduce(rows)  # the first rank's: on a GPU sums differ in their last bits
+                all_reduce(rows)  # takes rank 0's: on a GPU sums differ in their last bits
             rows = repeat_rows(rows, self.num_codes)
             everywhere = torch.ones(self.num_codes, dtype=torch.bool, device=rows.device)
             self.set_rows(rows, everywhere, rows.new_ones(()))

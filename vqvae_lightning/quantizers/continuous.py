@@ -1,4 +1,4 @@
-"""The traditional autoencoders' bottlenecks, behind the same door as the quantizers."""
+"""Bottlenecks of plain and variational autoencoders, with the interface of the quantizers."""
 
 import math
 from typing import NoReturn
@@ -12,11 +12,11 @@ from vqvae_lightning.randomness import draw_for_batch
 
 
 class ContinuousBottleneck(nn.Module):
-    """A bottleneck without codes: nothing to look up, to encode or to move after a step.
+    """Base class of the bottlenecks without codes.
 
     Args:
-        code_dim: Channels that the decoder gets (D).
-        encoder_channels: Channels that the encoder delivers.
+        code_dim: Channels of the decoder's input (D).
+        encoder_channels: Channels of the encoder's output.
 
     Raises:
         InputError: If `code_dim` is not a positive integer.
@@ -32,28 +32,28 @@ class ContinuousBottleneck(nn.Module):
         self.weights: dict[str, float] = {}
 
     def encode(self, z: Tensor) -> NoReturn:
-        """Refuse.
+        """Raise an error, because there are no codes.
 
         Raises:
-            InputError: Always: there are no codes.
+            InputError: Always.
         """
         raise InputError(f"{type(self).__name__} has no codes: choose quantizer=ema or loss.")
 
     def decode(self, codes: Tensor) -> NoReturn:
-        """Refuse.
+        """Raise an error, because there are no codes.
 
         Raises:
-            InputError: Always: there are no codes.
+            InputError: Always.
         """
         self.encode(codes)
 
     def update(self, progress: float = 0.0) -> dict[str, float]:
-        """Nothing to learn outside the gradient."""
+        """Do nothing, because there are no statistics to learn from."""
         return {}
 
 
 class NoQuantizer(ContinuousBottleneck):
-    """No bottleneck but the number of channels: a plain autoencoder.
+    """Bottleneck of a plain autoencoder, limited only by its number of channels.
 
     Args:
         code_dim: Channels between encoder and decoder (D).
@@ -63,29 +63,30 @@ class NoQuantizer(ContinuousBottleneck):
         super().__init__(code_dim, code_dim)
 
     def forward(self, z: Tensor) -> QuantizerOutput:
-        """Pass `z` (B, D, H, W) on."""
+        """Return `z` (B, D, H, W) unchanged, in float32."""
         return QuantizerOutput(z.float(), None, z.new_zeros((), dtype=torch.float32), {})
 
 
 class GaussianBottleneck(ContinuousBottleneck):
-    """The latents of a variational autoencoder: a diagonal Gaussian, drawn by reparameterisation.
+    """Bottleneck of a variational autoencoder, a diagonal Gaussian.
 
-    In training the decoder gets a sample, in evaluation the mean, so that a reconstruction is the
-    same each time. The KL divergence from the standard normal is the closed form -1/2 (1 + log s^2
-    - m^2 - s^2) per latent value. Source: Kingma and Welling 2019 (arXiv:1906.02691), sections 2.4
-    and 2.5.
+    The decoder gets a sample in training (reparameterisation) and the mean in evaluation, so that
+    reconstructions are deterministic. The KL divergence from the standard normal is
+    -1/2 (1 + log s^2 - m^2 - s^2) per latent value. Source: Kingma and Welling 2019
+    (arXiv:1906.02691), sections 2.4 and 2.5.
 
-    The term is the mean over latent values, not their sum, as the reconstruction term is a mean
-    over pixels (Higgins et al. 2017, section 4.2: normalised beta). With M latent values for N
-    pixel values, the loss is a negative evidence bound with a Gaussian likelihood of variance s^2
-    where beta = 2 M s^2 / (N var), var the variance of the pixels.
+    The KL term is the mean over latent values, because the reconstruction term is a mean over
+    pixels (normalised beta, Higgins et al. 2017, section 4.2). Let M be the number of latent
+    values, N the number of pixel values and var the variance of the pixels. The loss is then a
+    negative evidence lower bound with a Gaussian likelihood of variance s^2 if
+    beta = 2 M s^2 / (N var).
 
     Args:
-        code_dim: Latent channels (D); the encoder delivers a mean and a log variance for each.
+        code_dim: Latent channels (D). The encoder returns a mean and a log variance for each.
         beta: Weight of the KL term.
-        free_bits: Bits per latent value that each channel may carry at no cost (Kingma et al. 2016,
-            arXiv:1606.04934, appendix C.8): a channel below it is not pushed to collapse. The loss
-            then has the term `kl_clamped`; `kl` stays the divergence as it is.
+        free_bits: Bits per latent value that each channel carries at no cost, so that channels
+            below it are not pushed to collapse (Kingma et al. 2016, arXiv:1606.04934, appendix
+            C.8). Above 0, the loss uses the term `kl_clamped`, and `kl` is only logged.
 
     Raises:
         InputError: If a value is outside its range.
@@ -99,23 +100,23 @@ class GaussianBottleneck(ContinuousBottleneck):
         self.weights = {self.term: self.beta}
 
     def forward(self, z: Tensor) -> QuantizerOutput:
-        """Draw from, or take the mean of, the Gaussian that `z` (B, 2 D, H, W) describes."""
-        # float32: in half precision the exponential of a log variance above 11 is infinite.
+        """Sample the Gaussian given by `z` (B, 2 D, H, W), or return its mean in evaluation."""
+        # float32, because in float16 the exponential of a log variance above 11 is infinite.
         with torch.autocast(z.device.type, enabled=False):
             mean, log_variance = z.float().chunk(2, dim=1)
             log_variance = log_variance.clamp(-30, 20)
             kl = (mean.square() + log_variance.exp() - log_variance - 1) / 2
             vectors = mean
             if self.training:
-                vectors = mean + (log_variance / 2).exp() * self._noise(mean)
+                vectors = mean + (log_variance / 2).exp() * self._draw_noise(mean)
             by_channel = kl.movedim(1, 0).flatten(1).mean(1)
             clamped = by_channel.clamp(min=self.free_nats).mean()
         terms = {"kl": by_channel.mean(), self.term: clamped}
         posterior = Posterior(mean.detach(), kl.detach())
         return QuantizerOutput(vectors, None, self.beta * clamped, terms, posterior)
 
-    def _noise(self, mean: Tensor) -> Tensor:
-        """Standard normal values for `mean` (B, D, H, W); in memory the channels are innermost."""
+    def _draw_noise(self, mean: Tensor) -> Tensor:
+        """Draw standard normal noise (B, D, H, W) for `mean`, with channels innermost in memory."""
         _, channels, height, width = mean.shape
 
         def draw(images: int) -> Tensor:

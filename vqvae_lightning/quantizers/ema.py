@@ -1,4 +1,4 @@
-"""A codebook that follows the encoder by moving averages."""
+"""The codebook that follows the encoder by exponential moving averages (EMA)."""
 
 from collections.abc import Callable
 from typing import Any, Self
@@ -16,17 +16,18 @@ class EMAQuantizer(VectorQuantizer):
     """Vector quantizer whose codebook follows the encoder by moving averages.
 
     Each of the B*H*W vectors of `z` is replaced by its nearest codebook row (Euclidean). After each
-    optimizer step, `update` moves the rows towards the mean of the vectors assigned to them, summed
-    over all ranks and all accumulated batches; no gradient reaches them. Source: van den Oord et
-    al. 2017 (arXiv:1711.00937), appendix A.1. The averages start from the codebook with one hit per
-    code, so that a code without hits stays where it is; counts that start at zero throw unused rows
-    far away and collapse the codebook.
+    optimizer step, `update` moves the rows towards the mean of the vectors assigned to them on all
+    ranks and in all accumulated batches. The rows receive no gradient. Source: van den Oord et al.
+    2017 (arXiv:1711.00937), appendix A.1.
+
+    The averages start from the codebook with one hit per code, so that a code without hits stays
+    where it is. Counts that start at zero throw unused rows far away and collapse the codebook.
 
     Args:
         num_codes: Rows of the codebook (K in the paper).
         code_dim: Channels of `z` (D).
-        epsilon: Added to each count in the division only (Laplace smoothing); unit: vectors.
-        **options: As for `VectorQuantizer`.
+        epsilon: Number of vectors added to each count, in the division only (Laplace smoothing).
+        **options: Arguments of `VectorQuantizer`.
 
     Raises:
         InputError: If a value is outside its range.
@@ -45,16 +46,16 @@ class EMAQuantizer(VectorQuantizer):
         self.new_sums = torch.zeros(num_codes, code_dim)
 
     def compute_losses(self, rows: Tensor, chosen: Tensor) -> dict[str, Tensor]:
-        """Commitment |z - sg[e]|^2, the mean over all elements; the codebook needs no term."""
+        """Compute the commitment |z - sg[e]|^2 as the mean over all elements."""
         return {"commitment": F.mse_loss(rows, chosen.detach())}
 
     def observe(self, flat: Tensor, codes: Tensor) -> None:
-        """Add one batch to the hits and sums per code."""
+        """Add one batch to the hits and to the sums of vectors per code."""
         super().observe(flat, codes)
         self.new_sums.index_add_(0, codes, flat)
 
     def learn(self) -> None:
-        """Equations 6 to 8 of appendix A.1, with statistics of all ranks."""
+        """Apply equations 6 to 8 of appendix A.1 to the statistics of all ranks."""
         fresh = all_reduce(torch.cat([self.new_counts[:, None], self.new_sums], dim=1))
         self.counts.lerp_(fresh[:, 0], 1 - self.decay)
         self.sums.lerp_(fresh[:, 1:], 1 - self.decay)
@@ -63,11 +64,11 @@ class EMAQuantizer(VectorQuantizer):
         total = self.counts.sum()
         share = (self.counts + self.epsilon) / (total + self.num_codes * self.epsilon)
         rows = self.scale(self.sums / (share * total)[:, None])
-        # Only those with hits: as the count of one without fades, the smoothing would shrink it.
+        # Only rows with hits: smoothing would shrink the others as their counts decay.
         self.codebook.copy_(torch.where(fresh[:, :1] > 0, rows, self.codebook))
 
     def set_rows(self, rows: Tensor, where: Tensor, count: Tensor) -> None:
-        """Move rows, with counts and sums to match: an update that follows must not undo it."""
+        """Replace rows, and set counts and sums to match so that the next update keeps them."""
         rows = self.scale(rows)
         self.codebook.copy_(torch.where(where[:, None], rows, self.codebook))
         self.counts.copy_(torch.where(where, count, self.counts))

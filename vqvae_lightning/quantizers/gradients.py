@@ -1,4 +1,4 @@
-"""Gradient estimators: how the gradient passes the look-up."""
+"""Gradient estimators, which pass the gradient through the look-up."""
 
 from typing import Any
 
@@ -10,9 +10,8 @@ from torch import Tensor
 class StraightThrough(torch.autograd.Function):
     """Replace `z` by `vectors` in the forward pass and pass the gradient on to `z` unchanged.
 
-    `z + (vectors - z).detach()` is the textbook form; in bfloat16 a third of its elements differ
-    from `vectors` by a rounding, so the decoder would train on vectors that decoding codes never
-    produces.
+    The textbook form `z + (vectors - z).detach()` is not exact: in bfloat16, rounding changes a
+    third of its elements. The decoder would train on vectors that decoding codes never produces.
     """
 
     @staticmethod
@@ -22,17 +21,17 @@ class StraightThrough(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        """The identity for `z`, nothing for `vectors`."""
+        """Return the gradient of `z` unchanged, and none for `vectors`."""
         return gradients[0], None
 
 
 class Rotation(torch.autograd.Function):
-    """Replace `z` by `vectors` and turn and scale the gradient as `z` was turned and scaled.
+    """Replace `z` by `vectors` and apply the same rotation and scale to the gradient, transposed.
 
-    Each vector e is written as (|e| / |z|) R z with the rotation R = 1 - 2 r r' + 2 e^ z^' that
-    takes the direction z^ to e^ within their plane, r = (z^ + e^) / |z^ + e^|; factor and rotation
-    count as constants. Source: Fifty et al. 2024 (arXiv:2410.06424), section 4.2. Rows are the last
-    dimension.
+    Each vector e is written as (|e| / |z|) R z. The rotation R = 1 - 2 r r' + 2 e^ z^', with
+    r = (z^ + e^) / |z^ + e^|, takes the direction z^ to e^ within their plane. Factor and rotation
+    are treated as constants. Source: Fifty et al. 2024 (arXiv:2410.06424), section 4.2. Vectors are
+    along the last dimension.
     """
 
     @staticmethod
@@ -43,7 +42,7 @@ class Rotation(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        """(|e| / |z|) R' gradient for `z`, nothing for `vectors`."""
+        """Return (|e| / |z|) R' gradient for `z`, and none for `vectors`."""
         z, vectors = ctx.saved_tensors
         gradient = gradients[0]
         source, target = F.normalize(z, dim=-1), F.normalize(vectors, dim=-1)

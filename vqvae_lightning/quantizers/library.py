@@ -1,4 +1,4 @@
-"""Quantizers of the package vector-quantize-pytorch, behind the same door."""
+"""Quantizers of the package vector-quantize-pytorch, with this package's interface."""
 
 from typing import Any, cast
 
@@ -12,16 +12,16 @@ from vqvae_lightning.quantizers.protocol import QuantizerOutput
 
 
 class LibraryQuantizer(nn.Module):
-    """Any quantizer of vector-quantize-pytorch (extra `library`) that works on rows of vectors.
+    """Wrapper for any quantizer of vector-quantize-pytorch (extra `library`) that takes vectors.
 
-    What it learns, it learns in its own forward pass: warm-up, revival over ranks and the rest of
-    `VectorQuantizer` are not added to it.
+    The wrapped class learns in its own forward pass. It gets no warm-up, no revival over ranks and
+    nothing else of `VectorQuantizer`.
 
     Args:
-        name: Its class, such as FSQ (arXiv:2309.15505), LFQ (arXiv:2310.05737), SimVQ
+        name: Class in the library, such as FSQ (arXiv:2309.15505), LFQ (arXiv:2310.05737), SimVQ
             (arXiv:2411.02038), ResidualVQ (arXiv:2107.03312) or VectorQuantize.
-        code_dim: Channels of `z` (D); given to the class as `dim`.
-        weight: Of the loss that the class returns, if it returns one.
+        code_dim: Channels of `z` (D), passed to the class as `dim`.
+        weight: Weight of the loss that the class returns, if it returns one.
         options: Further arguments of the class.
 
     Raises:
@@ -55,7 +55,7 @@ class LibraryQuantizer(nn.Module):
             self.num_codes = int(quantizer.codebook_size)
         except (TypeError, ValueError, AssertionError, AttributeError) as error:
             raise InputError(
-                Key("options"), f"={options or {}} do not make a {name} over codes: {error}"
+                Key("options"), f"={options or {}} cannot build a {name} with codes: {error}"
             ) from error
         self.quantizer = quantizer
         counts = [
@@ -67,10 +67,11 @@ class LibraryQuantizer(nn.Module):
 
     def forward(self, z: Tensor) -> QuantizerOutput:
         """Quantize `z` (B, D, H, W)."""
-        # Its distances are products too: see `find_nearest_codes`.
+        # The library computes distances as matrix products, which must be exact (see `lookup`).
         with torch.autocast(z.device.type, enabled=False), exact_products():
-            vectors, codes, *losses = self.quantizer(self._rows(z))
-        # One loss, or one per codebook, or none; in evaluation most give a zero in its place.
+            vectors, codes, *losses = self.quantizer(self._to_rows(z))
+        # A class returns one loss, one per codebook or none. In evaluation most return a
+        # meaningless zero.
         auxiliary = losses[0].float().sum() if losses and self.training else None
         terms = {} if auxiliary is None else {"auxiliary": auxiliary}
         grid = codes.long().unflatten(1, z.shape[2:])
@@ -83,7 +84,7 @@ class LibraryQuantizer(nn.Module):
 
     @torch.no_grad()
     def encode(self, z: Tensor) -> Tensor:
-        """Codes (B, H, W) of `z`, or (B, H, W, Q); never learns, even in training mode."""
+        """Return codes (B, H, W) or (B, H, W, Q) of `z`; never learns, even in training mode."""
         training = self.training
         self.eval()
         try:
@@ -94,7 +95,7 @@ class LibraryQuantizer(nn.Module):
         return codes
 
     def decode(self, codes: Tensor) -> Tensor:
-        """Vectors (B, D, H, W) of `codes`."""
+        """Return the vectors (B, D, H, W) of `codes`."""
         rows = codes.flatten(1, 2)
         decode = getattr(self.quantizer, "get_output_from_indices", None)
         vectors = cast(Tensor, (decode or self.quantizer.indices_to_codes)(rows))
@@ -102,20 +103,20 @@ class LibraryQuantizer(nn.Module):
         return grid.movedim(-1, 1)
 
     def update(self, progress: float = 0.0) -> dict[str, float]:
-        """Nothing: these learn in their forward pass.
+        """Check that the ranks stay in step. The class has already learnt in its forward pass.
 
         Raises:
-            InputError: If the class would let the codebooks of several ranks drift apart: it looks
-                for other ranks when it is built, before there are any.
+            InputError: If the codebooks would drift apart between ranks. The class looks for other
+                ranks only when it is built, which is before the process group exists.
         """
         alone = any(getattr(part, "use_ddp", True) is False for part in self.modules())
         if alone and get_rank_and_world()[1] > 1:
             raise InputError(
-                f"quantizer {self.name} would learn another codebook on each rank: set "
+                f"quantizer {self.name} would learn a different codebook on each rank: set "
                 "model.net.quantizer.options.sync_codebook=true."
             )
         return {}
 
-    def _rows(self, z: Tensor) -> Tensor:
-        """(B, H * W, D), the one layout that all of them take."""
+    def _to_rows(self, z: Tensor) -> Tensor:
+        """Rearrange `z` into (B, H * W, D), the one layout that all classes accept."""
         return z.float().flatten(2).transpose(1, 2)

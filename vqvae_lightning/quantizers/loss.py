@@ -1,4 +1,4 @@
-"""A codebook that learns by gradient."""
+"""The codebook that learns by gradient."""
 
 from typing import Any
 
@@ -14,15 +14,16 @@ from vqvae_lightning.quantizers.codebook import VectorQuantizer
 class LossQuantizer(VectorQuantizer):
     """Vector quantizer whose codebook is a parameter that the optimizer moves.
 
-    The codebook term pulls each chosen row towards its encoder vectors, the commitment term the
-    vectors towards their row; each moves only its own side. Source: van den Oord et al. 2017
-    (arXiv:1711.00937), equation 3. Hits per code are averaged too, but only to find dead codes.
+    The codebook term pulls each chosen row towards its encoder vectors and has no gradient for the
+    encoder. The commitment term pulls the vectors towards their row and has no gradient for the
+    codebook. Source: van den Oord et al. 2017 (arXiv:1711.00937), equation 3. Average hits per code
+    serve only to find dead codes.
 
     Args:
         num_codes: Rows of the codebook (K in the paper).
         code_dim: Channels of `z` (D).
         codebook: Weight of the codebook term; 1 in the paper.
-        **options: As for `VectorQuantizer`.
+        **options: Arguments of `VectorQuantizer`.
 
     Raises:
         InputError: If a value is outside its range.
@@ -36,22 +37,22 @@ class LossQuantizer(VectorQuantizer):
         self.codebook = nn.Parameter(self.draw_first_rows())
 
     def compute_losses(self, rows: Tensor, chosen: Tensor) -> dict[str, Tensor]:
-        """|sg[z] - e|^2 and |z - sg[e]|^2, each the mean over all elements."""
+        """Compute |sg[z] - e|^2 and |z - sg[e]|^2, each as the mean over all elements."""
         return {
             "codebook": F.mse_loss(chosen, rows.detach()),
             "commitment": F.mse_loss(rows, chosen.detach()),
         }
 
     def table(self) -> Tensor:
-        """The rows (K, D) as look-up and decoder see them: the optimizer changes their length."""
+        """Return the rows (K, D), rescaled because the optimizer changes their length."""
         return self.scale(self.codebook)
 
     def learn(self) -> None:
-        """Average the hits per code; the rows have moved with the optimizer."""
+        """Average the hits per code. The optimizer has already moved the rows."""
         self.counts.lerp_(all_reduce(self.new_counts), 1 - self.decay)
         self.new_counts.zero_()
 
     def set_rows(self, rows: Tensor, where: Tensor, count: Tensor) -> None:
-        """Move rows and set their counts."""
+        """Replace rows and set their counts."""
         self.codebook.copy_(torch.where(where[:, None], rows, self.codebook))
         self.counts.copy_(torch.where(where, count, self.counts))

@@ -1,4 +1,4 @@
-"""The interface of every bottleneck: what it takes and returns."""
+"""The interface of every bottleneck: its input, output and methods."""
 
 from typing import NamedTuple, Protocol
 
@@ -6,53 +6,59 @@ from torch import Tensor
 
 
 class Posterior(NamedTuple):
-    """What a Gaussian bottleneck knows of its latents; both (B, D, H, W)."""
+    """Posterior of a Gaussian bottleneck; both fields are (B, D, H, W)."""
 
     mean: Tensor
     kl: Tensor
-    """KL divergence from the standard normal in nats, per latent value."""
+    """KL divergence from the standard normal, in nats per latent value."""
 
 
 class QuantizerOutput(NamedTuple):
-    """What a quantizer returns for encoder vectors `z` of shape (B, encoder_channels, H, W)."""
+    """Output of a quantizer for encoder vectors `z` of shape (B, encoder_channels, H, W)."""
 
     vectors: Tensor
-    """(B, D, H, W) float32, the decoder's input."""
+    """Input of the decoder, (B, D, H, W) float32."""
     codes: Tensor | None
-    """(B, H, W) int64 in [0, num_codes), or (B, H, W, Q) with Q = codes_per_position > 1; None from
-    a continuous bottleneck, and while the codebook waits for the warm-up to end."""
+    """(B, H, W) int64 in [0, num_codes), or (B, H, W, Q) with Q = codes_per_position > 1. None from
+    a continuous bottleneck and during the warm-up of a codebook."""
     loss: Tensor
-    """() the weighted sum of `terms`: add it to the reconstruction term."""
+    """Weighted sum of `terms`, shape (), to be added to the reconstruction term."""
     terms: dict[str, Tensor]
-    """Unweighted parts of `loss`, each (), for logging; the weights are `Quantizer.weights`."""
+    """Unweighted terms, each of shape (), for logging. `Quantizer.weights` holds the weights of
+    those that enter `loss`."""
     posterior: Posterior | None = None
-    """Of a Gaussian bottleneck only."""
+    """Set by a Gaussian bottleneck only."""
 
 
 class Quantizer(Protocol):
-    """What the networks and tasks need of a bottleneck."""
+    """Interface that the networks and tasks expect of a bottleneck."""
 
     num_codes: int
-    """Rows of (each) codebook; 0 for a continuous bottleneck."""
+    """Rows of the codebook, or of each codebook; 0 for a continuous bottleneck."""
     codes_per_position: int
-    """1, or more for residual quantizers, or 0 for a continuous bottleneck."""
+    """1 for most quantizers, more for residual ones, 0 for a continuous bottleneck."""
     code_dim: int
-    """Channels that the decoder gets."""
+    """Channels of the decoder's input."""
     encoder_channels: int
-    """Channels that the encoder delivers."""
+    """Channels of the encoder's output."""
     weights: dict[str, float]
+    """Weight of each loss term, by name."""
 
     def __call__(self, z: Tensor) -> QuantizerOutput:
-        """Quantize (B, encoder_channels, H, W); in training mode gather what `update` needs."""
+        """Quantize `z` (B, encoder_channels, H, W); in training mode, collect statistics too."""
 
     def encode(self, z: Tensor) -> Tensor:
-        """Codes (B, H, W) of `z`; never learns, even in training mode."""
+        """Return the codes (B, H, W) of `z`; never learns, even in training mode."""
 
     def decode(self, codes: Tensor) -> Tensor:
-        """Vectors (B, D, H, W) of `codes`."""
+        """Return the vectors (B, D, H, W) of `codes`."""
 
     def update(self, progress: float) -> dict[str, float]:
-        """Learn from the batches since the last call; call it once after each optimizer step.
+        """Learn from the batches since the last call; call this once after each optimizer step.
 
-        `progress` is the share of training that is done, in [0, 1]. Returns figures to log.
+        Args:
+            progress: Completed share of the training, in [0, 1].
+
+        Returns:
+            Metrics to log.
         """

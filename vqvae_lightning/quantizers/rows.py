@@ -1,4 +1,4 @@
-"""Encoder vectors that become codebook rows: random draws over all ranks, and k-means."""
+"""Draw encoder vectors over all ranks, as codebook rows or as input of k-means."""
 
 import torch
 from torch import Tensor
@@ -10,10 +10,10 @@ KMEANS_STEPS = 10
 
 
 def kmeans(vectors: Tensor, num_codes: int, generator: torch.Generator) -> Tensor:
-    """Centres (K, D) of `vectors` (N, D) by Lloyd's algorithm from K random vectors.
+    """Cluster `vectors` (N, D) into K centres (K, D) by Lloyd's algorithm from K random vectors.
 
-    A centre without vectors is moved onto a random vector. The same input and generator give the
-    same centres.
+    A centre without vectors is moved onto a random vector. The result depends only on the vectors
+    and the state of the generator.
     """
     centres = vectors[draw_rows(len(vectors), num_codes, generator)].clone()
     for _ in range(KMEANS_STEPS):
@@ -27,23 +27,23 @@ def kmeans(vectors: Tensor, num_codes: int, generator: torch.Generator) -> Tenso
 
 
 def draw_rows(total: int, count: int, generator: torch.Generator) -> Tensor:
-    """`count` row numbers below `total` (int64, CPU), repeated only where `count` > `total`."""
+    """Draw `count` row numbers below `total` (int64, CPU), repeated only if `count` > `total`."""
     rounds = -(-count // total)
     order = [torch.randperm(total, generator=generator) for _ in range(rounds)]
     return torch.cat(order)[:count]
 
 
 def draw_over_ranks(part: Tensor, count: int, generator: torch.Generator) -> Tensor:
-    """At most `count` random rows out of the vectors of all ranks, equal on every rank.
+    """Draw at most `count` random rows from the vectors of all ranks, equal on every rank.
 
     Rows are numbered rank by rank, so that N ranks draw the rows that one process with the
-    concatenated batch draws. Two collectives of fixed size, whatever the data; each rank's
-    `generator` must be in the same state.
+    concatenated batch would draw. The call makes two collectives, whose sizes are equal on all
+    ranks.
 
     Args:
         part: Vectors (n, D) of this rank; n may differ between ranks.
-        count: Rows to draw; all there are if they are fewer.
-        generator: A CPU generator.
+        count: Rows to draw. If there are fewer vectors, all are returned.
+        generator: CPU generator, in the same state on every rank.
 
     Returns:
         (min(count, number of vectors), D).
@@ -53,11 +53,11 @@ def draw_over_ranks(part: Tensor, count: int, generator: torch.Generator) -> Ten
 
 
 def gather_rows(part: Tensor, first: int, numbers: Tensor) -> Tensor:
-    """Chosen rows out of the vectors of all ranks, equal on every rank.
+    """Gather chosen rows from the vectors of all ranks, equal on every rank.
 
     Args:
         part: Vectors (n, D) of this rank.
-        first: Number of its first row among those of all ranks.
+        first: Number of its first row, counted over all ranks.
         numbers: Rows to take (m,) int64 on the CPU, the same on every rank.
 
     Returns:
@@ -71,7 +71,7 @@ def gather_rows(part: Tensor, first: int, numbers: Tensor) -> Tensor:
 
 
 def count_rows_before(part: Tensor) -> tuple[int, int]:
-    """Where the rows of `part` begin among those of all ranks, and how many there are of all."""
+    """Return the number of rows on lower ranks and the total number of rows on all ranks."""
     rank, world = get_rank_and_world()
     if world == 1:
         return 0, len(part)
@@ -82,5 +82,5 @@ def count_rows_before(part: Tensor) -> tuple[int, int]:
 
 
 def repeat_rows(rows: Tensor, count: int) -> Tensor:
-    """`count` rows: those of `rows` (n, D), over again where they are fewer."""
+    """Return `count` rows by cycling through `rows` (n, D)."""
     return rows[torch.arange(count, device=rows.device) % len(rows)]
