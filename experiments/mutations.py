@@ -87,7 +87,7 @@ EVALUATION = "evaluation/test_evaluation.py"
 ERRORS = f"{EVALUATION}::test_errors_are_those_of_the_rounded_images"
 USE = f"{EVALUATION}::test_use_of_the_codebook_is_that_of_the_histograms"
 BITS = f"{EVALUATION}::test_bits_per_dim_are_summed_from_masses_and_softmaxes"
-JUDGE = f"{EVALUATION}::test_the_judges_shares_and_distances_are_those_of_its_logits_and_features"
+JUDGE = f"{EVALUATION}::test_accuracies_and_distances_are_those_of_logits_and_features"
 PRIOR = f"{EVALUATION}::test_a_prior_logs_its_likelihoods_in_nats_and_bits"
 PRIOR_STEP = f"{EVALUATION}::test_a_step_of_the_prior_logs_unsmoothed_nats"
 VQVAE = f"{EVALUATION}::test_a_vqvae_logs_errors_and_use_of_whole_splits"
@@ -576,7 +576,7 @@ MUTATIONS = (
             "judge trained on test images",
             "    data = copy.copy(images)\n",
             '    data = copy.copy(images)\n    data.datasets = {"train": data.datasets["test"]}\n',
-            "test_the_judge_learns_from_training_images_alone",
+            "test_the_classifier_learns_from_training_images_only",
         ),
         (
             "constant real accuracy",

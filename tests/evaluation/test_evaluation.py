@@ -1,4 +1,4 @@
-"""Every metric of an evaluation, recomputed from arrays by a few lines of numpy."""
+"""Each metric of an evaluation is recomputed from arrays with a few lines of numpy."""
 
 import math
 from types import SimpleNamespace
@@ -17,7 +17,7 @@ from vqvae_lightning.evaluation.reconstruction import measure_reconstruction
 from vqvae_lightning.networks.classifier import Classifier
 from vqvae_lightning.pixels import from_uint8
 from vqvae_lightning.stages.evaluating import Subject
-from vqvae_lightning.stages.evaluating import measure as measured_by_the_command
+from vqvae_lightning.stages.evaluating import measure as measure_as_command
 from vqvae_lightning.tasks import ClassifierTask, PriorTask, VQVAETask, WarmupCosine
 
 DIMS = 3 * 16 * 20
@@ -35,8 +35,8 @@ def prior(codes):
 
 
 @pytest.fixture(scope="module")
-def measure(codes, prior):
-    """What `evaluation` says of the validation and of the test images."""
+def measured(codes, prior):
+    """Metrics of the validation images and of the test images."""
     return {
         split: {
             **measure_reconstruction(codes, split, CPU),
@@ -46,8 +46,8 @@ def measure(codes, prior):
     }
 
 
-def arrays(codes, split):
-    """Images, codes and the decoder's output on the scale 0 to 255, as numpy arrays of float64."""
+def read_arrays(codes, split):
+    """Images, codes and decoder outputs (0 to 255) of a split as numpy arrays."""
     grid = torch.from_numpy(np.array(codes.datasets[split].data).astype(np.int64))
     with torch.no_grad():
         decoded = codes.vqvae.decode(grid)
@@ -55,17 +55,17 @@ def arrays(codes, split):
     return images, grid.numpy(), (decoded.double().numpy() + 1) / 2 * 255
 
 
-def rounded(levels):
+def round_levels(levels):
     return np.clip(np.rint(levels), 0, 255)
 
 
-def entropy(counts):
+def compute_entropy(counts):
     share = counts[counts > 0] / counts.sum()
     return -(share * np.log(share)).sum()
 
 
-def structural_similarity(one, other):
-    """Wang et al. 2004, 11x11 window of standard deviation 1.5, images mirrored at their edges."""
+def compute_ssim(one, other):
+    """SSIM (Wang et al. 2004): 11x11 window, standard deviation 1.5, images mirrored at edges."""
     offsets = np.arange(11) - 5
     window = np.exp(-(offsets**2) / (2 * 1.5**2))
     window = np.outer(window, window) / window.sum() ** 2
@@ -87,10 +87,10 @@ def sigmoid(x):
     return 1 / (1 + np.exp(-x))
 
 
-def log_mass(levels, mean, scale):
-    """ln of what a logistic distribution puts between x - 1/2 and x + 1/2, or beyond at the ends.
+def compute_log_mass(levels, mean, scale):
+    """Log of the mass of a logistic distribution from x - 1/2 to x + 1/2, open at levels 0 and 255.
 
-    A difference of the distribution function, taken on the side where it is not near 1.
+    It is a difference of the distribution function, taken on the side where that is not near 1.
     """
     upper, lower = (levels + 0.5 - mean) / scale, (levels - 0.5 - mean) / scale
     upper, lower = np.where(levels == 255, np.inf, upper), np.where(levels == 0, -np.inf, lower)
@@ -99,22 +99,22 @@ def log_mass(levels, mean, scale):
     return np.log(sigmoid(upper) - sigmoid(lower))
 
 
-def fitted_scale(levels, mean):
-    """The likeliest scale per channel, by search over a grid that grows finer."""
+def fit_scale(levels, mean):
+    """The scale of highest likelihood per channel, from a search with ever finer grids."""
     scales = []
     for channel in range(levels.shape[1]):
         x, m = levels[:, channel], mean[:, channel]
         low, high = 0.0, 6.0
         for _ in range(5):
             tried = np.linspace(low, high, 9)
-            best = tried[np.argmax([log_mass(x, m, np.exp(log)).sum() for log in tried])]
+            best = tried[np.argmax([compute_log_mass(x, m, np.exp(log)).sum() for log in tried])]
             low, high = best - (tried[1] - tried[0]), best + (tried[1] - tried[0])
         scales.append(np.exp(best))
     return np.array(scales)[:, None, None]
 
 
-def nats_by_position(prior, grid, labels):
-    """-ln p of each code, from one full pass per position that sees only the codes before it."""
+def compute_nats(prior, grid, labels):
+    """-ln p of each code, from one full pass per position, with all later codes set to 0."""
     flat = torch.from_numpy(grid).flatten(1)
     nats = np.zeros(flat.shape)
     for position in range(flat.shape[1]):
@@ -127,9 +127,9 @@ def nats_by_position(prior, grid, labels):
 
 
 @pytest.mark.parametrize("split", ["val", "test"])
-def test_errors_are_those_of_the_rounded_images(split, codes, measure):
-    images, _, decoded = arrays(codes, split)
-    squared = ((rounded(decoded) - images) / 255) ** 2
+def test_errors_are_those_of_the_rounded_images(split, codes, measured):
+    images, _, decoded = read_arrays(codes, split)
+    squared = ((round_levels(decoded) - images) / 255) ** 2
     train = evaluated.images_of("train").images.numpy() / 255
     expected = {
         "mse": squared.mean(),
@@ -137,50 +137,51 @@ def test_errors_are_those_of_the_rounded_images(split, codes, measure):
         "nmse": squared.mean() / train.var(),
         "psnr_db": -10 * np.log10(squared.mean()),
         "psnr_per_image_db": (-10 * np.log10(squared.mean((1, 2, 3)))).mean(),
-        "ssim": structural_similarity(rounded(decoded) / 255, images / 255),
+        "ssim": compute_ssim(round_levels(decoded) / 255, images / 255),
     }
     assert expected["mse"] != pytest.approx(expected["mse_unrounded"], rel=1e-3)
     for name, value in expected.items():
-        # In float32 the variances of nearly even patches have three digits.
+        # In float32 the variances of nearly uniform patches have only three correct digits.
         tolerance = 1e-3 if name == "ssim" else 2e-5
-        assert measure[split][name] == pytest.approx(value, rel=tolerance), name
+        assert measured[split][name] == pytest.approx(value, rel=tolerance), name
 
 
 @pytest.mark.parametrize("split", ["val", "test"])
-def test_use_of_the_codebook_is_that_of_the_histograms(split, codes, measure):
-    _, grid, _ = arrays(codes, split)
-    _, train, _ = arrays(codes, "train")
+def test_use_of_the_codebook_is_that_of_the_histograms(split, codes, measured):
+    _, grid, _ = read_arrays(codes, split)
+    _, train, _ = read_arrays(codes, "train")
     counts, trained = (np.bincount(part.ravel(), minlength=NUM_CODES) for part in (grid, train))
     expected = {
-        "perplexity": np.exp(entropy(counts)),
-        "code_entropy_bits": entropy(counts) / np.log(2),
+        "perplexity": np.exp(compute_entropy(counts)),
+        "code_entropy_bits": compute_entropy(counts) / np.log(2),
         "codebook_use": (counts > 0).mean(),
         "dead_codes": (trained == 0).sum(),
     }
-    assert 0 < (counts == 0).sum() < expected["dead_codes"], "one split cannot pass for another"
+    # The numbers of unused codes differ between the splits, so none can pass for another.
+    assert 0 < (counts == 0).sum() < expected["dead_codes"]
     whole = [grid[start : start + 32] for start in range(0, len(grid) - 31, 32)]
-    if whole:  # 70 test images are two batches and a rest that does not count
-        each = [np.exp(entropy(np.bincount(part.ravel()))) for part in whole]
+    if whole:  # the 70 test images are two batches; the remaining 6 images are not used
+        each = [np.exp(compute_entropy(np.bincount(part.ravel()))) for part in whole]
         expected["perplexity_batch32"] = np.mean(each)
-    assert ("perplexity_batch32" in measure[split]) == (split == "test")
+    assert ("perplexity_batch32" in measured[split]) == (split == "test")
     for name, value in expected.items():
-        assert measure[split][name] == pytest.approx(value, rel=1e-5), name
+        assert measured[split][name] == pytest.approx(value, rel=1e-5), name
 
 
 @pytest.mark.parametrize("split", ["val", "test"])
-def test_bits_per_dim_are_summed_from_masses_and_softmaxes(split, codes, prior, measure):
-    images, grid, decoded = arrays(codes, split)
-    _, train, _ = arrays(codes, "train")
-    # The scale is fitted on validation images whatever is scored: test images would choose another.
-    validated, _, validated_mean = arrays(codes, "val")
-    scale = fitted_scale(validated, validated_mean)
-    pixels = -log_mass(images, decoded, scale).sum() / (len(images) * DIMS * np.log(2))
+def test_bits_per_dim_are_summed_from_masses_and_softmaxes(split, codes, prior, measured):
+    images, grid, decoded = read_arrays(codes, split)
+    _, train, _ = read_arrays(codes, "train")
+    # The scale is always fitted on validation images; on test images it would differ.
+    validated, _, validated_mean = read_arrays(codes, "val")
+    scale = fit_scale(validated, validated_mean)
+    pixels = -compute_log_mass(images, decoded, scale).sum() / (len(images) * DIMS * np.log(2))
     share = (np.bincount(train.ravel(), minlength=NUM_CODES) + 1) / (train.size + NUM_CODES)
     hits = (train[..., None] == np.arange(NUM_CODES)).sum(0) + 1
     by_position = hits / hits.sum(-1, keepdims=True)
     rows, columns = np.indices(grid.shape[1:])
     unigram = -np.log(share[grid]).mean()
-    nats = nats_by_position(prior, grid, evaluated.images_of(split).labels).mean()
+    nats = compute_nats(prior, grid, evaluated.images_of(split).labels).mean()
     rate = POSITIONS / (DIMS * np.log(2))
     expected = {
         "unigram_nats_per_code": unigram,
@@ -194,43 +195,43 @@ def test_bits_per_dim_are_summed_from_masses_and_softmaxes(split, codes, prior, 
         "total_bits_per_dim": pixels + rate * nats,
     }
     for name, value in expected.items():
-        assert measure[split][name] == pytest.approx(value, rel=2e-5), name
-    # Nothing is measured that is not recomputed in this file.
+        assert measured[split][name] == pytest.approx(value, rel=2e-5), name
+    # Each measured metric is recomputed in this file.
     names = set(expected) | {"mse", "mse_unrounded", "nmse", "psnr_db", "psnr_per_image_db", "ssim"}
     names |= {"perplexity", "perplexity_batch32", "code_entropy_bits", "codebook_use", "dead_codes"}
-    assert set(measure["test"]) == names
+    assert set(measured["test"]) == names
 
 
-def test_a_scale_fitted_on_test_images_would_be_another(codes, measure):
-    images, _, decoded = arrays(codes, "test")
-    own = -log_mass(images, decoded, fitted_scale(images, decoded)).mean() / np.log(2)
-    assert own < 0.9998 * measure["test"]["reconstruction_bits_per_dim"]
+def test_a_scale_fitted_on_test_images_would_differ(codes, measured):
+    images, _, decoded = read_arrays(codes, "test")
+    own = -compute_log_mass(images, decoded, fit_scale(images, decoded)).mean() / np.log(2)
+    assert own < 0.9998 * measured["test"]["reconstruction_bits_per_dim"]
 
 
 def test_the_scale_is_fitted_on_the_first_values_up_to_a_limit(codes, monkeypatch):
     monkeypatch.setattr(likelihood, "SCALE_VALUES", 9 * DIMS - 1)
-    images, _, decoded = arrays(codes, "val")
+    images, _, decoded = read_arrays(codes, "val")
     found = likelihood._fit_scale(codes, CPU).exp().numpy()
-    np.testing.assert_allclose(found, fitted_scale(images[:9], decoded[:9]), rtol=5e-3)
+    np.testing.assert_allclose(found, fit_scale(images[:9], decoded[:9]), rtol=5e-3)
 
 
-def test_without_a_prior_there_are_no_metrics_of_one(codes, measure):
+def test_without_a_prior_its_metrics_are_left_out(codes, measured):
     alone = likelihood.measure_likelihood(codes, None, "test", CPU)
     of_a_prior = ("nats_per_code", "bits_per_code", "prior_bits_per_dim", "total_bits_per_dim")
-    expected = {name: measure["test"][name] for name in measure["test"] if name in alone}
+    expected = {name: measured["test"][name] for name in measured["test"] if name in alone}
     assert alone == expected
     assert not set(alone) & set(of_a_prior)
 
 
-def test_the_command_measures_the_split_it_names(codes, prior, measure):
+def test_the_command_measures_the_split_it_names(codes, prior, measured):
     trainer = SimpleNamespace(accelerator="cpu", devices=1, num_nodes=1)
     for split in ("val", "test"):
         cfg = SimpleNamespace(trainer=trainer, split=split)
-        assert measured_by_the_command(cfg, Subject(codes, prior, None)) == measure[split]
+        assert measure_as_command(cfg, Subject(codes, prior, None)) == measured[split]
 
 
-def frechet_distance(one, other):
-    """Of two sets of features (N, D): |m - n|^2 + tr(A + B - 2 (A^1/2 B A^1/2)^1/2)."""
+def compute_frechet_distance(one, other):
+    """Two sets of features (N, D): |m - n|^2 + tr(A + B - 2 (A^1/2 B A^1/2)^1/2)."""
 
     def root(matrix):
         values, vectors = np.linalg.eigh(matrix)
@@ -241,24 +242,24 @@ def frechet_distance(one, other):
     return ((one.mean(0) - other.mean(0)) ** 2).sum() + np.trace(a + b - 2 * between)
 
 
-def test_the_judges_shares_and_distances_are_those_of_its_logits_and_features(codes):
+def test_accuracies_and_distances_are_those_of_logits_and_features(codes):
     torch.manual_seed(5)
     judge = Classifier(3, 3, hidden=2)
-    # Batch norm as after training, so that features and guesses differ from image to image.
+    # Set the statistics of batch norm, so that features and predictions differ between images.
     with torch.no_grad():
         judge(from_uint8(evaluated.images_of("train").images))
         judge.eval()
         judge.head.weight.mul_(20)
-    images, _, decoded = arrays(codes, "test")
+    images, _, decoded = read_arrays(codes, "test")
     truth = evaluated.images_of("test").labels
     generator = np.random.default_rng(0)
     samples = torch.from_numpy(generator.integers(0, 256, (300, 3, 16, 20), dtype=np.uint8))
-    samples[::2] = samples[::2] // 4  # two sorts, in two batches of at most 256
+    samples[::2] = samples[::2] // 4  # two kinds, in two batches of at most 256
     labels = torch.arange(300) % 3
     found = measure_with_classifier(judge, codes, "test", samples, labels, CPU)
     levels = {
         "real": torch.from_numpy(images),
-        "reconstruction": torch.from_numpy(rounded(decoded)),
+        "reconstruction": torch.from_numpy(round_levels(decoded)),
         "sample": samples,
     }
     with torch.no_grad():
@@ -269,8 +270,10 @@ def test_the_judges_shares_and_distances_are_those_of_its_logits_and_features(co
         "real_accuracy": (guesses["real"] == truth).double().mean(),
         "reconstruction_accuracy": (guesses["reconstruction"] == truth).double().mean(),
         "sample_accuracy": (guesses["sample"] == labels).double().mean(),
-        "reconstruction_fid": frechet_distance(features["real"], features["reconstruction"]),
-        "sample_fid": frechet_distance(features["real"], features["sample"]),
+        "reconstruction_fid": compute_frechet_distance(
+            features["real"], features["reconstruction"]
+        ),
+        "sample_fid": compute_frechet_distance(features["real"], features["sample"]),
     }
     assert len({round(float(value), 3) for value in expected.values()}) == 5
     assert set(found) == set(expected)
@@ -281,8 +284,8 @@ def test_the_judges_shares_and_distances_are_those_of_its_logits_and_features(co
     assert set(unconditional) == set(expected)
 
 
-def test_the_judge_learns_from_training_images_alone():
-    # Test images carry the label of another class: what a judge that saw them would learn.
+def test_the_classifier_learns_from_training_images_only():
+    # The other splits have shifted labels, which a classifier that saw these splits would learn.
     data = evaluated.image_data()
     for split, shift in (("train", 0), ("val", 1), ("test", 1)):
         dataset = data.datasets[split]
@@ -317,7 +320,7 @@ def test_the_nearest_image_is_that_of_a_full_search():
     assert distances.argmin(1)[:3].tolist() == [59, 3, 17]
 
 
-def trainer_of(**options):
+def make_trainer(**options):
     import pytorch_lightning as pl
 
     return pl.Trainer(
@@ -332,18 +335,18 @@ def trainer_of(**options):
     )
 
 
-def numbers(metrics):
+def to_numbers(metrics):
     return {name: float(value) for name, value in metrics.items()}
 
 
 @pytest.mark.parametrize("split", ["val", "test"])
 def test_a_prior_logs_its_likelihoods_in_nats_and_bits(split, codes, prior):
     task = PriorTask(prior, torch.optim.Adam, channels_last=False)
-    run = {"val": trainer_of().validate, "test": trainer_of().test}[split]
-    logged = numbers(run(task, datamodule=codes, verbose=False)[0])
-    _, grid, _ = arrays(codes, split)
-    _, train, _ = arrays(codes, "train")
-    nats = nats_by_position(prior, grid, evaluated.images_of(split).labels).mean()
+    run = {"val": make_trainer().validate, "test": make_trainer().test}[split]
+    logged = to_numbers(run(task, datamodule=codes, verbose=False)[0])
+    _, grid, _ = read_arrays(codes, split)
+    _, train, _ = read_arrays(codes, "train")
+    nats = compute_nats(prior, grid, evaluated.images_of(split).labels).mean()
     with torch.no_grad():
         logits = prior(torch.from_numpy(grid), evaluated.images_of(split).labels).numpy()
     share = (np.bincount(train.ravel(), minlength=NUM_CODES) + 1) / (train.size + NUM_CODES)
@@ -361,7 +364,7 @@ def test_a_prior_logs_its_likelihoods_in_nats_and_bits(split, codes, prior):
 
 
 class FirstBatch:
-    """Keeps the first training batch, as the task gets it, and what is logged of its step."""
+    """Keeps the first training batch as the task receives it."""
 
     def __init__(self):
         import pytorch_lightning as pl
@@ -378,10 +381,10 @@ def test_a_step_of_the_prior_logs_unsmoothed_nats(codes):
     options = {"label_smoothing": 0.2, "channels_last": False, "schedule": WarmupCosine(4)}
     task = PriorTask(prior, lambda p: torch.optim.SGD(p, 0.5), **options)
     first = FirstBatch()
-    trainer = trainer_of(max_steps=1, limit_val_batches=0, callbacks=[first.callback])
+    trainer = make_trainer(max_steps=1, limit_val_batches=0, callbacks=[first.callback])
     before = evaluated.prior_of(codes)
     trainer.fit(task, datamodule=codes)
-    logged = numbers(trainer.logged_metrics)
+    logged = to_numbers(trainer.logged_metrics)
     with torch.no_grad():
         logits = before(first.batch.data, first.batch.labels).double().numpy()
     grid = first.batch.data.numpy()
@@ -402,10 +405,10 @@ def test_a_vqvae_logs_errors_and_use_of_whole_splits(split, codes):
     data = codes.images
     net = evaluated.vqvae_of(data)
     task = VQVAETask(net, torch.optim.Adam, channels_last=False)
-    run = {"val": trainer_of().validate, "test": trainer_of().test}[split]
-    logged = numbers(run(task, datamodule=data, verbose=False)[0])
-    images, grid, decoded = arrays(codes, split)
-    error = (((rounded(decoded) - images) / 255) ** 2).mean()
+    run = {"val": make_trainer().validate, "test": make_trainer().test}[split]
+    logged = to_numbers(run(task, datamodule=data, verbose=False)[0])
+    images, grid, decoded = read_arrays(codes, split)
+    error = (((round_levels(decoded) - images) / 255) ** 2).mean()
     variance = (evaluated.images_of("train").images.numpy() / 255).var()
     counts = np.bincount(grid.ravel(), minlength=NUM_CODES)
     with torch.no_grad():
@@ -418,7 +421,7 @@ def test_a_vqvae_logs_errors_and_use_of_whole_splits(split, codes):
         "nmse": error / variance,
         "commitment": commitment,
         "loss": unrounded / variance + 0.25 * commitment,
-        "perplexity": np.exp(entropy(counts)),
+        "perplexity": np.exp(compute_entropy(counts)),
         "codebook_use": (counts > 0).mean(),
     }
     assert set(logged) == {f"{split}/{name}" for name in expected}
@@ -430,10 +433,10 @@ def test_a_step_of_the_vqvae_logs_its_terms_and_the_use_in_its_batch(codes):
     data, net = codes.images, evaluated.vqvae_of(codes.images)
     task = VQVAETask(net, lambda p: torch.optim.SGD(p, 0.01), channels_last=False)
     first = FirstBatch()
-    trainer = trainer_of(max_steps=1, limit_val_batches=0, callbacks=[first.callback])
+    trainer = make_trainer(max_steps=1, limit_val_batches=0, callbacks=[first.callback])
     before = evaluated.vqvae_of(data)
     trainer.fit(task, datamodule=data)
-    logged = numbers(trainer.logged_metrics)
+    logged = to_numbers(trainer.logged_metrics)
     images = first.batch.data
     with torch.no_grad():
         vectors, grid = before.encoder(images).movedim(1, -1), before.encode(images)
@@ -446,7 +449,7 @@ def test_a_step_of_the_vqvae_logs_its_terms_and_the_use_in_its_batch(codes):
         "train/nmse": error / variance,
         "train/commitment": commitment,
         "train/commitment_weighted": 0.25 * commitment,
-        "train/perplexity": np.exp(entropy(counts)),
+        "train/perplexity": np.exp(compute_entropy(counts)),
         "train/codebook_use": (counts > 0).mean(),
         "train/learning_rate": 0.01,
     }

@@ -1,4 +1,4 @@
-"""The main job, end to end, on a few steps."""
+"""The pipeline and the commands on its runs, from start to end with a few steps."""
 
 import json
 import math
@@ -20,7 +20,7 @@ SMOKE = ("experiment=smoke", "evaluation.num_samples=12", "sampling.num_samples=
 
 @pytest.fixture(scope="module")
 def finished(toy_npz, tmp_path_factory):
-    """A finished run on the toy data, made by the command itself."""
+    """Folder of a finished run on the toy data, made by the command itself."""
     import sys
 
     folder = tmp_path_factory.mktemp("pipeline") / "run"
@@ -64,7 +64,7 @@ def test_result_has_units_seed_split_versions_and_times(finished):
     assert {key.rpartition("/")[2] for key in result["metrics"]} <= set(UNITS)
 
 
-def test_reported_errors_are_those_of_the_saved_network(finished):
+def test_reported_metrics_are_those_of_the_saved_networks(finished):
     prior, vqvae = load_pair(finished / "prior/checkpoints/best.ckpt")
     data = build(vqvae.config["dataset"])
     data.setup()
@@ -83,18 +83,18 @@ def test_reported_errors_are_those_of_the_saved_network(finished):
         prior.net(codes, data.datasets["test"].labels), codes
     ).item()
     assert value["nats_per_code"] == pytest.approx(nats, rel=1e-4)
-    # bits = nats / ln 2, bits/dim = codes * bits / values of the image: 3 x 2 codes for 12 x 8 x 3
+    # bits = nats / ln 2, and bits/dim = codes * bits / values: 3 x 2 codes for 12 x 8 x 3 values.
     assert value["prior_bits_per_dim"] == pytest.approx(nats / math.log(2) * 6 / 288, rel=1e-4)
     assert value["uniform_bits_per_dim"] == pytest.approx(9 * 6 / 288)
     total = value["reconstruction_bits_per_dim"] + value["prior_bits_per_dim"]
     assert value["total_bits_per_dim"] == pytest.approx(total)
 
 
-def tiles(path, count, columns):
-    """The first images of a grid in the toy data's 12x8 pixels, (count, 12, 8, 3)."""
+def read_tiles(path, count, columns):
+    """Read the first images (count, 12, 8, 3) of a picture of the toy data."""
     with Image.open(path) as image:
         pixels = np.asarray(image)
-    # 8 times enlarged, 2 pixels of white around each.
+    # Each image is enlarged 8 times, with 2 white pixels around it.
     assert pixels.shape[1] == columns * 66 + 2
     found = []
     for number in range(count):
@@ -108,24 +108,25 @@ def tiles(path, count, columns):
 
 def test_pictures_show_the_samples_and_images_above_their_reconstructions(finished):
     with np.load(finished / "samples/samples.npz") as arrays:
-        assert (tiles(finished / "samples.png", 6, 3) == arrays["images"]).all()
+        assert (read_tiles(finished / "samples.png", 6, 3) == arrays["images"]).all()
     vqvae = load_pair(finished / "prior/checkpoints/best.ckpt")[1]
     data = build(vqvae.config["dataset"])
     data.setup()
     images = data.datasets["test"].data[:10]
     decoded = to_uint8(vqvae.net(from_uint8(images)).reconstruction)
-    rows = tiles(finished / "reconstructions.png", 20, 10)
+    rows = read_tiles(finished / "reconstructions.png", 20, 10)
     assert (rows[:10] == images.movedim(1, -1).numpy()).all()
-    # A level apart where another batch size rounds to the other side.
+    # Another batch size may round to the next level.
     assert np.abs(rows[10:] - decoded.movedim(1, -1).numpy().astype(float)).max() <= 1
-    validated = tiles(finished / "vqvae/pictures/reconstructions_0000006.png", 20, 10)
+    validated = read_tiles(finished / "vqvae/pictures/reconstructions_0000006.png", 20, 10)
     assert (validated[:10] == data.datasets["val"].data[:10].movedim(1, -1).numpy()).all()
     assert validated[10:].std() > 1
 
 
 def test_a_finished_run_resumes_without_work(finished, command, monkeypatch):
     monkeypatch.setattr(
-        "vqvae_lightning.networks.sampling._draw_batch", lambda *_: pytest.fail("drew")
+        "vqvae_lightning.networks.sampling._draw_batch",
+        lambda *_: pytest.fail("drew samples"),
     )
     before = (finished / "vqvae/checkpoints/best.ckpt").stat().st_mtime_ns
     outcome = command("vqvae-pipeline", f"resume={finished}")
@@ -163,7 +164,7 @@ def test_a_broken_run_resumes_after_its_last_finished_stage(
     assert not folder.exists()
 
 
-def test_a_set_without_labels_gives_an_unconditional_prior(toy_npz, tmp_path, command):
+def test_data_without_labels_give_an_unconditional_prior(toy_npz, tmp_path, command):
     with np.load(toy_npz) as arrays:
         bare = {name: array for name, array in arrays.items() if name.endswith("images")}
     np.savez(tmp_path / "bare.npz", **bare)
@@ -215,9 +216,9 @@ def test_completions_keep_the_upper_codes_of_each_image(finished, command):
     assert drawn.shape == (10, 3, 2)
     for copy in (drawn[:5], drawn[5:]):
         assert (copy[:, :2] == codes[:, :2]).all()
-    assert (drawn[:5, 2] != drawn[5:, 2]).any(), "each completion is another draw"
+    assert (drawn[:5, 2] != drawn[5:, 2]).any(), "completions of an image are equal"
     assert (labels == np.tile(data.datasets["test"].labels[:5].numpy(), 2)).all()
-    # originals, what is kept, and two completions, 5 in a row, each 96 x 64 pixels and a margin
+    # Rows of 5 originals, kept parts and two completions, 96x64 pixels each, with margins.
     with Image.open(outcome.folder / "samples.png") as picture:
         assert picture.size == (5 * 66 + 2, 4 * 98 + 2)
 
@@ -260,14 +261,14 @@ def test_ctrl_c_keeps_finished_samples(finished, command, monkeypatch):
         assert len(arrays["images"]) == len(arrays["labels"]) == 8
 
 
-def test_guidance_of_a_prior_that_never_saw_no_class_is_refused(finished, command):
+def test_guidance_of_a_prior_trained_without_the_null_label_is_refused(finished, command):
     prior = f"prior_checkpoint={finished}/prior/checkpoints/best.ckpt"
     outcome = command("vqvae-sample", prior, "guidance=2")
     assert outcome.status == 1
     assert "null_label_rate" in outcome.err
 
 
-def test_continuous_bottlenecks_are_reconstructed_too(command, toy, tmp_path):
+def test_images_are_reconstructed_through_a_continuous_bottleneck(command, toy, tmp_path):
     first = command(
         "vqvae-train", "quantizer=gaussian", "trainer=debug", "model.net.hidden=8", *toy
     )
