@@ -683,7 +683,7 @@ MUTATIONS = (
     ),
     *mutations_of(
         "jobs/launched_ranks.py",
-        "test_launchers.py",
+        "jobs/test_launchers.py",
         (
             "any number of ranks",
             "if devices * nodes != self.world or per_node != [devices]:",

@@ -1,18 +1,21 @@
-"""What each rank of a job but rank 0 runs.
+"""The part of a job that every rank except rank 0 runs.
 
-`python -m vqvae_lightning.commands.worker CONFIG [PACKAGE ...]`, with the packages that the command
-trusts.
+Usage: `python -m vqvae_lightning.commands.worker CONFIG [PACKAGE ...]`. The packages are those that
+the command trusts.
 """
 
 import sys
 from pathlib import Path
-from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
 
 
-def run(cfg: Any) -> None:
-    """Do a rank's part of the resolved `cfg`: of a training stage, or of an evaluation."""
-    from omegaconf import OmegaConf
+def run(cfg: DictConfig) -> None:
+    """Run this rank's part of a training stage or an evaluation.
 
+    Args:
+        cfg: Resolved config of the job.
+    """
     from vqvae_lightning.commands.app import silence_warnings
     from vqvae_lightning.stages.evaluating import load_subject, measure
     from vqvae_lightning.stages.training import build_task, fit, load_data
@@ -27,9 +30,7 @@ def run(cfg: Any) -> None:
 
 
 def main() -> None:
-    """Do so with the config in the file, and the trusted packages, that the command line names."""
-    from omegaconf import OmegaConf
-
+    """Run the config and trust the packages that the command line names."""
     from vqvae_lightning.configs import read_trusted
     from vqvae_lightning.distributed import leave
     from vqvae_lightning.errors import Interrupted
@@ -38,12 +39,12 @@ def main() -> None:
     try:
         run(OmegaConf.create(read_trusted(Path(sys.argv[1]), sys.argv[2:])))
         together = True
-    except Interrupted as stop:  # rank 0 reports a stop that all ranks have agreed on
+    except Interrupted as stop:  # rank 0 reports a stop of all ranks
         together = stop.agreed
         if not together:
             raise
     finally:
-        # The connection's threads may not outlive the interpreter, which would abort.
+        # The interpreter would abort if threads of the connection outlived it.
         leave(together)
 
 

@@ -1,46 +1,51 @@
-"""What the Slurm and the joblib launcher share: one job of a sweep and its resources."""
+"""One job of a sweep and its resources, for the Slurm and the joblib launcher."""
 
 import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from hydra.core.singleton import Singleton
 from hydra.core.utils import JobReturn, JobStatus, run_job, setup_globals
 from hydra.plugins.launcher import Launcher
+from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from vqvae_lightning.configs import register_resolvers
 from vqvae_lightning.errors import Failed, InputError, Interrupted, RankError, check_positive
 from vqvae_lightning.jobs.ranks import lead_ranks
 
-_PLACE = "hydra_plugins.vqvae_lightning"
+if TYPE_CHECKING:
+    import submitit
+    from submitit.helpers import DelayedSubmission
+
+PLUGINS = "hydra_plugins.vqvae_lightning"  # module of this package's plugins in a `_target_`
 
 
 @dataclass
 class Job:
-    """One job of a sweep, to be pickled and run by another process.
+    """One job of a sweep, which is pickled and run by another process.
 
     Args:
-        context: Hydra's.
-        function: What the command does with a config.
-        config: Of the sweep.
-        overrides: Of the job.
-        number: Of the job in the sweep.
+        context: Hydra's context.
+        function: Function that runs the command on a config.
+        config: Config of the sweep.
+        overrides: Overrides of the job.
+        number: Number of the job in the sweep.
         state: Hydra's singletons.
     """
 
-    context: Any
-    function: Any
+    context: HydraContext
+    function: TaskFunction
     config: DictConfig
     overrides: list[str]
     number: int
     state: Any
 
     def compose(self) -> DictConfig:
-        """The job's whole config."""
+        """Compose the config of the job."""
         config = self.context.config_loader.load_sweep_config(self.config, self.overrides)
         with open_dict(config):
             config.hydra.job.num = self.number
@@ -49,7 +54,7 @@ class Job:
         return config
 
     def run(self) -> JobReturn:
-        """Compose and run, in this process."""
+        """Compose the config and run the job in this process."""
         setup_globals()
         register_resolvers()
         Singleton.set_state(self.state)
@@ -62,9 +67,14 @@ class Job:
         )
 
     def __call__(self) -> JobReturn | None:
-        """What each task of a submitted job does: the first one runs it, the others follow."""
+        """Run the job on rank 0 of a submitted job; the other ranks follow.
+
+        Raises:
+            Exception: Error of the job, if it failed.
+            SystemExit: With the status of an interrupted job.
+        """
         if os.environ["SUBMITIT_EXECUTOR"] == "local":
-            _as_torchrun()
+            _export_torchrun_variables()
         try:
             done = lead_ranks(self.run)
         except Failed as failure:
@@ -76,26 +86,29 @@ class Job:
             raise done._return_value
         return done
 
-    def checkpoint(self) -> Any:
-        """What submitit starts when it has requeued the job: the same, which goes on."""
+    def checkpoint(self) -> "DelayedSubmission":
+        """Tell submitit how to resume the job after requeueing it."""
         from submitit.helpers import DelayedSubmission
 
         return DelayedSubmission(replace(self, overrides=[*self.overrides, "resume=auto"]))
 
 
 class Resources(NamedTuple):
-    """What a job needs: the numbers that its trainer counts."""
+    """Nodes, tasks and GPUs that the trainer of a job asks for."""
 
     nodes: int
     tasks_per_node: int
     gpus_per_node: int
 
 
-def resources(cfg: DictConfig) -> Resources:
-    """What the job of the composed `cfg` needs.
+def count_resources(cfg: DictConfig) -> Resources:
+    """Count the resources that a job needs.
+
+    Args:
+        cfg: Composed config of the job.
 
     Raises:
-        InputError: If a number is missing, or the stages of a pipeline need different ones.
+        InputError: If a number is missing, or the stages of a pipeline need different resources.
     """
     if "trainer" not in cfg:
         if "accelerator" in cfg:
@@ -110,8 +123,8 @@ def resources(cfg: DictConfig) -> Resources:
         devices = trainer.devices
         if not isinstance(devices, int) or devices < 1:
             raise InputError(
-                f"{place}.devices={devices}: hydra/launcher=slurm needs the number of devices of "
-                "each node, as this machine may have others."
+                f"{place}.devices={devices}: hydra/launcher=slurm needs the number of devices per "
+                "node, because the nodes may differ from this machine."
             )
         _require_choice(trainer, f"{place}.accelerator", "trainer=gpu or trainer=cpu")
         nodes = check_positive(f"{place}.num_nodes", trainer.num_nodes)
@@ -127,24 +140,30 @@ def resources(cfg: DictConfig) -> Resources:
 
 
 def _require_choice(config: DictConfig, key: str, choices: str) -> None:
-    """Refuse the CPU if this machine chose it, which is not the one that runs the job."""
+    """Refuse a CPU that was chosen because this machine has no GPU: another one runs the job.
+
+    Raises:
+        InputError: With `key` and `choices`.
+    """
     raw = OmegaConf.to_container(config, resolve=False)
     assert isinstance(raw, dict)
     if raw["accelerator"] == "${cuda_or_cpu:}" and config.accelerator == "cpu":
         raise InputError(
-            f"{key}: this machine has no GPU, those that Slurm chooses may: add {choices}."
+            f"{key}: this machine has no GPU, but the nodes of the job may: add {choices}."
         )
 
 
-class _JobLauncher(Launcher):
-    """Knows a sweep, as Hydra wants its launchers to."""
+class JobLauncher(Launcher):
+    """Base class of the launchers: makes the jobs of a sweep."""
 
-    def setup(self, *, hydra_context: Any, task_function: Any, config: DictConfig) -> None:
-        """Keep what the jobs are made of."""
+    def setup(
+        self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig
+    ) -> None:
+        """Store what Hydra passes for all jobs of the sweep."""
         self.context, self.function, self.config = hydra_context, task_function, config
 
-    def jobs(self, job_overrides: Sequence[Sequence[str]], first: int) -> list[Job]:
-        """The jobs of the given overrides, numbered from `first`; the sweep's folder is there."""
+    def make_jobs(self, job_overrides: Sequence[Sequence[str]], first: int) -> list[Job]:
+        """Make a job of each list of overrides, numbered from `first`, and the sweep's folder."""
         Path(str(self.config.hydra.sweep.dir)).mkdir(parents=True, exist_ok=True)
         state = Singleton.get_state()
         return [
@@ -153,17 +172,25 @@ class _JobLauncher(Launcher):
         ]
 
 
-def _outcome(job: Job, handle: Any) -> JobReturn:
-    """What a submitted job returned; one that did not gives a failed JobReturn."""
+def wait_for_result(job: Job, handle: "submitit.Job[JobReturn | None]") -> JobReturn:
+    """Wait for a submitted job.
+
+    Args:
+        job: Job that was submitted.
+        handle: submitit's handle of its first task.
+
+    Returns:
+        Result of the job, marked as failed if the job raised an error or did not complete.
+    """
     from submitit.core.utils import FailedJobError, UncompletedJobError
 
     try:
         (done,) = handle.results()
     except (FailedJobError, UncompletedJobError) as error:
         lines = [line for line in str(error).splitlines() if line and not line.startswith("-")]
-        # submitit's text: a heading, the traceback, then where the output is.
-        said = [line for line in lines[1:] if not line.startswith((" ", "You can", "or at"))]
-        last = said[-1].partition("Error: ")[2] or said[-1] if said else lines[0]
+        # submitit's message is a heading, the traceback, and the place of the output.
+        errors = [line for line in lines[1:] if not line.startswith((" ", "You can", "or at"))]
+        last = errors[-1].partition("Error: ")[2] or errors[-1] if errors else lines[0]
         output = f"(its output: {handle.paths.stderr})"
         done = JobReturn(overrides=job.overrides, status=JobStatus.FAILED)
         done.return_value = RankError(f"job {job.number} failed: {last} {output}")
@@ -171,8 +198,8 @@ def _outcome(job: Job, handle: Any) -> JobReturn:
     return done
 
 
-def _as_torchrun() -> None:
-    """Name the ranks of submitit's local executor as torchrun would."""
+def _export_torchrun_variables() -> None:
+    """Set torchrun's variables for a task of submitit's local executor."""
     from submitit.helpers import TorchDistributedEnvironment
 
     ranks = TorchDistributedEnvironment()

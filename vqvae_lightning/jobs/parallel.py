@@ -1,4 +1,4 @@
-"""`hydra/launcher=joblib`: jobs of a sweep side by side on one machine, each with its own GPUs."""
+"""`hydra/launcher=joblib`: run jobs of a sweep in parallel on one machine, each on its own GPUs."""
 
 import os
 import signal
@@ -6,19 +6,20 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from types import FrameType
+from typing import IO
 
 from hydra.core.utils import JobReturn
 
 from vqvae_lightning.errors import InputError, Interrupted, RankError, check_positive
-from vqvae_lightning.jobs.launcher import Job, _JobLauncher
+from vqvae_lightning.jobs.launcher import Job, JobLauncher
 
 
-class JoblibLauncher(_JobLauncher):
-    """Run jobs side by side, each in a process with a share of the threads and a GPU of its own.
+class JoblibLauncher(JobLauncher):
+    """Run jobs in parallel processes, each with its share of the threads and its own GPU.
 
     Args:
-        n_jobs: Jobs at a time; None for one per GPU, or per CPU core where there is no GPU.
+        n_jobs: Number of jobs at a time; None for one per GPU, or per CPU core without GPUs.
     """
 
     def __init__(self, n_jobs: int | None) -> None:
@@ -27,11 +28,11 @@ class JoblibLauncher(_JobLauncher):
     def launch(
         self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int
     ) -> Sequence[JobReturn]:
-        """Run them all.
+        """Run all jobs.
 
         Raises:
-            InputError: If there are fewer GPUs than jobs at a time.
-            Interrupted: If the sweep was told to stop.
+            InputError: If joblib is not installed, or there are fewer GPUs than jobs at a time.
+            Interrupted: If the sweep was requested to stop.
             RankError: If a worker was killed.
         """
         import tempfile
@@ -44,51 +45,51 @@ class JoblibLauncher(_JobLauncher):
                 "hydra/launcher=joblib needs joblib: uv run --extra joblib COMMAND."
             ) from error
 
-        gpus = visible_gpus()
+        gpus = list_visible_gpus()
         count = self.n_jobs
         if count is None:
-            count = len(gpus) or _usable_cores()
+            count = len(gpus) or _count_cores()
         check_positive("hydra.launcher.n_jobs", count)
         if gpus and count > len(gpus):
             raise InputError(
                 f"hydra.launcher.n_jobs={count} must be at most {len(gpus)}, the GPUs of this "
-                "machine: each job has its own."
+                "machine, because each job has its own."
             )
         count = min(count, len(job_overrides))
-        jobs = self.jobs(job_overrides, initial_job_idx)
+        jobs = self.make_jobs(job_overrides, initial_job_idx)
         share = [gpus[number::count] for number in range(count)] if gpus else []
-        with tempfile.TemporaryDirectory() as place, _pass_signals_on(Path(place)) as asked:
+        with tempfile.TemporaryDirectory() as place, forward_signals(Path(place)) as received:
             pool = joblib.Parallel(
                 n_jobs=count,
                 backend="loky",
                 batch_size=1,
-                pre_dispatch=count,  # so that none waits in a worker when the sweep is to stop
+                pre_dispatch=count,  # so that no job waits in a worker when the sweep stops
                 initializer=_start_worker,
                 initargs=(place, share),
             )
-            todo = (job for job in jobs if not asked)
+            remaining = (job for job in jobs if not received)
             try:
-                done = list(pool(joblib.delayed(_end)(job) for job in todo))
+                done = list(pool(joblib.delayed(_run_job)(job) for job in remaining))
             except TerminatedWorkerError as error:
-                if not asked:
+                if not received:
                     raise RankError(
-                        "a process that ran a job was killed, for want of memory perhaps, and the "
-                        "others with it: start the same command again with resume=auto."
+                        "a process that ran a job was killed, perhaps because memory ran out, and "
+                        "joblib ended the others: start the same command again with resume=auto."
                     ) from error
                 done = []
-        stops = [end for end in done if isinstance(end, Interrupted)]
-        if asked or stops:
+        stops = [result for result in done if isinstance(result, Interrupted)]
+        if received or stops:
             status = next((stop.status for stop in stops), 130)
             raise Interrupted(
-                "Interrupted; the jobs have saved what they had. Go on with the same command, "
+                "Interrupted; the jobs have saved their state. Resume with the same command, "
                 "resume=auto and hydra.sweep.dir=FOLDER.",
                 status,
             )
         return done
 
 
-def _end(job: Job) -> JobReturn | Interrupted:
-    """Run a job in a worker; being told to stop is no error, or joblib would kill the others."""
+def _run_job(job: Job) -> JobReturn | Interrupted:
+    """Run a job in a worker; return `Interrupted`, because joblib ends all jobs if one raises."""
     try:
         return job.run()
     except Interrupted as stop:
@@ -96,31 +97,33 @@ def _end(job: Job) -> JobReturn | Interrupted:
 
 
 @contextmanager
-def _pass_signals_on(place: Path) -> Iterator[list[int]]:
-    """Pass signals to stop on to the workers, which save, instead of dying of them.
+def forward_signals(place: Path) -> Iterator[list[int]]:
+    """Forward signals to the workers, which save their state and stop.
+
+    A second Ctrl-C ends this process at once.
 
     Args:
-        place: The folder with a file for each worker, named by its process.
+        place: Folder with one file per worker, named by the worker's process id.
 
     Yields:
-        The signals that have come. At a second Ctrl-C all ends at once.
+        Signals received so far.
     """
-    asked: list[int] = []
+    received: list[int] = []
 
-    def pass_on(number: int, frame: Any) -> None:
-        if number == signal.SIGINT and signal.SIGINT in asked:
+    def forward(number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT and signal.SIGINT in received:
             raise KeyboardInterrupt
-        asked.append(number)
+        received.append(number)
         for worker in place.glob("*.worker"):
             with suppress(ProcessLookupError):
-                # Not SIGINT, which the terminal has sent to them already.
+                # SIGTERM, because the terminal sends SIGINT to the workers itself.
                 os.kill(int(worker.stem), signal.SIGTERM)
 
-    names = ("SIGINT", "SIGTERM", "SIGUSR2")  # Windows lacks the last one
+    names = ("SIGINT", "SIGTERM", "SIGUSR2")  # Windows has no SIGUSR2
     wanted = [getattr(signal, name) for name in names if hasattr(signal, name)]
-    before = {number: signal.signal(number, pass_on) for number in wanted}
+    before = {number: signal.signal(number, forward) for number in wanted}
     try:
-        yield asked
+        yield received
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -131,8 +134,8 @@ def _start_worker(place: str, shares: list[list[str]]) -> None:
     take_gpus(place, shares)
 
 
-def visible_gpus() -> list[str]:
-    """The GPUs that this process may use, by the names that CUDA_VISIBLE_DEVICES has for them."""
+def list_visible_gpus() -> list[str]:
+    """Names of the GPUs that this process may use, as in CUDA_VISIBLE_DEVICES."""
     import torch
 
     named = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
@@ -141,17 +144,17 @@ def visible_gpus() -> list[str]:
     ]
 
 
-def _usable_cores() -> int:
-    """Cores that this process may use; all of them where, as on macOS, the system does not say."""
+def _count_cores() -> int:
+    """Count the CPU cores that this process may use; macOS reports only how many there are."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
 
-_taken: list[Any] = []
+_held: list[IO[str]] = []  # keeps the lock files of this process open
 
 
-def _lock(file: Any) -> None:
+def _lock(file: IO[str]) -> None:
     """Lock an open file until this process ends.
 
     Raises:
@@ -168,26 +171,27 @@ def _lock(file: Any) -> None:
 
 
 def take_gpus(locks: str, shares: list[list[str]]) -> None:
-    """Make this process see one of the `shares` of GPUs, which no other living process has.
+    """Restrict this process to one of the `shares` of GPUs that no other living process holds.
 
-    Locks on files, and not a queue: a worker that joblib replaces gives its share back.
+    Each share is a locked file. The lock is released when a process ends, so the worker with which
+    joblib replaces another one can take its share.
 
     Args:
-        locks: A folder that the processes share.
-        shares: Names of GPUs; none to leave everything as it is.
+        locks: Folder of the lock files, common to all workers.
+        shares: Names of the GPUs in each share; without shares, nothing changes.
 
     Raises:
-        RankError: If all are taken.
+        RankError: If other processes hold all shares.
     """
     for number, share in enumerate(shares):
-        file = Path(locks, str(number)).open("w")  # noqa: SIM115  (closed with the process)
+        file = Path(locks, str(number)).open("w")  # noqa: SIM115  (closed when the process ends)
         try:
             _lock(file)
         except OSError:
             file.close()
             continue
-        _taken.append(file)
+        _held.append(file)
         os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(share)
         return
     if shares:
-        raise RankError("every GPU is taken by another job of the sweep.")
+        raise RankError("other jobs of the sweep use all GPUs.")

@@ -1,4 +1,4 @@
-"""Signals that stop a command: Ctrl-C and those of schedulers."""
+"""Signals that stop a command: Ctrl-C and the signals of schedulers."""
 
 import os
 import signal
@@ -15,17 +15,17 @@ from vqvae_lightning.errors import Interrupted
 def handle_signals(name: str, folder: Path) -> Iterator[None]:
     """Turn a signal that arrives during the block into an `Interrupted` that says how to resume.
 
-    `LastCheckpoint` has its own handlers while a network trains. These are for the rest of a
-    command: reading data, testing, evaluating, drawing samples, writing shards.
+    They cover everything but training, during which `LastCheckpoint` has its own handlers: reading
+    data, testing, evaluating, drawing samples and writing shards.
 
     Args:
-        name: The command.
-        folder: Folder of its run.
+        name: Name of the command.
+        folder: Folder of the run.
 
     Raises:
         Interrupted: With status 130 after Ctrl-C and 75 after a scheduler's signal.
     """
-    with _interrupt_on_signals():
+    with interrupt_on_signals():
         try:
             yield
         except (Interrupted, KeyboardInterrupt, SystemExit) as stop:  # Lightning exits on Ctrl-C
@@ -40,13 +40,13 @@ def handle_signals(name: str, folder: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _interrupt_on_signals() -> Iterator[None]:
+def interrupt_on_signals() -> Iterator[None]:
     """Raise `Interrupted` when a scheduler's signal arrives during the block."""
 
     def stop(number: int, frame: FrameType | None) -> None:
         raise Interrupted(f"Stopped by {signal.Signals(number).name}.", 75)
 
-    # submitit has its own handlers, which requeue. Only the main thread may set handlers.
+    # submitit's own handlers requeue the job. Only the main thread may set handlers.
     if "SUBMITIT_EXECUTOR" in os.environ or threading.current_thread() != threading.main_thread():
         yield
         return

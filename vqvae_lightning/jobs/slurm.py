@@ -1,22 +1,32 @@
-"""`hydra/launcher=slurm`: each job of a sweep becomes a Slurm job (submitit)."""
+"""`hydra/launcher=slurm`: submit each job of a sweep to Slurm, through submitit."""
 
 import os
 import signal
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hydra.core.utils import JobReturn
 from omegaconf import DictConfig, OmegaConf
 
 from vqvae_lightning.errors import InputError, check_positive
-from vqvae_lightning.jobs.launcher import Job, Resources, _JobLauncher, _outcome, resources
+from vqvae_lightning.jobs.launcher import (
+    Job,
+    JobLauncher,
+    Resources,
+    count_resources,
+    wait_for_result,
+)
+
+if TYPE_CHECKING:
+    import submitit
 
 
-class SlurmLauncher(_JobLauncher):
-    """Submit each job with what its trainer needs; jobs with equal needs are one array.
+class SlurmLauncher(JobLauncher):
+    """Submit each job with the resources of its trainer; jobs with equal resources form an array.
 
-    The keyword arguments are those of `conf/hydra/launcher/slurm.yaml`.
+    Args:
+        **options: Options of the launcher; `conf/hydra/launcher/slurm.yaml` explains each.
     """
 
     def __init__(self, **options: Any) -> None:
@@ -25,13 +35,14 @@ class SlurmLauncher(_JobLauncher):
     def launch(
         self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int
     ) -> Sequence[JobReturn]:
-        """Submit, and wait for the results.
+        """Submit the jobs and wait for their results.
 
         Raises:
-            InputError: Before anything is submitted.
+            InputError: If an option cannot work or submitit is missing, before any job is
+                submitted; or if Slurm refuses a job.
             SystemExit: After a dry run, with status 0.
         """
-        jobs = self.jobs(job_overrides, initial_job_idx)
+        jobs = self.make_jobs(job_overrides, initial_job_idx)
         arrays: dict[Resources, list[Job]] = {}
         for job in jobs:
             arrays.setdefault(self.check(job.compose()), []).append(job)
@@ -46,38 +57,42 @@ class SlurmLauncher(_JobLauncher):
         JobEnvironment.USR_SIG = self.options.signal
         if self.options.dry_run:
             for need, array in arrays.items():
-                sys.stdout.write(self.script(need, len(array)))
+                sys.stdout.write(self.make_script(need, len(array)))
             sys.exit(0)
-        submitted: dict[int, Any] = {}
+        submitted: dict[int, submitit.Job[JobReturn | None]] = {}
         for need, array in arrays.items():
-            executor = self.executor(need)
+            executor = self.make_executor(need)
             try:
                 with executor.batch():
                     handles = [executor.submit(job) for job in array]
             except FailedJobError as error:
-                said = str(error).strip().splitlines()
-                raise InputError(f"Slurm refuses the job: {said[-1] if said else error}") from error
+                lines = str(error).strip().splitlines()
+                reason = lines[-1] if lines else error
+                raise InputError(f"Slurm refuses the job: {reason}") from error
             for job, handle in zip(array, handles, strict=True):
                 submitted[job.number] = handle
                 sys.stderr.write(
                     f"job {job.number} is {self.options.executor} job {handle.job_id}: "
-                    f"{need.nodes} x {need.tasks_per_node} tasks, its output: "
+                    f"{need.nodes} x {need.tasks_per_node} tasks, output in "
                     f"{handle.task(0).paths.stderr}\n"
                 )
-        return [_outcome(job, submitted[job.number].task(0)) for job in jobs]
+        return [wait_for_result(job, submitted[job.number].task(0)) for job in jobs]
 
     def check(self, cfg: DictConfig) -> Resources:
-        """What a job needs.
+        """Check the options of the launcher for a job, and count the resources of the job.
+
+        Args:
+            cfg: Composed config of the job.
 
         Raises:
-            InputError: If an option of the launcher, or the job, cannot work.
+            InputError: If an option of the launcher or of the job cannot work.
         """
-        need = resources(cfg)
+        need = count_resources(cfg)
         for key, count in need._asdict().items():
             if self.options[key] not in (None, count):
                 raise InputError(
-                    f"hydra.launcher.{key}={self.options[key]} must be {count}, which "
-                    "trainer.devices and trainer.num_nodes ask for; leave it out."
+                    f"hydra.launcher.{key}={self.options[key]} must be {count}, as derived from "
+                    "trainer.devices and trainer.num_nodes; leave it out."
                 )
         for key in ("timeout_min", "cpus_per_task", "signal_delay_s", "array_parallelism"):
             check_positive(f"hydra.launcher.{key}", self.options[key])
@@ -93,7 +108,7 @@ class SlurmLauncher(_JobLauncher):
             if last is not None and name not in last.signals:
                 raise InputError(
                     f"hydra.launcher.signal={self.options.signal} must be among "
-                    f"callbacks.last.signals={list(last.signals)}, or nothing is saved at it."
+                    f"callbacks.last.signals={list(last.signals)}, or the run would not save."
                 )
         if self.options.executor not in ("slurm", "local"):
             raise InputError(
@@ -101,16 +116,16 @@ class SlurmLauncher(_JobLauncher):
             )
         if self.options.executor == "local" and (need.nodes > 1 or self.options.dry_run):
             raise InputError(
-                "hydra.launcher.executor=local starts processes on this machine only, without an "
+                "hydra.launcher.executor=local starts processes on this machine only and has no "
                 "sbatch script."
             )
         return need
 
-    def executor(self, need: Resources) -> Any:
-        """Of submitit, for jobs with this need.
+    def make_executor(self, need: Resources) -> "submitit.Executor":
+        """Make submitit's executor for jobs with these resources.
 
         Raises:
-            InputError: If there is no Slurm here.
+            InputError: If this machine has no Slurm.
         """
         from submitit import LocalExecutor, SlurmExecutor
 
@@ -126,30 +141,31 @@ class SlurmLauncher(_JobLauncher):
             return local
         if SlurmExecutor.affinity() < 0:
             raise InputError(
-                "hydra/launcher=slurm: there is no srun here; --dry-run prints the script, "
+                "hydra/launcher=slurm: srun is not installed here; --dry-run prints the script, "
                 "hydra.launcher.executor=local starts the ranks on this machine."
             )
         slurm = SlurmExecutor(options.folder, max_num_timeout=options.max_num_timeout)
-        slurm.update_parameters(**self.parameters(need))
+        slurm.update_parameters(**self.make_parameters(need))
         return slurm
 
-    def script(self, need: Resources, jobs: int) -> str:
-        """The sbatch script of an array of that many jobs; no Slurm is needed."""
+    def make_script(self, need: Resources, jobs: int) -> str:
+        """Write the sbatch script of an array of `jobs` jobs, even without Slurm."""
         from submitit import SlurmExecutor
 
         class Printed(SlurmExecutor):
+            # submitit's check for srun
             @classmethod
             def affinity(cls) -> int:
                 return 1
 
         printed = Printed(self.options.folder)
-        printed.update_parameters(**self.parameters(need))
+        printed.update_parameters(**self.make_parameters(need))
         if jobs > 1:
             printed.parameters["map_count"] = jobs
         return f"{printed._make_submission_file_text(printed._submitit_command_str, '')}\n"
 
-    def parameters(self, need: Resources) -> dict[str, Any]:
-        """Options of sbatch, by submitit's names."""
+    def make_parameters(self, need: Resources) -> dict[str, Any]:
+        """Make the options of sbatch, under submitit's names."""
         options = OmegaConf.to_container(self.options)
         assert isinstance(options, dict)
         same = ("partition", "account", "qos", "constraint", "signal_delay_s")
@@ -167,7 +183,7 @@ class SlurmLauncher(_JobLauncher):
                 *options["setup"],
                 f"export SUBMITIT_PREEMPT_SIGNAL={options['signal']}",
             ],
-            # srun neither ends a job of which a task has failed, nor takes this number from sbatch.
+            # By default srun does not end a job when a task fails, and ignores sbatch's number.
             "srun_args": [
                 "--kill-on-bad-exit=1",
                 f"--cpus-per-task={options['cpus_per_task']}",

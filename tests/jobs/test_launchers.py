@@ -1,4 +1,4 @@
-"""Jobs whose ranks are started from outside, and sweeps in other processes."""
+"""Ranks that torchrun or Slurm starts, and sweeps whose jobs run in other processes."""
 
 import json
 import os
@@ -18,7 +18,7 @@ from conftest import TINY_VQVAE, compose
 from vqvae_lightning.errors import Interrupted, RankError
 from vqvae_lightning.jobs import parallel
 from vqvae_lightning.jobs.launched_ranks import detect_launcher
-from vqvae_lightning.jobs.launcher import resources
+from vqvae_lightning.jobs.launcher import count_resources
 
 RANKS = (
     *[option for option in TINY_VQVAE if not option.startswith("trainer=")],
@@ -44,11 +44,11 @@ def run(command, folder, **environment):
     )
 
 
-def test_torchrun_runs_a_sweep_and_goes_on_after_a_bad_config(toy, tmp_path):
+def test_torchrun_runs_a_sweep_past_a_bad_config(toy, tmp_path):
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command = [*torchrun, "--nproc-per-node=2", "-m", "vqvae_lightning.train", "-m"]
-    # The first job fails before its ranks take part, the third draws a number of its own; each
-    # rank that composed for itself would draw another one, and have a folder of its own.
+    # The first job fails before its ranks take part. The third job draws its seed at random: if
+    # each rank composed the config itself, the ranks would have different seeds and folders.
     options = [*SHORT, *toy, "seed=-1,5,${drawn:}", "hydra.sweep.dir=sweep"]
     site = tmp_path / "sitecustomize.py"
     site.write_text(
@@ -68,7 +68,7 @@ def test_torchrun_runs_a_sweep_and_goes_on_after_a_bad_config(toy, tmp_path):
 
 
 def test_a_rank_that_fails_ends_a_torchrun(toy, tmp_path):
-    # Rank 1 alone cannot read the data.
+    # Only rank 1 cannot read the data.
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     site = tmp_path / "sitecustomize.py"
     site.write_text(
@@ -98,7 +98,7 @@ def test_a_rank_that_fails_ends_a_torchrun(toy, tmp_path):
 
 @pytest.fixture
 def as_rank_zero(monkeypatch):
-    """The variables of a torchrun with one process."""
+    """Set the variables of torchrun for one process."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -136,7 +136,7 @@ def test_several_nodes_need_a_launcher(toy, command):
 
 
 def test_a_job_script_without_srun_waits_for_nobody(monkeypatch):
-    # sbatch sets these for tasks that a script could start; srun adds SLURM_STEP_NUM_TASKS.
+    # sbatch sets these in a job script; srun also sets SLURM_STEP_NUM_TASKS.
     for name, value in (("NTASKS", "8"), ("PROCID", "0"), ("JOB_NAME", "mine")):
         monkeypatch.setenv(f"SLURM_{name}", value)
     assert detect_launcher() is None
@@ -148,7 +148,7 @@ def test_a_launcher_does_not_resume_a_single_run(toy, command):
     assert "resume=auto and hydra.sweep.dir=FOLDER" in outcome.err
 
 
-def test_slurm_wants_to_know_whether_there_are_gpus(toy, command):
+def test_the_cpu_is_not_chosen_for_slurm_because_this_machine_has_no_gpu(toy, command):
     outcome = command("vqvae-train", "hydra/launcher=slurm", "--dry-run", *toy)
     if not torch.cuda.is_available():
         assert outcome.status == 1
@@ -187,11 +187,11 @@ def test_the_local_executor_runs_the_pipeline_in_two_tasks(toy, tmp_path):
 
 @pytest.fixture
 def fake_slurm(tmp_path):
-    """Environment variables with which Slurm's commands are those of `fake_slurm.py`."""
+    """Environment variables that replace Slurm's commands by `fake_slurm.py`."""
     programs = tmp_path / "bin"
     programs.mkdir()
     (tmp_path / "slurm").mkdir()
-    source = Path(__file__).with_name("fake_slurm.py").read_text()
+    source = (Path(__file__).parents[1] / "fake_slurm.py").read_text()
     for name in ("sbatch", "srun", "scontrol", "sacct"):
         program = programs / name
         program.write_text(f"#!{sys.executable}\n{source}")
@@ -204,7 +204,7 @@ def test_slurm_starts_two_nodes_and_requeues_at_its_signal(toy, tmp_path, fake_s
     options = [*RANKS, *toy, *steps, "callbacks.last.every_n_steps=10"]
     nodes = ("trainer.devices=1", "trainer.num_nodes=2", "hydra.launcher.partition=gpus")
     command = [sys.executable, "-m", "vqvae_lightning.train", *options, *nodes, *SLURM]
-    dry = run([*command, "--dry-run"], tmp_path)  # without a Slurm
+    dry = run([*command, "--dry-run"], tmp_path)  # without Slurm
     assert dry.returncode == 0, dry.stderr
     with subprocess.Popen(
         command,
@@ -234,7 +234,7 @@ def test_slurm_starts_two_nodes_and_requeues_at_its_signal(toy, tmp_path, fake_s
     assert re.search(r"Stopped by SIGUSR2 after step \d+; saved", logs)
 
 
-def test_a_job_that_fails_under_slurm_is_told_in_one_line(toy, tmp_path, fake_slurm):
+def test_a_job_that_fails_under_slurm_is_reported_in_one_line(toy, tmp_path, fake_slurm):
     command = [sys.executable, "-m", "vqvae_lightning.train", *SHORT, *toy, *SLURM]
     outcome = run([*command, "monitor=val/none"], tmp_path, **fake_slurm)
     assert outcome.returncode == 1
@@ -256,14 +256,14 @@ def test_a_job_that_fails_under_slurm_is_told_in_one_line(toy, tmp_path, fake_sl
         (["hydra.launcher.executor=local", "trainer.num_nodes=2"], "this machine only"),
     ],
 )
-def test_what_slurm_cannot_start_is_refused_before_it_is_asked(options, message, toy, command):
+def test_what_slurm_cannot_start_is_refused_before_submission(options, message, toy, command):
     outcome = command("vqvae-train", *SHORT, *toy, *SLURM, "--dry-run", *options)
     assert outcome.status == 1
     assert message in outcome.err
     assert outcome.out == ""
 
 
-def test_stages_of_other_sizes_and_a_dry_run_of_nothing_are_refused(toy, command):
+def test_stages_of_different_sizes_and_a_dry_run_without_slurm_are_refused(toy, command):
     options = ("trainer=ddp_cpu", "prior.trainer.devices=1", *toy, *SLURM)
     outcome = command("vqvae-pipeline", *options)
     assert outcome.status == 1
@@ -273,7 +273,7 @@ def test_stages_of_other_sizes_and_a_dry_run_of_nothing_are_refused(toy, command
     assert "add that" in outcome.err
 
 
-def test_each_job_of_a_sweep_is_allocated_by_its_own_trainer(toy, command):
+def test_each_job_of_a_sweep_gets_the_resources_of_its_own_trainer(toy, command):
     gpus = ("trainer.accelerator=gpu", "trainer.devices=1,8", "seed=0,1")
     outcome = command("vqvae-train", *SHORT, *toy, *gpus, *SLURM, "--dry-run")
     assert outcome.status == 0, outcome.err
@@ -290,23 +290,23 @@ def test_joblib_runs_each_job_with_its_own_values(toy, command, tmp_path):
     assert [result(folder)["seed"] for folder in folders] == [1, 2]
 
 
-def test_a_job_of_joblib_has_gpus_of_its_own(tmp_path, monkeypatch):
-    monkeypatch.setattr(parallel, "_taken", [])
+def test_each_job_of_joblib_has_its_own_gpus(tmp_path, monkeypatch):
+    monkeypatch.setattr(parallel, "_held", [])
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     seen = []
     for _ in range(2):
         parallel.take_gpus(str(tmp_path), [["3"], ["GPU-a", "5"]])
         seen.append(os.environ["CUDA_VISIBLE_DEVICES"])
     assert seen == ["3", "GPU-a,5"]
-    with pytest.raises(RankError, match="taken"):
+    with pytest.raises(RankError, match="use all GPUs"):
         parallel.take_gpus(str(tmp_path), [["3"], ["GPU-a", "5"]])
-    parallel._taken.pop(0).close()  # a worker ends, another takes its place
+    parallel._held.pop(0).close()  # a worker ends and is replaced
     parallel.take_gpus(str(tmp_path), [["3"], ["GPU-a", "5"]])
     assert os.environ["CUDA_VISIBLE_DEVICES"] == "3"
 
 
 def test_more_jobs_than_gpus_are_refused(toy, command, monkeypatch):
-    monkeypatch.setattr(parallel, "visible_gpus", lambda: ["0", "1"])
+    monkeypatch.setattr(parallel, "list_visible_gpus", lambda: ["0", "1"])
     places = ("hydra/launcher=joblib", "hydra.launcher.n_jobs=3", "hydra.sweep.dir=sweep")
     outcome = command("vqvae-train", *TINY_VQVAE, *toy, *places)
     assert outcome.status == 1
@@ -315,9 +315,9 @@ def test_more_jobs_than_gpus_are_refused(toy, command, monkeypatch):
 
 def test_a_pipelines_resources_are_its_trainers(tmp_path):
     cfg = compose("pipeline", "trainer=ddp_cpu", "trainer.num_nodes=3", folder=tmp_path)
-    assert resources(cfg) == (3, 2, 0)
+    assert count_resources(cfg) == (3, 2, 0)
     cfg = compose("sample", "prior_checkpoint=x", "accelerator=gpu", "devices=4", folder=tmp_path)
-    assert resources(cfg) == (1, 1, 4)
+    assert count_resources(cfg) == (1, 1, 4)
 
 
 def test_an_interruption_keeps_its_status_between_processes():
@@ -325,7 +325,7 @@ def test_an_interruption_keeps_its_status_between_processes():
     assert (str(stop), stop.status) == ("Stopped.", 75)
 
 
-def test_ctrl_c_lets_jobs_side_by_side_save(toy, tmp_path, cold):
+def test_parallel_jobs_save_on_ctrl_c(toy, tmp_path, cold):
     endless = ("trainer.max_steps=1000000", "trainer.val_check_interval=200")
     tiny = [option for option in TINY_VQVAE if not option.startswith("trainer=")]
     process = subprocess.Popen(
@@ -342,7 +342,7 @@ def test_ctrl_c_lets_jobs_side_by_side_save(toy, tmp_path, cold):
     )
     end = time.monotonic() + 120
     jobs = [tmp_path / "sweep" / name for name in ("0", "1")]
-    # Neither ends by itself: only side by side do both get this far.
+    # Neither job ends by itself, so both get this far only in parallel.
     while not all((job / "metrics.csv").is_file() for job in jobs):
         assert time.monotonic() < end
         assert process.poll() is None

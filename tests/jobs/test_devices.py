@@ -47,7 +47,7 @@ def metrics(folder):
 
 
 def assert_equal(one, other):
-    """The same weights and the same figures, but for the order of sums."""
+    """Compare weights and metrics, with a tolerance for the order of sums."""
     nets = [load(folder / "checkpoints/best.ckpt").net.state_dict() for folder in (one, other)]
     for name, value in nets[0].items():
         torch.testing.assert_close(nets[1][name], value, rtol=1e-3, atol=1e-4, msg=name)
@@ -57,7 +57,7 @@ def assert_equal(one, other):
 
 @pytest.fixture(scope="module")
 def pairs(toy_npz, tmp_path_factory):
-    """Each stage on one rank and on two, in sweeps over the number of devices."""
+    """Folders of each stage on one rank and on two, from sweeps over the number of devices."""
     folder = tmp_path_factory.mktemp("devices")
     data = ("dataset=npz", f"dataset.source.path={toy_npz}", "dataset.eval_batch_size=10")
     train = [sys.executable, "-m", "vqvae_lightning.train", "-m"]
@@ -85,7 +85,7 @@ def pairs(toy_npz, tmp_path_factory):
 
 
 @pytest.mark.parametrize("stage", ["ema", "loss", "gaussian", "prior"])
-def test_two_ranks_end_with_the_weights_and_figures_of_one(stage, pairs):
+def test_two_ranks_end_with_the_weights_and_metrics_of_one(stage, pairs):
     one, two = pairs[stage]
     assert_equal(one, two)
     devices = [json.loads((folder / "result.json").read_text())["devices"] for folder in (one, two)]
@@ -103,10 +103,10 @@ def test_each_rank_has_the_config_of_its_job(stage, pairs):
     for folder in (one, two):
         with (folder / "metrics.csv").open() as file:
             steps.append([row["step"] for row in csv.DictReader(file)])
-    assert steps[0] == steps[1], "only the first rank writes"
+    assert steps[0] == steps[1], "only rank 0 writes"
 
 
-def test_an_evaluation_on_two_ranks_gives_the_figures_of_one(pairs, command, tmp_path):
+def test_an_evaluation_on_two_ranks_gives_the_metrics_of_one(pairs, command, tmp_path):
     prior = pairs["prior"][0] / "checkpoints" / "best.ckpt"
     options = (f"prior_checkpoint={prior}", "num_samples=6", "classifier_steps=2")
     for devices in (1, 2):
@@ -132,8 +132,8 @@ def start(folder, *options):
     )
 
 
-def ranks_of(process):
-    """Process numbers of the further ranks."""
+def find_ranks(process):
+    """Process ids of the other ranks."""
     found = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True)
     return [int(number) for number in found.stdout.split()]
 
@@ -145,22 +145,22 @@ def wait_for(condition, seconds=60):
         time.sleep(0.2)
 
 
-def test_a_rank_that_dies_ends_the_job_with_its_name(toy, tmp_path, cold):
+def test_a_rank_that_dies_ends_the_job_and_is_named(toy, tmp_path, cold):
     endless = ("trainer.max_steps=1000000", "trainer.val_check_interval=500", "hydra.run.dir=run")
     process = start(tmp_path, *VQVAE, *toy, *endless)
     wait_for(lambda: (tmp_path / "run" / "metrics.csv").is_file())
-    (rank,) = ranks_of(process)
+    (rank,) = find_ranks(process)
     os.kill(rank, signal.SIGKILL)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 1, out
     assert "rank 1 failed" in err
 
 
-def test_ctrl_c_stops_all_ranks_and_the_run_goes_on(toy, tmp_path, cold):
+def test_ctrl_c_stops_all_ranks_and_the_run_can_resume(toy, tmp_path, cold):
     endless = ("trainer.max_steps=100000", "trainer.val_check_interval=500", "hydra.run.dir=run")
     process = start(tmp_path, *VQVAE, *toy, *endless)
     wait_for(lambda: (tmp_path / "run" / "metrics.csv").is_file())
-    ranks = ranks_of(process)
+    ranks = find_ranks(process)
     os.kill(process.pid, signal.SIGINT)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 130, err + out
@@ -171,9 +171,9 @@ def test_ctrl_c_stops_all_ranks_and_the_run_goes_on(toy, tmp_path, cold):
             os.kill(rank, 0)
 
 
-def test_two_ranks_go_on_as_if_they_had_not_been_stopped(toy, tmp_path, command, monkeypatch):
-    # Stopped within the warm-up, when each rank has seen vectors of its own to start the codebook
-    # from, by a signal that reaches the first rank only.
+def test_two_ranks_resume_as_if_they_had_not_been_stopped(toy, tmp_path, command, monkeypatch):
+    # The run is stopped within the warm-up, when each rank holds its own vectors for initializing
+    # the codebook. The signal reaches only rank 0.
     steps = ("trainer.max_steps=150", "trainer.val_check_interval=75", "resume=auto")
     options = [*VQVAE, *toy, *steps, "model.net.quantizer.warmup_steps=14"]
     whole = command("vqvae-train", *options, folder=tmp_path / "whole")
@@ -190,7 +190,7 @@ def test_two_ranks_go_on_as_if_they_had_not_been_stopped(toy, tmp_path, command,
         stopped = command("vqvae-train", *options)
     assert stopped.status == 75, stopped.err
     assert "Stopped by SIGTERM after step 10" in stopped.err
-    # A run that starts over ends with the same weights, so the trained steps are counted too.
+    # A run from scratch would end with the same weights, so count the trained steps too.
     trained = []
 
     def counted(self, batch, batch_idx):
@@ -211,7 +211,7 @@ def test_two_ranks_go_on_as_if_they_had_not_been_stopped(toy, tmp_path, command,
 
 
 def test_the_whole_pipeline_runs_on_two_ranks(toy, command):
-    two = ("trainer.devices=2",)  # the only number to give
+    two = ("trainer.devices=2",)  # no other number is needed
     small = ("evaluation.num_samples=12", "sampling.num_samples=6")
     outcome = command("vqvae-pipeline", "experiment=smoke", *toy, *two, *small)
     assert outcome.status == 0, outcome.err
@@ -220,6 +220,6 @@ def test_the_whole_pipeline_runs_on_two_ranks(toy, command):
         assert json.loads((outcome.folder / stage / "result.json").read_text())["devices"] == 2
     assert OmegaConf.load(outcome.folder / "samples" / "config.yaml").devices == 2
     assert (outcome.folder / "evaluation" / "ranks" / "rank1.log").is_file()
-    # Nothing of the ranks is left for what this process does next.
+    # The ranks leave no state for the next job of this process.
     assert "LOCAL_RANK" not in os.environ
     assert not torch.distributed.is_initialized()

@@ -1,4 +1,4 @@
-"""Without what only Linux has: as far as a Linux can show what macOS and Windows lack."""
+"""Features that macOS or Windows lacks, removed on Linux."""
 
 import os
 import signal
@@ -20,7 +20,7 @@ from vqvae_lightning.runs.claims import claim_folder
 
 @pytest.fixture
 def _windows_signals(monkeypatch):
-    """The signals of Windows: neither SIGUSR1 and SIGUSR2, nor masks."""
+    """Leave the signals of Windows, which has no SIGUSR1, no SIGUSR2 and no signal masks."""
     for name in ("SIGUSR1", "SIGUSR2", "pthread_sigmask", "sigwaitinfo"):
         monkeypatch.delattr(signal, name)
     known = dict(signal.Signals.__members__)
@@ -30,25 +30,27 @@ def _windows_signals(monkeypatch):
 
 
 @pytest.mark.usefixtures("_windows_signals")
-def test_commands_stop_at_the_signals_that_there_are(tmp_path):
+def test_commands_stop_on_the_signals_that_the_system_has(tmp_path):
     cfg = compose("vqvae", folder=tmp_path)
     last = LastCheckpoint("last.ckpt", signals=cfg.callbacks.last.signals)
     assert last.signals == [signal.SIGINT, signal.SIGTERM]
     with pytest.raises(InputError, match="SIGNOTHING"):
         LastCheckpoint("last.ckpt", signals=["SIGNOTHING"])
     before = signal.getsignal(signal.SIGTERM)
-    with signals._interrupt_on_signals():
+    with signals.interrupt_on_signals():
         assert signal.getsignal(signal.SIGTERM) != before
     assert signal.getsignal(signal.SIGTERM) == before
-    with parallel._pass_signals_on(tmp_path) as asked:
+    with parallel.forward_signals(tmp_path) as received:
         os.kill(os.getpid(), signal.SIGTERM)
-        assert asked == [signal.SIGTERM]
+        assert received == [signal.SIGTERM]
 
 
 @pytest.mark.usefixtures("_windows_signals")
-def test_workers_of_shards_ignore_the_signals_that_there_are(monkeypatch):
+def test_workers_of_shards_ignore_the_signals_that_the_system_has(monkeypatch):
     before = signal.getsignal(signal.SIGINT)
-    monkeypatch.setattr(workers.torch, "set_num_threads", lambda _: None)  # of this process
+    monkeypatch.setattr(
+        workers.torch, "set_num_threads", lambda _: None
+    )  # would limit this process too
     try:
         with workers.block_sigterm():
             workers.init_worker(0)
@@ -57,23 +59,23 @@ def test_workers_of_shards_ignore_the_signals_that_there_are(monkeypatch):
         signal.signal(signal.SIGINT, before)
 
 
-def test_jobs_side_by_side_without_an_affinity(command, monkeypatch):
-    # As on macOS.
+def test_jobs_run_in_parallel_where_the_system_has_no_cpu_affinity(command, monkeypatch):
+    # macOS has none.
     monkeypatch.delattr(os, "sched_getaffinity")
-    monkeypatch.setattr(parallel, "visible_gpus", list)
+    monkeypatch.setattr(parallel, "list_visible_gpus", list)
     seen = []
 
-    def jobs(self, overrides, first):
+    def make_jobs(self, overrides, first):
         seen.append(overrides)
         raise Interrupted("enough")
 
-    monkeypatch.setattr(parallel.JoblibLauncher, "jobs", jobs)
+    monkeypatch.setattr(parallel.JoblibLauncher, "make_jobs", make_jobs)
     outcome = command("vqvae-train", "hydra/launcher=joblib", "seed=0,1")
     assert outcome.status == 130, outcome.err
     assert len(seen[0]) == 2
 
 
-def test_gpus_are_shared_out_with_the_locks_of_windows(tmp_path, monkeypatch):
+def test_gpus_are_shared_with_the_locks_of_windows(tmp_path, monkeypatch):
     locked = []
 
     def locking(file, mode, count):
@@ -84,7 +86,7 @@ def test_gpus_are_shared_out_with_the_locks_of_windows(tmp_path, monkeypatch):
 
     monkeypatch.setitem(sys.modules, "msvcrt", SimpleNamespace(LK_NBLCK=2, locking=locking))
     monkeypatch.setattr(sys, "platform", "win32")
-    monkeypatch.setattr(parallel, "_taken", [])
+    monkeypatch.setattr(parallel, "_held", [])
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     parallel.take_gpus(str(tmp_path), [["4"], ["7"]])
     assert (locked, os.environ["CUDA_VISIBLE_DEVICES"]) == ([(2, 1)], "4")
@@ -92,8 +94,8 @@ def test_gpus_are_shared_out_with_the_locks_of_windows(tmp_path, monkeypatch):
     assert os.environ["CUDA_VISIBLE_DEVICES"] == "7"
 
 
-def test_on_windows_no_process_is_sent_a_signal_to_see_whether_it_lives(tmp_path, monkeypatch):
-    # There signal 0 is Ctrl-C.
+def test_a_process_on_windows_is_not_checked_with_a_signal(tmp_path, monkeypatch):
+    # On Windows, signal 0 is Ctrl-C.
     monkeypatch.setattr(sys, "platform", "win32")
     monkeypatch.setattr(claims.os, "kill", lambda *_: pytest.fail("it sent a signal"))
     with (
@@ -104,8 +106,8 @@ def test_on_windows_no_process_is_sent_a_signal_to_see_whether_it_lives(tmp_path
         pass
 
 
-def test_a_file_that_is_there_is_replaced_without_rename(tmp_path, monkeypatch):
-    # On Windows `rename` refuses a name that exists.
+def test_an_existing_file_is_replaced_without_rename(tmp_path, monkeypatch):
+    # On Windows, `rename` refuses an existing name.
     monkeypatch.setattr("pathlib.Path.rename", lambda *_: pytest.fail("it renamed"))
     for text in ("old", "new"):
         write_text(tmp_path / "file", text)
