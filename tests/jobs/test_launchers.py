@@ -238,8 +238,9 @@ def test_a_job_that_fails_under_slurm_is_reported_in_one_line(toy, tmp_path, fak
     command = [sys.executable, "-m", "vqvae_lightning.train", *SHORT, *toy, *SLURM]
     outcome = run([*command, "monitor=val/none"], tmp_path, **fake_slurm)
     assert outcome.returncode == 1
-    (line,) = [line for line in outcome.stderr.splitlines() if line.startswith("error: ")]
-    assert "job 0 failed: monitor=val/none must be one of" in line
+    lines = [line for line in outcome.stderr.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1, outcome.stderr
+    assert "job 0 failed: monitor=val/none must be one of" in lines[0]
 
 
 @pytest.mark.parametrize(
