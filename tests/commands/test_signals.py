@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from vqvae_lightning.runs.claims import CLAIM
+from vqvae_lightning.runs.folder import CLAIM
 
 
 @pytest.fixture(params=["SIGTERM", "SIGUSR2"])

@@ -20,7 +20,8 @@ from conftest import COMMANDS
 from vqvae_lightning.errors import InputError
 from vqvae_lightning.files import write_text
 from vqvae_lightning.runs import claims
-from vqvae_lightning.runs.claims import CLAIM, SWEEP_CLAIM, claim_folder, new_folder
+from vqvae_lightning.runs.claims import claim_folder, new_folder
+from vqvae_lightning.runs.folder import CLAIM, SWEEP_CLAIM
 
 RACERS = 8
 
@@ -44,7 +45,7 @@ def stale(folder, **changed):
     """Leave the claim of a process that has ended."""
     ended = subprocess.Popen(["true"])
     ended.wait()
-    claim = claims._make_claim(())._replace(pid=ended.pid, born="long ago", token="stale")
+    claim = claims._describe_process(())._replace(pid=ended.pid, born="long ago", token="stale")
     folder.mkdir(exist_ok=True)
     write_text(folder / CLAIM, json.dumps(claim._replace(**changed)._asdict()))
 
@@ -146,7 +147,7 @@ def test_a_finished_run_is_shown_where_nothing_can_be_written(tmp_path, monkeypa
     def refuse(path, claim):
         raise OSError(30, "Read-only file system", str(path))
 
-    monkeypatch.setattr(claims, "_write_claim", refuse)
+    monkeypatch.setattr(claims, "_write", refuse)
     with pytest.raises(OSError, match="Read-only"):
         _hold(tmp_path)
     (tmp_path / "result.json").write_text("{}")
@@ -217,7 +218,7 @@ def test_every_command_is_refused_where_another_works(name, held, tmp_path):
 
 @pytest.fixture
 def trained(monkeypatch):
-    """Folder, seed and hidden files next to the folder of each run that vqvae-train reaches."""
+    """Folder, seed and hidden files beside it of each run that vqvae-train was to train."""
     seen = []
 
     def untrained(cfg):

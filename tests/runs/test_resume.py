@@ -1,4 +1,4 @@
-"""A resumed run: it needs the data that it began with, and sums the time of all its parts."""
+"""A run that goes on: on the data that it began with, and with the time of all its parts."""
 
 import numpy as np
 import pytest
@@ -8,9 +8,10 @@ from omegaconf import OmegaConf
 from vqvae_lightning.configs import to_plain
 from vqvae_lightning.errors import InputError, Interrupted
 from vqvae_lightning.runs import stopwatch
+from vqvae_lightning.runs.folder import RunFolder
 from vqvae_lightning.runs.results import read_result
-from vqvae_lightning.runs.resume import read_stored_config
-from vqvae_lightning.runs.stopwatch import SECONDS, Stopwatch, time_stage
+from vqvae_lightning.runs.resume import read_run_config
+from vqvae_lightning.runs.stopwatch import Stopwatch, time_stage
 from vqvae_lightning.stages.inputs import load_images
 from vqvae_lightning.stages.pipeline import stage_configs
 from vqvae_lightning.stages.training import train
@@ -92,7 +93,7 @@ def test_stages_that_had_not_begun_are_resumed_in_their_own_folders(toy, command
         assert command("vqvae-pipeline", *SMOKE, *toy).status == 130
     run = (tmp_path / "run").rename(tmp_path / "moved")
     before = stage_configs(compose("pipeline", *SMOKE, *toy, folder=run))
-    resumed = stage_configs(read_stored_config(run, run, []))
+    resumed = stage_configs(read_run_config(run, run, []))
     filled_in = ("command", "commit", "data_fingerprint")
     for name in ("prior", "evaluation", "samples"):
         for key in set(before[name]) - set(filled_in):
@@ -130,7 +131,7 @@ def test_the_parts_of_a_run_add_up(error, clock, tmp_path):
     with time_stage(tmp_path) as watch:
         clock.now += 2.5
         assert watch.seconds == 12.5
-    assert not (tmp_path / SECONDS).exists()
+    assert not RunFolder(tmp_path).seconds.exists()
 
 
 def test_refused_input_leaves_no_time(clock, tmp_path):
@@ -164,7 +165,7 @@ def test_a_resumed_stage_counts_the_seconds_of_all_its_parts(end, toy, clock, tm
     def training_step(self, batch, number):
         clock.now += 10
         if number == 2:
-            left.append((tmp_path / SECONDS).read_text())
+            left.append(RunFolder(tmp_path).seconds.read_text())
             raise OSError("power cut")
         return whole(self, batch, number)
 
@@ -173,7 +174,7 @@ def test_a_resumed_stage_counts_the_seconds_of_all_its_parts(end, toy, clock, tm
         with pytest.raises(OSError, match="power cut"):
             train(cfg.copy())
     if end == "killed":  # what had been written until then is all that there is
-        (tmp_path / SECONDS).write_text(left[0])
+        RunFolder(tmp_path).seconds.write_text(left[0])
 
     def quicker(self, batch, number):
         clock.now += 1
@@ -185,7 +186,7 @@ def test_a_resumed_stage_counts_the_seconds_of_all_its_parts(end, toy, clock, tm
     # Two steps were saved at 20 s, the third failed at 30 s, three steps were left.
     assert result["seconds"] == (20 if end == "killed" else 30) + 3
     assert read_result(tmp_path)["seconds"] == result["seconds"]
-    assert not (tmp_path / SECONDS).exists()
+    assert not RunFolder(tmp_path).seconds.exists()
 
 
 def test_a_pipeline_adds_up_the_parts_of_its_stages(toy, clock, command, tmp_path):
@@ -207,7 +208,7 @@ def test_a_pipeline_adds_up_the_parts_of_its_stages(toy, clock, command, tmp_pat
     seconds = {"vqvae": 0, "prior": 100, "evaluation": 100, "samples": 0, "report": 100}
     assert read_result(tmp_path / "run")["seconds"] == seconds
     assert "30 test images, 300 s" in outcome.out
-    assert not list((tmp_path / "run").rglob(SECONDS))
+    assert not list((tmp_path / "run").rglob("seconds.json"))
 
 
 @pytest.mark.parametrize(
@@ -228,4 +229,4 @@ def test_a_config_stored_without_its_kind_is_recognised(config, kind, tmp_path):
     stored = to_plain(cfg, missing=True)
     del stored["kind"]
     OmegaConf.save(stored, tmp_path / "config.yaml")
-    assert read_stored_config(tmp_path, tmp_path, []).kind == kind
+    assert read_run_config(tmp_path, tmp_path, []).kind == kind

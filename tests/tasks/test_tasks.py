@@ -333,7 +333,7 @@ def test_the_same_command_resumes_an_unfinished_run(requeued, toy, command, monk
     if requeued:
         refused = command("vqvae-train", *options)
         assert refused.status == 1
-        assert "holds a run already" in refused.err
+        assert "already holds a run" in refused.err
         monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
     other = command("vqvae-train", *options, "seed=3")
     assert other.status == 1

@@ -14,6 +14,7 @@ from pytorch_lightning.callbacks import Callback, Checkpoint, ModelCheckpoint
 from vqvae_lightning.devices import Reading, reads_late
 from vqvae_lightning.distributed import all_reduce, gather
 from vqvae_lightning.errors import InputError, Interrupted, Key, check_positive
+from vqvae_lightning.runs.folder import PREVIOUS_CHECKPOINT
 from vqvae_lightning.runs.stopwatch import Stopwatch
 from vqvae_lightning.units import get_direction
 
@@ -201,5 +202,5 @@ class LastCheckpoint(Checkpoint):
         trainer.save_checkpoint(partial, weights_only=False)
         if trainer.is_global_zero:
             if path.is_file():
-                path.replace(path.with_name("previous.ckpt"))
+                path.replace(path.with_name(PREVIOUS_CHECKPOINT))
             partial.replace(path)

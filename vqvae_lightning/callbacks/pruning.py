@@ -10,6 +10,7 @@ from pytorch_lightning.callbacks import Callback
 
 from vqvae_lightning.console import console
 from vqvae_lightning.errors import check_positive
+from vqvae_lightning.runs.folder import RunFolder
 from vqvae_lightning.runs.results import read_curves, read_result
 from vqvae_lightning.units import get_direction
 
@@ -83,11 +84,14 @@ class MedianPruning(Callback):
         """Median of the finished jobs' best scores by `step`, lower is better; None if too few."""
         assert self.min_jobs is not None
         reached = []
-        for path in self.folder.parent.glob("*/metrics.csv"):
-            result = read_result(path.parent)
-            if result is None or result.get("pruned") or path.parent == self.folder:
+        for path in self.folder.parent.iterdir():
+            result = read_result(path)
+            metrics = RunFolder(path).metrics
+            if path == self.folder or result is None or result.get("pruned"):
                 continue
-            steps, values = read_curves(path).get(self.monitor, ([], []))
+            if not metrics.is_file():
+                continue
+            steps, values = read_curves(metrics).get(self.monitor, ([], []))
             so_far = [
                 self._sign * value for at, value in zip(steps, values, strict=True) if at <= step
             ]

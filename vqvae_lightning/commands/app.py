@@ -144,11 +144,12 @@ def _run(
 @contextmanager
 def _record_failure(sweep_continues: Callable[[], bool]) -> Iterator[None]:
     """Write `failure.txt` into the folder of a sweep's job if the block fails."""
-    from vqvae_lightning.runs.failures import FAILURE, write_failure
+    from vqvae_lightning.runs.failures import write_failure
+    from vqvae_lightning.runs.folder import RunFolder
 
     hydra = HydraConfig.get()
     folder = Path(hydra.runtime.output_dir)
-    (folder / FAILURE).unlink(missing_ok=True)
+    RunFolder(folder).failure.unlink(missing_ok=True)
     try:
         yield
     except Exception as error:

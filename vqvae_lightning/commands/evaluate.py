@@ -1,9 +1,9 @@
 """vqvae-evaluate: metrics of finished checkpoints on a held-out split."""
 
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vqvae_lightning.commands.app import Outcome, command
+from vqvae_lightning.runs.folder import RunFolder
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -14,10 +14,9 @@ def main(cfg: "DictConfig") -> Outcome:
     """Evaluate checkpoints."""
     from vqvae_lightning.stages.evaluating import evaluate
 
-    folder = Path(cfg.folder)
+    run = RunFolder(cfg.folder)
     result = evaluate(cfg)
-    paths = [folder / "result.json", folder / "reconstructions.png"]
-    return Outcome("evaluation", result["metrics"], paths)
+    return Outcome("evaluation", result["metrics"], [run.result, run.reconstructions_picture])
 
 
 if __name__ == "__main__":

@@ -1,10 +1,9 @@
 """vqvae-pipeline: from images to new images, each stage resumable."""
 
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vqvae_lightning.commands.app import Outcome, command
-from vqvae_lightning.runs.folder import STAGES
+from vqvae_lightning.runs.folder import STAGES, RunFolder
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -32,17 +31,14 @@ def main(cfg: "DictConfig") -> Outcome | None:
     result = run_pipeline(cfg)
     if cfg.preflight:
         return None
-    folder = Path(cfg.folder)
+    run = RunFolder(cfg.folder)
     keys = [f"{result['split']}/{name}" for name in HEADLINES]
     metrics = {key: result["metrics"][key] for key in keys if key in result["metrics"]}
     seconds = sum(result["seconds"].values())  # including earlier parts of a resumed run
     return Outcome(
         f"results on {result['images']} {result['split']} images, {seconds:.0f} s",
         metrics,
-        [
-            folder / name
-            for name in ("report.html", "reconstructions.png", "samples.png", "result.json")
-        ],
+        [run.report, run.reconstructions_picture, run.samples_picture, run.result],
         result["objective"],
     )
 

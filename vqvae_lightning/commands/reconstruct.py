@@ -1,9 +1,9 @@
 """vqvae-reconstruct: reconstructions of images by a VQ-VAE's checkpoint."""
 
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vqvae_lightning.commands.app import Outcome, command
+from vqvae_lightning.runs.folder import RunFolder
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -15,7 +15,7 @@ def main(cfg: "DictConfig") -> Outcome:
     from vqvae_lightning.stages.reconstructing import reconstruct
 
     result = reconstruct(cfg)
-    picture = Path(cfg.folder) / "reconstructions.png"
+    picture = RunFolder(cfg.folder).reconstructions_picture
     return Outcome("reconstructions", result["metrics"], [picture])
 
 

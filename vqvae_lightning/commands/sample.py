@@ -1,9 +1,9 @@
 """vqvae-sample: new images from a prior's checkpoint."""
 
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vqvae_lightning.commands.app import Outcome, command
+from vqvae_lightning.runs.folder import RunFolder
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -14,9 +14,9 @@ def main(cfg: "DictConfig") -> Outcome:
     """Draw samples."""
     from vqvae_lightning.stages.sampling import draw_samples
 
-    folder = Path(cfg.folder)
+    run = RunFolder(cfg.folder)
     result = draw_samples(cfg)
-    return Outcome("samples", result["metrics"], [folder / "samples.png", folder / "samples.npz"])
+    return Outcome("samples", result["metrics"], [run.samples_picture, run.samples])
 
 
 if __name__ == "__main__":

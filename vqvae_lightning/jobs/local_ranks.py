@@ -15,6 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from vqvae_lightning.errors import DivergenceError, InputError, Interrupted, RankError
 from vqvae_lightning.files import write_text
 from vqvae_lightning.runs.failures import write_failure
+from vqvae_lightning.runs.folder import RunFolder
 
 PATIENCE = 30.0  # seconds for the other ranks to end by themselves after one has died
 STARTED_HERE = "VQVAE_LIGHTNING_RANKS"  # marks LOCAL_RANK and WORLD_SIZE as set by this module
@@ -37,8 +38,9 @@ def start_local_ranks(cfg: DictConfig, folder: Path, module: str, count: int) ->
 
     from vqvae_lightning.distributed import leave
 
-    place = folder / "ranks"
-    write_text(place / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
+    place = RunFolder(folder).ranks
+    config = RunFolder(place).config
+    write_text(config, OmegaConf.to_yaml(cfg, resolve=True))
     threads = torch.get_num_threads()
     share = max(1, threads // count)
     common = {
@@ -52,7 +54,7 @@ def start_local_ranks(cfg: DictConfig, folder: Path, module: str, count: int) ->
     for rank in range(1, count):
         environment = {"OMP_NUM_THREADS": str(share), **os.environ, **common}
         # Trusted packages are passed as arguments, because a file cannot vouch for itself.
-        command = [sys.executable, "-m", module, str(place / "config.yaml"), *cfg.trust]
+        command = [sys.executable, "-m", module, str(config), *cfg.trust]
         with (place / f"rank{rank}.log").open("w") as log:
             processes.append(
                 subprocess.Popen(

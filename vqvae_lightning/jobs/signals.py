@@ -9,6 +9,7 @@ from pathlib import Path
 from types import FrameType
 
 from vqvae_lightning.errors import Interrupted
+from vqvae_lightning.runs.folder import RunFolder
 
 
 @contextmanager
@@ -29,7 +30,7 @@ def handle_signals(name: str, folder: Path) -> Iterator[None]:
         try:
             yield
         except (Interrupted, KeyboardInterrupt, SystemExit) as stop:  # Lightning exits on Ctrl-C
-            begun = (folder / "config.yaml").is_file()
+            begun = RunFolder(folder).is_begun
             hint = f" Resume with: {name} resume={folder}" if begun else ""
             if isinstance(stop, Interrupted):
                 raise Interrupted(f"{stop}{hint}", stop.status, stop.agreed) from stop

@@ -29,6 +29,7 @@ from omegaconf import DictConfig, OmegaConf
 from vqvae_lightning.errors import InputError, check_positive, check_range
 from vqvae_lightning.files import write_text
 from vqvae_lightning.randomness import derive_seed
+from vqvae_lightning.runs.folder import RunFolder
 
 if TYPE_CHECKING:
     from optuna import Study
@@ -201,7 +202,7 @@ class OptunaSweeper(Sweeper):
 
         found = []
         for trial in study.get_trials(states=(TrialState.RUNNING,)):
-            if not (self.folder / str(trial.number) / "config.yaml").is_file():
+            if not RunFolder(self.folder / str(trial.number)).is_begun:
                 study.tell(trial.number, state=TrialState.FAIL)
                 continue
             for key in fixed.keys() & trial.params.keys():

@@ -12,8 +12,9 @@ from omegaconf import DictConfig, OmegaConf, read_write
 from vqvae_lightning.console import console
 from vqvae_lightning.errors import Failed
 from vqvae_lightning.report.jobs import list_job_folders
-from vqvae_lightning.runs.claims import SWEEP_CLAIM, claim_folder, new_folder
-from vqvae_lightning.runs.failures import FAILURE, read_failure
+from vqvae_lightning.runs.claims import claim_folder, new_folder
+from vqvae_lightning.runs.failures import read_failure
+from vqvae_lightning.runs.folder import SWEEP_CLAIM, RunFolder
 from vqvae_lightning.runs.results import read_result
 
 
@@ -130,12 +131,13 @@ def _report_failures(folder: Path, error: str | None) -> bool:
         assert failure is not None
         chosen = " ".join(failure.overrides)
         sys.stderr.write(f"  job {job.relative_to(folder)} ({chosen}): {failure.error}\n")
-    sys.stderr.write(f"Details: {FAILURE} in the folder of each failed job in {folder}\n")
+    name = RunFolder(folder).failure.name
+    sys.stderr.write(f"Details: {name} in the folder of each failed job in {folder}\n")
     return not finished or error in [failure.error for failure in failures.values() if failure]
 
 
 def _find_failure(job: Path) -> set[tuple[Path, int]]:
-    path = job / FAILURE
+    path = RunFolder(job).failure
     return {(path, path.stat().st_mtime_ns)} if path.is_file() else set()
 
 

@@ -10,7 +10,8 @@ from omegaconf import OmegaConf
 
 from vqvae_lightning.configs import read_config
 from vqvae_lightning.errors import InputError
-from vqvae_lightning.runs.failures import FAILURE, read_failure
+from vqvae_lightning.runs.failures import read_failure
+from vqvae_lightning.runs.folder import RunFolder
 from vqvae_lightning.runs.results import read_curves, read_result
 from vqvae_lightning.units import get_direction
 
@@ -65,7 +66,7 @@ def read_jobs(folder: Path) -> list[Job]:
     Raises:
         InputError: If there is no job in `folder`.
     """
-    if (folder / "config.yaml").is_file():
+    if RunFolder(folder).is_begun:
         raise InputError(f"{folder} is the folder of one run; give the sweep's, which is above it.")
     places = list(list_job_folders(folder))
     if not places:
@@ -87,9 +88,8 @@ def read_jobs(folder: Path) -> list[Job]:
 
 def list_job_folders(folder: Path) -> Iterator[Path]:
     """List the folders in which a job of a sweep has started or failed, 2 before 10."""
-    marks = ("config.yaml", FAILURE)
     for path in sorted(folder.glob("[!.]*/"), key=_split_numbers):
-        if any((path / mark).is_file() for mark in marks):
+        if RunFolder(path).is_begun or RunFolder(path).failure.is_file():
             yield path
         else:
             yield from list_job_folders(path)
@@ -106,19 +106,19 @@ def _read_job(folder: Path, sweep: Path) -> Job:
     """Read a job of the folder `sweep`, whatever state it is in."""
     config: dict[str, Any] = {}
     command: list[str] = []
-    path = folder / "config.yaml"
-    if path.is_file():
-        stored: Any = read_config(path)
+    run = RunFolder(folder)
+    if run.is_begun:
+        stored: Any = read_config(run.config)
         command = shlex.split(stored["command"] or "")[1:]
         config = dict(_flatten_config(stored, stored["folder"]))
     result, failure = read_result(folder), read_failure(folder)
     if failure is not None and not command:
         command = failure.overrides
-    stages = [folder / stage for stage in ("vqvae", "prior")]
+    stages = [run.stage(name) for name in ("vqvae", "prior")]
     curves: dict[str, tuple[list[float], list[float]]] = {}
-    for place in (folder, *stages):
-        if (place / "metrics.csv").is_file():
-            curves |= read_curves(place / "metrics.csv")
+    for place in (run, *stages):
+        if place.metrics.is_file():
+            curves |= read_curves(place.metrics)
     steps = max((points[0][-1] for points in curves.values()), default=0)
     state, note = "unfinished", f"after {steps:.0f} steps"
     if result is not None:
@@ -134,10 +134,9 @@ def _read_job(folder: Path, sweep: Path) -> Job:
     seconds = (result or {}).get("seconds")
     if isinstance(seconds, dict):
         seconds = sum(seconds.values())
-    pictures = [folder / "samples.png"]
-    pictures = [path for path in pictures if path.is_file()]
-    for place in (*stages[::-1], folder):
-        pictures += sorted((place / "pictures").glob("*.png"))[-1:]
+    pictures = [path for path in [run.samples_picture] if path.is_file()]
+    for place in (*stages[::-1], run):
+        pictures += sorted(place.pictures.glob("*.png"))[-1:]
     return Job(
         folder=folder,
         name=str(folder.relative_to(sweep)),

@@ -10,6 +10,7 @@ from markupsafe import Markup
 
 from vqvae_lightning.files import write_text
 from vqvae_lightning.report import plots
+from vqvae_lightning.runs.folder import RunFolder
 from vqvae_lightning.runs.results import read_curves, read_result
 
 
@@ -22,20 +23,21 @@ def write_report(folder: Path) -> Path:
     Returns:
         Path of the page.
     """
+    run = RunFolder(folder)
     result = read_result(folder)
-    stages = {name: read_result(folder / name) for name in ("evaluation", "samples")}
+    stages = {name: read_result(run.stage(name).path) for name in ("evaluation", "samples")}
     assert result is not None
     assert stages["evaluation"] is not None
     assert stages["samples"] is not None
     names = stages["evaluation"]["class_names"]
-    curves = {name: read_curves(folder / name / "metrics.csv") for name in ("vqvae", "prior")}
-    with np.load(folder / "evaluation" / "codes.npz") as arrays:
+    curves = {name: read_curves(run.stage(name).metrics) for name in ("vqvae", "prior")}
+    with np.load(run.stage("evaluation").codes) as arrays:
         histogram, codes = arrays["histogram"], arrays["codes"]
         images = arrays["images"]
     pictures = {
-        "samples": folder / "samples.png",
-        "reconstructions": folder / "reconstructions.png",
-        "nearest": folder / "evaluation" / "nearest.png",
+        "samples": run.samples_picture,
+        "reconstructions": run.reconstructions_picture,
+        "nearest": run.stage("evaluation").nearest_picture,
     }
     split = result["split"]
     page = load_template("template.html").render(
@@ -46,19 +48,18 @@ def write_report(folder: Path) -> Path:
         columns=[names[number] for number in stages["samples"]["column_classes"]],
         stages=result["seconds"],
         pictures={name: inline_png(path) for name, path in pictures.items()},
-        progress=[inline_png(path) for path in _pick_evenly(folder / "prior" / "pictures", 4)],
+        progress=[inline_png(path) for path in _pick_evenly(run.stage("prior").pictures, 4)],
         losses=Markup(plots.plot_losses(curves["vqvae"])),
         usage=Markup(plots.plot_usage(curves["vqvae"], len(histogram))),
         prior=Markup(plots.plot_prior(curves["prior"], split, result["metrics"])),
         histogram=Markup(plots.plot_histogram(histogram)),
         code_maps=Markup(plots.plot_code_maps(images, codes, histogram)),
         rate=Markup(plots.plot_rate(result["metrics"], split)),
-        config=(folder / "config.yaml").read_text(encoding="utf-8"),
+        config=run.config.read_text(encoding="utf-8"),
         folder=str(folder),
     )
-    path = folder / "report.html"
-    write_text(path, page)
-    return path
+    write_text(run.report, page)
+    return run.report
 
 
 def load_template(name: str) -> Template:

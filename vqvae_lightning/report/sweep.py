@@ -13,6 +13,7 @@ from vqvae_lightning.files import write_text
 from vqvae_lightning.report.jobs import Job, read_jobs
 from vqvae_lightning.report.plots import plot_runs
 from vqvae_lightning.report.run import inline_png, load_template
+from vqvae_lightning.runs.folder import RunFolder
 from vqvae_lightning.units import get_unit
 
 COMPARED = (
@@ -83,7 +84,7 @@ def write_sweep_report(folder: Path) -> list[Path]:
         pictures=[(job, inline_png(path)) for job in jobs for path in job.pictures][:PICTURED],
         commands=[(job, shlex.join(_read_command(job))) for job in finished[:1]],
     )
-    paths = [folder / "report.html", folder / "jobs.csv"]
+    paths = [RunFolder(folder).report, RunFolder(folder).jobs]
     write_text(paths[0], page)
     write_text(paths[1], _format_table(jobs, keys, names))
     return paths
@@ -122,7 +123,7 @@ def label_job(job: Job, keys: list[str]) -> str:
 
 
 def _read_command(job: Job) -> list[str]:
-    return shlex.split(read_config(job.folder / "config.yaml").get("command") or "")
+    return shlex.split(read_config(RunFolder(job.folder).config).get("command") or "")
 
 
 def _count_states(jobs: list[Job]) -> str:

@@ -1,9 +1,9 @@
-"""Claims: at most one command works in a folder at a time, even if several start at once.
+"""Claims: at most one command works in a folder at a time, however many start at once.
 
-A command writes `.claim` into its folder before it reads any data and deletes it when it ends. The
-file says which process holds the folder, so that the claim of a killed process is recognised and
-taken over. Both steps use operations that a file system gives to one process only: creating a file
-that must not exist, and renaming.
+A command writes `.claim` into its folder before it reads any data, and deletes it when it ends. The
+file identifies the process that holds the folder, so that another process can recognise the claim
+of a killed process and take it over. Making and taking over a claim are atomic: they create a file
+that must not exist, or rename one.
 """
 
 import json
@@ -19,12 +19,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 from vqvae_lightning.errors import InputError
+from vqvae_lightning.runs.folder import CLAIM, RunFolder
 
-CLAIM = ".claim"
-SWEEP_CLAIM = ".sweep.claim"
-"""Differs from a run's name, because a sweep may have its only job in its own folder."""
 PROC = Path("/proc")
-TRIES, PAUSE = 100, 0.02  # 2 s: writing or replacing a claim takes far less
+TRIES, PAUSE = 100, 0.02  # 2 s in all; writing or replacing a claim takes far less
 
 
 class Claim(NamedTuple):
@@ -32,13 +30,14 @@ class Claim(NamedTuple):
 
     Attributes:
         host: Name of the machine.
-        namespace: PID namespace of `pid`, as containers have their own. None where there are none.
-        pid: Number of the process.
-        born: When the process started, because process numbers are reused. None if unknown.
-        job: Slurm's number of the job; None outside Slurm.
+        namespace: PID namespace of the process, because a container has its own. None where the
+            system has no namespaces.
+        pid: ID of the process.
+        born: Start time of the process, because IDs are reused. None if unknown.
+        job: ID of the Slurm job; None outside Slurm.
         restarts: How often Slurm had requeued the job.
-        parts: Subfolders that belong to the same command.
-        token: Different for each claim.
+        parts: Names of the folders inside that belong to the same command.
+        token: Unique string of this claim.
     """
 
     host: str
@@ -52,7 +51,7 @@ class Claim(NamedTuple):
 
 
 def new_folder(path: Path) -> Path:
-    """Make a new folder: `path` or, if it exists, `path` with `_2`, `_3` and so on."""
+    """Make a folder that no other command has: `path`, or `path` with `_2`, `_3` and so on."""
     path.parent.mkdir(parents=True, exist_ok=True)
     number, chosen = 1, path
     while True:
@@ -70,39 +69,39 @@ def claim_folder(folder: Path, parts: Sequence[str] = (), name: str = CLAIM) -> 
 
     Args:
         folder: Folder of a run or a sweep; made if it does not exist.
-        parts: Names of subfolders that no other command may hold meanwhile.
+        parts: Names of folders in it that no other command may hold during the block.
         name: Name of the claim's file.
 
     Raises:
-        InputError: If another command holds the folder, one of `parts`, or the pipeline of this
-            stage.
+        InputError: If another command holds the folder, one of its parts, or the folder that it is
+            a part of.
     """
-    path, own = folder / name, _make_claim(parts)
+    path, own = folder / name, _describe_process(parts)
     try:
-        _take_claim(path, own)
+        _take(path, own)
     except OSError:
-        # A finished run can be shown from a read-only disk.
-        if not (folder / "result.json").is_file():
+        # The result of a finished run can be printed even from a read-only disk.
+        if not RunFolder(folder).is_finished:
             raise
         yield
         return
     try:
-        _check_family(folder, own)
+        _check_nested(folder, own)
         yield
     finally:
-        found = _read_claim(path)
+        found = _read(path)
         # The user may have deleted the claim, and another command may have made its own.
         if found is not None and found.token == own.token:
             path.unlink(missing_ok=True)
 
 
-def _make_claim(parts: Sequence[str]) -> Claim:
+def _describe_process(parts: Sequence[str]) -> Claim:
     pid = os.getpid()
     return Claim(
         host=socket.gethostname(),
         namespace=_read_namespace(),
         pid=pid,
-        born=_read_start(pid),
+        born=_find_start(pid),
         job=os.environ.get("SLURM_JOB_ID"),
         restarts=int(os.environ.get("SLURM_RESTART_COUNT", "0")),
         parts=list(parts),
@@ -110,7 +109,7 @@ def _make_claim(parts: Sequence[str]) -> Claim:
     )
 
 
-def _take_claim(path: Path, own: Claim) -> None:
+def _take(path: Path, own: Claim) -> None:
     """Make the claim `path`, or take it over from a process that has ended.
 
     Raises:
@@ -119,34 +118,34 @@ def _take_claim(path: Path, own: Claim) -> None:
     for _ in range(TRIES):
         path.parent.mkdir(parents=True, exist_ok=True)
         with suppress(FileExistsError, FileNotFoundError):  # the latter: the folder was removed
-            _write_claim(path, own)
+            _write(path, own)
             return
-        found = _read_claim(path)
-        if found is None:  # being written, or just released
+        found = _read(path)
+        if found is None:  # another process is writing it, or has just released it
             time.sleep(PAUSE)
             continue
         _refuse_if_held(path, found, own)
-        if _replace_stale(path, found, own):
+        if _replace(path, found, own):
             return
     raise InputError(
-        f"{path.parent} cannot be claimed: if no command works there, delete {path}*, which a "
-        "killed command left behind."
+        f"{path.parent} cannot be claimed: if no command is running there, delete {path}*, which a "
+        "killed command did not remove."
     )
 
 
-def _replace_stale(path: Path, old: Claim, own: Claim) -> bool:
-    """Replace the claim of a dead process; False if another process does so first."""
-    # Only one process can create this file, whose name has the old claim's token. The file then
-    # becomes the new claim, so no second process can replace the same old claim.
+def _replace(path: Path, old: Claim, own: Claim) -> bool:
+    """Replace the claim of a dead process; return False if another process does so."""
+    # The file's name contains the old claim's token, so only one process can create it. Renaming it
+    # to `path` gives up the right to replace the old claim and replaces it in one step.
     right = path.with_name(f"{path.name}.{old.token}")
     try:
-        _write_claim(right, own)
+        _write(right, own)
     except FileExistsError:
         time.sleep(PAUSE)
         return False
     try:
-        found = _read_claim(path)
-        # Otherwise another process had replaced the claim before this one created its file.
+        found = _read(path)
+        # If not, another process replaced the old claim before this one created its file.
         if found is None or found.token != old.token:
             return False
         right.replace(path)
@@ -155,28 +154,31 @@ def _replace_stale(path: Path, old: Claim, own: Claim) -> bool:
         right.unlink(missing_ok=True)
 
 
-def _check_family(folder: Path, own: Claim) -> None:
-    """Refuse a stage of a running pipeline, and a pipeline with a stage that is in use.
+def _check_nested(folder: Path, own: Claim) -> None:
+    """Refuse a stage whose pipeline is running, and a pipeline whose stage is in use.
 
-    Each command claims its own folder before it reads the other's claim, so if both start at once,
-    at least one of them is refused.
+    Each command makes its own claim before it looks for the other's, so that of two commands that
+    start at once, at least one sees the other.
+
+    Raises:
+        InputError: If another command holds the outer folder or a part of this one.
     """
     outer = folder.resolve().parent / CLAIM
-    found = _read_claim(outer)
+    found = _read(outer)
     if found is not None and folder.resolve().name in found.parts:
         _refuse_if_held(outer, found, own)
     for part in own.parts:
         inner = folder / part / CLAIM
-        found = _read_claim(inner)
+        found = _read(inner)
         if found is not None:
             _refuse_if_held(inner, found, own)
 
 
 def _refuse_if_held(path: Path, found: Claim, own: Claim) -> None:
-    """Check that the process of the claim `found` has ended.
+    """Return if the process of the claim `found` has ended.
 
     Raises:
-        InputError: If it still runs, or if that cannot be known on this machine.
+        InputError: If it is running, or if this machine cannot tell.
     """
     # Slurm requeues a job only after its processes have ended on all nodes.
     if found.job is not None and found.job == own.job and own.restarts > found.restarts:
@@ -187,30 +189,30 @@ def _refuse_if_held(path: Path, found: Claim, own: Claim) -> None:
     way_out = (
         "wait for it, or choose another folder"
         if here and sys.platform != "win32"
-        else f"if that process has ended, which cannot be seen from here, delete {path}"
+        else f"if that process has ended, which this machine cannot check, delete {path}"
     )
     raise InputError(
         f"{path.parent} is in use by process {found.pid} on host {found.host}: {way_out}."
     )
 
 
-def _write_claim(path: Path, claim: Claim) -> None:
-    """Make a file with a claim.
+def _write(path: Path, claim: Claim) -> None:
+    """Create a file with a claim.
 
     Raises:
-        FileExistsError: If it exists, so that only one of several processes makes it.
+        FileExistsError: If it exists; only one of several processes creates it.
     """
     with path.open("x") as file:
         try:
             json.dump(claim._asdict(), file)
             file.flush()
-        except BaseException:  # an empty file would look like a claim that is being written
+        except BaseException:  # an empty file looks like a claim that is being written
             path.unlink(missing_ok=True)
             raise
 
 
-def _read_claim(path: Path) -> Claim | None:
-    """Read the claim in a file; None if the file is missing or still incomplete."""
+def _read(path: Path) -> Claim | None:
+    """Read the claim in a file; None if there is none, or it is not complete yet."""
     try:
         return Claim(**json.loads(path.read_text()))
     except (OSError, ValueError, TypeError):
@@ -218,8 +220,8 @@ def _read_claim(path: Path) -> Claim | None:
 
 
 def _is_alive(claim: Claim) -> bool:
-    """Tell whether the process of a claim on this machine still runs; True if unknown."""
-    if sys.platform == "win32":  # where signal 0 is Ctrl-C
+    """Whether the process of a claim on this machine is running; True if unknown."""
+    if sys.platform == "win32":  # signal 0 is Ctrl-C there
         return True
     try:
         os.kill(claim.pid, 0)
@@ -227,21 +229,21 @@ def _is_alive(claim: Claim) -> bool:
         return False
     except PermissionError:  # a process of another user
         pass
-    born = _read_start(claim.pid)
+    born = _find_start(claim.pid)
     return born is None or claim.born is None or born == claim.born
 
 
-def _read_start(pid: int) -> str | None:
-    """Read when a process started; None if unknown, `dead` for a zombie."""
+def _find_start(pid: int) -> str | None:
+    """When a process started; `dead` for a zombie, None if unknown."""
     if (PROC / "self" / "stat").is_file():
         try:
-            # The name of the program, in parentheses, may contain anything.
+            # The program's name, in parentheses, may contain spaces and parentheses.
             fields = (PROC / str(pid) / "stat").read_text().rpartition(")")[2].split()
             boot = (PROC / "sys" / "kernel" / "random" / "boot_id").read_text().strip()
         except OSError:
             return None
         return "dead" if fields[0] in "ZX" else f"{boot} {fields[19]}"
-    # macOS. The language and time zone are fixed, so that all commands read the same text.
+    # macOS has no /proc. A fixed language and time zone make the answers comparable.
     command = ["ps", "-o", "lstart=", "-p", str(pid)]
     environment = {**os.environ, "LC_ALL": "C", "TZ": "UTC0"}
     try:

@@ -5,9 +5,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from vqvae_lightning.files import write_text
-
-FAILURE = "failure.txt"
-"""File in the folder of a failed job, with its error, its overrides and the traceback."""
+from vqvae_lightning.runs.folder import RunFolder
 
 
 class Failure(NamedTuple):
@@ -18,14 +16,21 @@ class Failure(NamedTuple):
 
 
 def write_failure(folder: Path, error: str, overrides: list[str], trace: str) -> None:
-    """Write `failure.txt` to a job's folder: the error in one line, overrides, and traceback."""
+    """Write `failure.txt` into a job's folder.
+
+    Args:
+        folder: Folder of the job.
+        error: The error; line breaks become spaces.
+        overrides: Overrides of the job.
+        trace: Traceback of the error.
+    """
     line = " ".join(error.split())
-    write_text(folder / FAILURE, f"{line}\n{shlex.join(overrides)}\n\n{trace}")
+    write_text(RunFolder(folder).failure, f"{line}\n{shlex.join(overrides)}\n\n{trace}")
 
 
 def read_failure(folder: Path) -> Failure | None:
     """Read what `write_failure` wrote; None if the job has not failed."""
-    path = folder / FAILURE
+    path = RunFolder(folder).failure
     if not path.is_file():
         return None
     error, overrides = path.read_text(encoding="utf-8").split("\n")[:2]

@@ -1,4 +1,4 @@
-"""Files of a run: `result.json` with units, `config.yaml`, and the curves of `metrics.csv`."""
+"""The files that describe a run: `config.yaml`, `result.json` and `metrics.csv`."""
 
 import csv
 import json
@@ -8,7 +8,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from omegaconf import OmegaConf
+
 from vqvae_lightning.files import write_text
+from vqvae_lightning.runs.folder import RunFolder
 from vqvae_lightning.units import get_unit
 
 if TYPE_CHECKING:
@@ -16,28 +19,26 @@ if TYPE_CHECKING:
 
 
 def write_config(cfg: "DictConfig", folder: Path) -> None:
-    """Write the whole resolved config to `config.yaml`."""
-    from omegaconf import OmegaConf
-
-    write_text(folder / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
+    """Write the whole resolved config as `config.yaml`."""
+    write_text(RunFolder(folder).config, OmegaConf.to_yaml(cfg, resolve=True))
 
 
 def read_result(folder: Path) -> dict[str, Any] | None:
-    """Read the `result.json` of a finished run or stage; None if there is none."""
-    path = folder / "result.json"
+    """Read the `result.json` of a run or stage; None if it has not finished."""
+    path = RunFolder(folder).result
     return json.loads(path.read_text()) if path.is_file() else None
 
 
 def read_curves(path: Path) -> dict[str, tuple[list[float], list[float]]]:
-    """Read steps and values of each column of a `metrics.csv`, even while it is being written."""
+    """Read the steps and values of each column of a `metrics.csv`, which may still be growing."""
     curves: dict[str, tuple[list[float], list[float]]] = {}
     text = path.read_text()
-    # A line without a newline is still being written.
+    # A last line without a line break is still being written.
     for row in csv.DictReader(text[: text.rfind("\n") + 1].splitlines()):
         for name, value in row.items():
             if value and name not in ("step", "epoch"):
                 steps, values = curves.setdefault(name, ([], []))
-                # A row has the index of its step, but a curve is over the number of finished steps.
+                # A row has the index of its step; a curve is over the number of steps done.
                 steps.append(float(row["step"]) + 1)
                 values.append(float(value))
     return curves
@@ -48,21 +49,22 @@ def write_result(folder: Path, metrics: dict[str, float], **facts: Any) -> dict[
 
     Args:
         folder: Folder of the run or stage.
-        metrics: Name to value; the units come from `UNITS`.
-        **facts: Other entries of the result, such as seed, split, number of images, seconds.
+        metrics: Values by name; `units.get_unit` adds their units.
+        **facts: Everything else that describes the result, such as seed, split, number of images
+            and seconds.
 
     Returns:
         The contents of the file.
     """
     named = {name: {"value": value, "unit": get_unit(name)} for name, value in metrics.items()}
-    result = {"metrics": named, **facts, **describe_environment()}
-    write_text(folder / "result.json", json.dumps(result, indent=1))
+    result = {"metrics": named, **facts, **describe_machine()}
+    write_text(RunFolder(folder).result, json.dumps(result, indent=1))
     return result
 
 
-def describe_environment() -> dict[str, Any]:
-    """Collect the versions of libraries, and the machine's processor, threads and GPU."""
-    import torch
+def describe_machine() -> dict[str, Any]:
+    """Versions of the libraries, processor, number of threads and GPU."""
+    import torch  # reading results must not need it
 
     names = ("vqvae-lightning", "torch", "torchvision", "pytorch-lightning", "hydra-core")
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
@@ -71,14 +73,15 @@ def describe_environment() -> dict[str, Any]:
             "python": platform.python_version(),
             **{name: version(name) for name in names},
         },
-        "machine": {"processor": _read_processor(), "threads": torch.get_num_threads(), "gpu": gpu},
+        "machine": {"processor": _name_processor(), "threads": torch.get_num_threads(), "gpu": gpu},
     }
 
 
-def read_commit() -> str | None:
-    """Read this checkout's commit, with `-dirty` if files differ; None for an installed wheel."""
+def find_commit() -> str | None:
+    """The commit of this checkout, with `-dirty` if files differ; None for an installed wheel."""
     checkout = Path(__file__).parents[2]
-    # A virtual environment may be in the checkout of another project, whose commit is not meant.
+    # Without this check, git would find the commit of a project whose virtual environment contains
+    # this package.
     if not (checkout / ".git").exists():
         return None
     command = ["git", "-C", str(checkout), "describe", "--always", "--dirty", "--abbrev=40"]
@@ -89,8 +92,8 @@ def read_commit() -> str | None:
     return run.stdout.strip()
 
 
-def _read_processor() -> str:
+def _name_processor() -> str:
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.is_file() else []
-    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(named, platform.processor() or platform.machine())
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor() or platform.machine())

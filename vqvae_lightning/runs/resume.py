@@ -1,104 +1,119 @@
-"""Begin a run or resume one, which decides the config that a command works with."""
+"""Start a run, or resume one with the config that it began with."""
 
 import os
 import shlex
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
 
 from vqvae_lightning.configs import read_trusted, record_foreign
 from vqvae_lightning.errors import InputError, check_range
+from vqvae_lightning.runs.folder import RunFolder
+from vqvae_lightning.runs.results import find_commit
 from vqvae_lightning.trust import list_packages
 
-if TYPE_CHECKING:
-    from omegaconf import DictConfig
 
+def begin_or_resume(name: str, cfg: DictConfig) -> DictConfig:
+    """Return the config of the run that `cfg` starts or resumes.
 
-def begin_or_resume(name: str, cfg: "DictConfig") -> "DictConfig":
-    """Return the config of the run that `cfg` begins or resumes.
-
-    A job that Slurm has requeued resumes its own run, as with `resume=auto`.
+    A job that Slurm has restarted resumes its own run, as with `resume=auto`.
 
     Args:
-        name: Name of the command, for the line in `config.yaml` that says how to repeat the run.
-        cfg: Composed config.
+        name: The command, which is recorded in `config.yaml` as part of how to repeat the run.
+        cfg: The composed config.
 
     Raises:
-        InputError: If `resume` comes with other overrides than the run began with.
+        InputError: If the folder holds another run, or `resume=FOLDER` comes with other overrides.
     """
-    from hydra.core.hydra_config import HydraConfig
-    from hydra.types import RunMode
-
-    from vqvae_lightning.runs.results import read_commit
-    from vqvae_lightning.runs.stopwatch import SECONDS
-
-    hydra = HydraConfig.get()
     check_range("seed", cfg.seed, 0)
-    requeued = int(os.environ.get("SLURM_RESTART_COUNT", "0")) > 0
     if cfg.resume in (None, "auto"):
-        chosen = hydra.job.config_name
-        config = "" if chosen in ("vqvae", "pipeline") else f"--config-name {chosen} "
-        # To repeat one job of a preset sweep, record its own values instead of `sweep=`. `resume=`
-        # is omitted, because a command and its restart with resume=auto are the same command.
-        given = [t for t in hydra.overrides.task if not t.startswith(("sweep=", "resume="))]
-        cfg.command = f"{name} {config}{shlex.join(given)}".strip()
-        cfg.commit = read_commit()
-        record_foreign(cfg)
-        if not (Path(cfg.folder) / "config.yaml").is_file():
-            # An earlier command was interrupted before its run had begun.
-            (Path(cfg.folder) / SECONDS).unlink(missing_ok=True)
-            return cfg
-        if cfg.resume is None and not requeued:
-            raise InputError(
-                f"{cfg.folder} holds a run already: resume it with resume={cfg.folder}, or "
-                "choose another folder."
-            )
-        stored = read_stored_config(Path(cfg.folder), Path(cfg.folder), cfg.trust)
-        if _sort_words(stored.command) != _sort_words(cfg.command):
-            raise InputError(
-                f"resume=auto: {cfg.folder} holds a run of another command: {stored.command}"
-            )
-        return stored
+        return _begin_or_resume_own(name, cfg)
+    return _resume_named(name, cfg)
+
+
+def _begin_or_resume_own(name: str, cfg: DictConfig) -> DictConfig:
+    """Start a run in the command's folder, or resume the same command's run there."""
+    hydra = HydraConfig.get()
+    run = RunFolder(cfg.folder)
+    requeued = int(os.environ.get("SLURM_RESTART_COUNT", "0")) > 0
+    chosen = hydra.job.config_name
+    config = "" if chosen in ("vqvae", "pipeline") else f"--config-name {chosen} "
+    # To repeat one job of a preset sweep, record its own values instead of `sweep=`. Without
+    # `resume=auto`, a later start of the command compares equal to the first.
+    overrides = [t for t in hydra.overrides.task if not t.startswith(("sweep=", "resume="))]
+    cfg.command = f"{name} {config}{shlex.join(overrides)}".strip()
+    cfg.commit = find_commit()
+    record_foreign(cfg)
+    if not run.is_begun:
+        # Written by a command that was interrupted before its run had begun.
+        run.seconds.unlink(missing_ok=True)
+        return cfg
+    if cfg.resume is None and not requeued:
+        raise InputError(
+            f"{cfg.folder} already holds a run: resume it with resume={cfg.folder}, or choose "
+            "another folder."
+        )
+    stored = read_run_config(run.path, run.path, cfg.trust)
+    if _sort_words(stored.command) != _sort_words(cfg.command):
+        raise InputError(
+            f"resume=auto: {cfg.folder} holds a run of another command: {stored.command}"
+        )
+    return stored
+
+
+def _resume_named(name: str, cfg: DictConfig) -> DictConfig:
+    """Resume the run in the folder that the user named."""
+    hydra = HydraConfig.get()
+    run = RunFolder(cfg.folder)
     others = [t for t in hydra.overrides.task if not t.startswith(("resume=", "trust="))]
     if others:
         raise InputError(
             f"resume={cfg.resume} uses the config in that folder; drop {' '.join(others)}"
         )
     if hydra.mode == RunMode.MULTIRUN:
-        raise InputError("resume=FOLDER resumes a single run: drop -m.")
-    stored = read_stored_config(Path(cfg.folder), Path(cfg.folder), list_packages(cfg.trust))
+        raise InputError("resume continues one run: drop -m.")
+    stored = read_run_config(run.path, run.path, list_packages(cfg.trust))
     if str(stored.command).split()[0] != name:
         raise InputError(f"resume={cfg.resume} is a run of another command: {stored.command}")
     return stored
 
 
 def _sort_words(command: str) -> list[str]:
-    """Sort the words that commands of the same run share; a study may reorder them."""
+    """The words that two commands for one run share, sorted, because a study may reorder them."""
     return sorted(text for text in shlex.split(command) if not text.startswith("trust="))
 
 
-def read_stored_config(folder: Path, run: Path, trust: Iterable[str]) -> "DictConfig":
-    """Read the config in a run's folder or a stage's, with the paths of a moved run corrected.
+def read_run_config(folder: Path, run: Path, trust: Iterable[str]) -> DictConfig:
+    """Read the config in a folder; paths in it are corrected if the run was moved.
+
+    Args:
+        folder: Folder of the run, or of a stage in it.
+        run: Folder of the run.
+        trust: Packages that the user trusts.
 
     Raises:
-        InputError: If it names code outside of this package and of `trust`.
+        InputError: If it names code that is neither in this package nor in `trust`.
     """
-    from omegaconf import OmegaConf
-
-    value = read_trusted(folder / "config.yaml", trust)
-    if not isinstance(value.get("folder"), str):
-        raise InputError(f"{folder}/config.yaml is not the config of a run.")
-    value.setdefault("kind", _derive_kind(value))
-    old = Path(value["folder"])
+    path = RunFolder(folder).config
+    config = read_trusted(path, trust)
+    if not isinstance(config.get("folder"), str):
+        raise InputError(f"{path} is not the config of a run.")
+    config.setdefault("kind", _derive_kind(config))
+    old = Path(config["folder"])
     for _ in folder.relative_to(run).parts:
         old = old.parent
-    renewed: DictConfig = OmegaConf.create(_move_paths(value, str(old), str(run.absolute())))
-    OmegaConf.set_struct(renewed, True)
-    return renewed
+    moved = OmegaConf.create(_move_paths(config, str(old), str(run.absolute())))
+    assert isinstance(moved, DictConfig)
+    OmegaConf.set_struct(moved, True)
+    return moved
 
 
 def _derive_kind(config: dict[str, Any]) -> str:
-    """Derive the `kind` of a run that was stored before configs had this key."""
+    """Find the `kind` of a run whose config was stored before configs had this key."""
     marks = {
         "prior": "pipeline",
         "classifier": "evaluation",
@@ -111,7 +126,7 @@ def _derive_kind(config: dict[str, Any]) -> str:
 
 
 def _move_paths(value: Any, old: str, new: str) -> Any:
-    """Replace the folder `old` by `new` in all paths of a config."""
+    """Replace the folder `old` by `new` in every path of a config."""
     if isinstance(value, dict):
         return {key: _move_paths(child, old, new) for key, child in value.items()}
     if isinstance(value, list):

@@ -31,6 +31,7 @@ from vqvae_lightning.loggers.wandb import name_run
 from vqvae_lightning.networks.pixelcnn import PixelCNN
 from vqvae_lightning.pictures import arrange_pairs, save_png
 from vqvae_lightning.randomness import derive_seed
+from vqvae_lightning.runs.folder import RunFolder
 from vqvae_lightning.runs.results import read_result, write_config, write_result
 from vqvae_lightning.runs.stopwatch import Stopwatch, time_stage
 from vqvae_lightning.stages.inputs import build_codes, load_checkpoint_images, load_images
@@ -157,7 +158,7 @@ def evaluate(cfg: DictConfig, images: PixelDataModule | None = None) -> dict[str
 
 
 def _evaluate(cfg: DictConfig, images: PixelDataModule | None, watch: Stopwatch) -> dict[str, Any]:
-    folder = Path(cfg.folder)
+    folder, run = Path(cfg.folder), RunFolder(cfg.folder)
     check_evaluation(cfg)
     pl.seed_everything(derive_seed(cfg.seed, "judge") % 2**32, workers=True, verbose=False)
     found = load_subject(cfg, images)
@@ -180,9 +181,9 @@ def _evaluate(cfg: DictConfig, images: PixelDataModule | None, watch: Stopwatch)
     shown_codes = torch.tensor(codes.datasets[cfg.split].data[: cfg.pictured]).long()
     decoded = decode_images(codes.vqvae, shown_codes.to(device))
     picture = arrange_pairs(shown, decoded)
-    save_png(picture, folder / "reconstructions.png")
+    save_png(picture, run.reconstructions_picture)
     arrays: dict[str, Any] = {"histogram": codes.histogram(), "codes": shown_codes, "images": shown}
-    with replace_file(folder / "codes.npz") as partial, partial.open("wb") as file:
+    with replace_file(run.codes) as partial, partial.open("wb") as file:
         np.savez(file, **{k: v.numpy() for k, v in arrays.items()})
     if prior is not None:
         labels = None
@@ -202,14 +203,14 @@ def _evaluate(cfg: DictConfig, images: PixelDataModule | None, watch: Stopwatch)
             temperature=cfg.temperature,
         ).images
         nearest = find_nearest_images(images, drawn[:10])
-        save_png(arrange_pairs(drawn[:10], nearest), folder / "nearest.png")
+        save_png(arrange_pairs(drawn[:10], nearest), run.nearest_picture)
         task = build_classifier(cfg, images)
         if task is not None:
             steps = {**options, "max_steps": cfg.classifier_steps}
             judge = train_classifier(task, images, steps, cfg.classifier_batch_size)
             metrics |= measure_with_classifier(judge, codes, cfg.split, drawn, labels, device)
     named = {f"{cfg.split}/{name}": value for name, value in metrics.items()}
-    pictures = [folder / "reconstructions.png", folder / "nearest.png"]
+    pictures = [run.reconstructions_picture, run.nearest_picture]
     loggers = [build(part) for part in (cfg.logger or {}).values() if part is not None]
     log_result(loggers, to_plain(cfg), named, [path for path in pictures if path.is_file()])
     return write_result(

@@ -14,6 +14,7 @@ from vqvae_lightning.data import CodesDataModule
 from vqvae_lightning.data.images import PixelDataModule
 from vqvae_lightning.errors import InputError, prefix_keys
 from vqvae_lightning.networks.autoencoder import VQVAE
+from vqvae_lightning.runs.folder import RunFolder
 from vqvae_lightning.trust import DATA, Trust
 
 if TYPE_CHECKING:
@@ -102,7 +103,7 @@ def build_codes(
         cfg: Config with `codes_dir`; null stores the codes next to the folder of the checkpoint.
         batch_size: Images per optimizer step.
     """
-    folder = cfg.codes_dir or path.parent.parent / "codes"
+    folder = cfg.codes_dir or RunFolder(path.parent.parent).code_cache
     return CodesDataModule(images, vqvae, hash_weights(vqvae), str(folder), batch_size)
 
 

@@ -17,9 +17,9 @@ from vqvae_lightning.errors import prefix_keys, rename_keys
 from vqvae_lightning.files import replace_file
 from vqvae_lightning.jobs.ranks import count_ranks
 from vqvae_lightning.report.run import write_report
-from vqvae_lightning.runs.folder import STAGES
+from vqvae_lightning.runs.folder import STAGES, RunFolder
 from vqvae_lightning.runs.results import read_result, write_config, write_result
-from vqvae_lightning.runs.resume import read_stored_config
+from vqvae_lightning.runs.resume import read_run_config
 from vqvae_lightning.runs.stopwatch import Stopwatch, time_stage
 from vqvae_lightning.stages.evaluating import build_classifier, check_evaluation, evaluate
 from vqvae_lightning.stages.inputs import load_images, print_survey
@@ -55,8 +55,8 @@ def stage_configs(cfg: DictConfig) -> dict[str, DictConfig]:
     whole = cfg if "stages" in cfg else _recompose(cfg)
     configs: dict[str, DictConfig] = {}
     for name in STAGES:
-        if (folder / name / "config.yaml").is_file():
-            configs[name] = read_stored_config(folder / name, folder, cfg.trust)
+        if RunFolder(folder).stage(name).is_begun:
+            configs[name] = read_run_config(folder / name, folder, cfg.trust)
             continue
         # Paths in the config start with ${folder}: it is set first, so that they are the stage's.
         placed = whole.copy()
@@ -175,7 +175,7 @@ def run_pipeline(cfg: DictConfig) -> dict[str, Any]:
             for name, survey in surveys.items():
                 print_survey(name, survey)
             return {}
-    if not (folder / "config.yaml").is_file():
+    if not RunFolder(folder).is_begun:
         stored = cfg.copy()
         with open_dict(stored):
             stored.pop("stages", None)
@@ -201,9 +201,13 @@ def _write_report(
 ) -> dict[str, Any]:
     """Write the report and `result.json` from the results of the stages."""
     folder = Path(cfg.folder)
-    for stage, picture in (("evaluation", "reconstructions.png"), ("samples", "samples.png")):
-        with replace_file(folder / picture) as partial:
-            shutil.copyfile(folder / stage / picture, partial)
+    run = RunFolder(folder)
+    for copy, original in (
+        (run.reconstructions_picture, run.stage("evaluation").reconstructions_picture),
+        (run.samples_picture, run.stage("samples").samples_picture),
+    ):
+        with replace_file(copy) as partial:
+            shutil.copyfile(original, partial)
     seconds = {name: result["seconds"] for name, result in results.items()}
     metrics = {k: v["value"] for k, v in results["evaluation"]["metrics"].items()}
     facts = {

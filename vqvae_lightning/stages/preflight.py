@@ -28,6 +28,7 @@ from vqvae_lightning.jobs.ranks import count_ranks
 from vqvae_lightning.networks.autoencoder import VQVAE
 from vqvae_lightning.networks.pixelcnn import PixelCNN
 from vqvae_lightning.quantizers import VectorQuantizer
+from vqvae_lightning.runs.folder import RunFolder
 from vqvae_lightning.units import get_direction
 
 if TYPE_CHECKING:
@@ -204,7 +205,7 @@ def survey(
     largest = checkpoint + pool  # during the warm-up
     free = shutil.disk_usage(_find_existing(Path(cfg.folder))).free
     # A resumed run replaces the checkpoints that it has written.
-    written = sum(path.stat().st_size for path in Path(cfg.folder, "checkpoints").glob("*.ckpt"))
+    written = sum(path.stat().st_size for path in RunFolder(cfg.folder).checkpoints.glob("*.ckpt"))
     if CHECKPOINTS * largest > free + written:
         raise InputError(
             f"{CHECKPOINTS} checkpoints of {_format_bytes(largest)} do not fit into the "

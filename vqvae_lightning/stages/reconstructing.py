@@ -15,6 +15,7 @@ from vqvae_lightning.errors import check_positive, rename_keys
 from vqvae_lightning.files import replace_file
 from vqvae_lightning.pictures import arrange_pairs, save_png
 from vqvae_lightning.pixels import from_uint8, to_uint8
+from vqvae_lightning.runs.folder import RunFolder
 from vqvae_lightning.runs.results import write_config, write_result
 from vqvae_lightning.stages.inputs import load_checkpoint_images
 
@@ -59,13 +60,13 @@ def reconstruct(cfg: DictConfig) -> dict[str, Any]:
             advance(len(part))
     reconstructed = torch.cat(decoded)
     shown = arrange_pairs(images[:count], reconstructed[:count])
-    save_png(shown, folder / "reconstructions.png")
+    save_png(shown, RunFolder(folder).reconstructions_picture)
     arrays: dict[str, Any] = {
         "images": images.movedim(1, -1),
         "reconstructions": reconstructed.movedim(1, -1),
         **({"codes": torch.cat(codes)} if codes else {}),
     }
-    with replace_file(folder / "reconstructions.npz") as partial, partial.open("wb") as file:
+    with replace_file(RunFolder(folder).reconstructions) as partial, partial.open("wb") as file:
         np.savez_compressed(file, **{k: v.numpy() for k, v in arrays.items()})
     squared = float(((reconstructed.float() - images.float()) / 255).square().mean())
     metrics = {"images": float(len(images)), "mse": squared}

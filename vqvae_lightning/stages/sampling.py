@@ -27,6 +27,7 @@ from vqvae_lightning.networks.pixelcnn import PixelCNN
 from vqvae_lightning.networks.sampling import check_guidance, check_top_p
 from vqvae_lightning.pictures import arrange_grid, save_png
 from vqvae_lightning.pixels import from_uint8
+from vqvae_lightning.runs.folder import RunFolder
 from vqvae_lightning.runs.results import read_result, write_config, write_result
 from vqvae_lightning.runs.stopwatch import Stopwatch, time_stage
 from vqvae_lightning.stages.inputs import load_checkpoint_images
@@ -113,7 +114,7 @@ def draw_samples(cfg: DictConfig) -> dict[str, Any]:
 
 
 def _draw_samples(cfg: DictConfig, watch: Stopwatch) -> dict[str, Any]:
-    folder = Path(cfg.folder)
+    folder, run = Path(cfg.folder), RunFolder(cfg.folder)
     loaded, vqvae = load_pair(cfg.prior_checkpoint, cfg.vqvae_checkpoint, cfg.trust)
     prior = loaded.net
     check_sampling(cfg, prior.num_classes, prior.height, prior.null_label_rate)
@@ -152,19 +153,17 @@ def _draw_samples(cfg: DictConfig, watch: Stopwatch) -> dict[str, Any]:
     )
     done = len(samples.images)
     if originals is None:
-        save_png(arrange_grid(samples.images[: 10 * columns], columns), folder / "samples.png")
+        save_png(arrange_grid(samples.images[: 10 * columns], columns), run.samples_picture)
     else:
         kept = round(cfg.keep_rows * prior.height) * originals.shape[2] // prior.height
-        save_png(show_completions(originals, samples.images, kept), folder / "samples.png")
+        save_png(show_completions(originals, samples.images, kept), run.samples_picture)
     arrays: dict[str, Any] = {"images": samples.images.movedim(1, -1), "codes": samples.codes}
     if labels is not None:
         arrays["labels"] = labels[:done]
-    with replace_file(folder / "samples.npz") as partial, partial.open("wb") as file:
+    with replace_file(run.samples) as partial, partial.open("wb") as file:
         np.savez_compressed(file, **{k: v.numpy() for k, v in arrays.items()})
     if done < count:
-        raise Interrupted(
-            f"Interrupted: {done} of {count} samples are in {folder / 'samples.npz'}."
-        )
+        raise Interrupted(f"Interrupted: {done} of {count} samples are in {run.samples}.")
     positions = samples.codes[0].numel() if known is None else int((known[0] < 0).sum())
     return write_result(
         folder,

@@ -21,6 +21,7 @@ from vqvae_lightning.errors import InputError, Interrupted, Key, prefix_keys
 from vqvae_lightning.jobs.ranks import get_environment, get_local_rank, start_ranks
 from vqvae_lightning.loggers.wandb import Input, WandbRun, name_run
 from vqvae_lightning.randomness import derive_seed
+from vqvae_lightning.runs.folder import PREVIOUS_CHECKPOINT, RunFolder
 from vqvae_lightning.runs.results import read_result, write_config, write_result
 from vqvae_lightning.runs.stopwatch import Stopwatch, time_stage
 from vqvae_lightning.stages.inputs import (
@@ -212,7 +213,7 @@ def fit(
         The contents of `result.json`; empty on other ranks than 0.
     """
     folder = Path(cfg.folder)
-    best, last = folder / "checkpoints" / "best.ckpt", folder / "checkpoints" / "last.ckpt"
+    best, last = RunFolder(folder).best_checkpoint, RunFolder(folder).last_checkpoint
     on_gpu = cfg.trainer.accelerator != "cpu"
     if on_gpu:
         torch.cuda.set_device(
@@ -319,7 +320,7 @@ def warn_uninitialised(task: Any, steps: int) -> None:
 
 def find_checkpoint(last: Path) -> str | None:
     """Return `last`, or the previous checkpoint if `last` is damaged; None if there is neither."""
-    for path in (last, last.with_name("previous.ckpt")):
+    for path in (last, last.with_name(PREVIOUS_CHECKPOINT)):
         if path.is_file():
             try:
                 with zipfile.ZipFile(path) as archive:
