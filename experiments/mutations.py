@@ -96,7 +96,7 @@ VQVAE_STEP = f"{EVALUATION}::test_a_step_of_the_vqvae_logs_its_terms_and_the_use
 MUTATIONS = (
     *mutations_of(
         "quantizers/lookup.py",
-        "test_quantizers.py",
+        "quantizers/test_quantizers.py",
         (
             "rows not moved with the vectors",
             "table = codebook.float() - centre",
@@ -137,7 +137,7 @@ MUTATIONS = (
     ),
     *mutations_of(
         "quantizers/gradients.py",
-        "test_quantizers.py",
+        "quantizers/test_quantizers.py",
         (
             "gradient halved",
             "return gradients[0], None",
@@ -148,12 +148,12 @@ MUTATIONS = (
             "rotation without its factor",
             "return turned * (vectors.norm(dim=-1, keepdim=True) / length), None",
             "return turned, None",
-            "test_rotation_turns_the_gradient_as_its_paper_says",
+            "test_rotation_gradient_matches_the_paper",
         ),
     ),
     *mutations_of(
         "quantizers/codebook.py",
-        "test_quantizers.py",
+        "quantizers/test_quantizers.py",
         (
             "threshold in hits",
             "dead = self.counts < self.revive_below * share",
@@ -176,12 +176,12 @@ MUTATIONS = (
             "evaluation is observed",
             "            if self.training:\n                self.observe(flat, codes)",
             "            self.observe(flat, codes)",
-            "test_only_training_calls_move_anything",
+            "test_only_training_calls_change_state",
         ),
     ),
     *mutations_of(
         "quantizers/rows.py",
-        "test_quantizers.py",
+        "quantizers/test_quantizers.py",
         (
             "centres are sums",
             "sums / counts.clamp(min=1)[:, None]",
@@ -191,7 +191,7 @@ MUTATIONS = (
     ),
     *mutations_of(
         "quantizers/ema.py",
-        "test_quantizers.py",
+        "quantizers/test_quantizers.py",
         (
             "decay the wrong way",
             "self.counts.lerp_(fresh[:, 0], 1 - self.decay)",
@@ -214,12 +214,12 @@ MUTATIONS = (
             "each rank for itself",
             "fresh = all_reduce(torch.cat([self.new_counts[:, None], self.new_sums], dim=1))",
             "fresh = torch.cat([self.new_counts[:, None], self.new_sums], dim=1)",
-            "test_ranks.py::test_two_ranks_end_with_the_codebook_of_one_process",
+            "quantizers/test_ranks.py::test_two_ranks_end_with_the_codebook_of_one_process",
         ),
     ),
     *mutations_of(
         "quantizers/loss.py",
-        "test_quantizers.py",
+        "quantizers/test_quantizers.py",
         (
             "codebook term moves the encoder",
             "F.mse_loss(chosen, rows.detach())",
@@ -235,7 +235,7 @@ MUTATIONS = (
     ),
     *mutations_of(
         "quantizers/continuous.py",
-        "test_continuous.py",
+        "quantizers/test_continuous.py",
         (
             "divergence off by a half",
             "- log_variance - 1) / 2",
@@ -371,7 +371,7 @@ MUTATIONS = (
             "variance about zero",
             " - (self.means / images).square()",
             "",
-            "test_continuous.py::test_collapsed_channels_are_told_from_active_ones",
+            "quantizers/test_continuous.py::test_collapsed_channels_are_distinguished_from_active_ones",
         ),
     ),
     *mutations_of(
@@ -395,7 +395,7 @@ MUTATIONS = (
             "ranks of unlike size count alike",
             "return images * self.trainer.world_size / total",
             "return 1.0",
-            "test_ranks.py::test_training_on_two_ranks_is_training_in_one_process",
+            "quantizers/test_ranks.py::test_training_on_two_ranks_equals_training_in_one_process",
         ),
     ),
     *mutations_of(
@@ -648,7 +648,7 @@ MUTATIONS = (
             "configs never differ",
             "            if differing:",
             "            if not first:",
-            "test_ranks.py::test_a_rank_with_another_config_is_named",
+            "quantizers/test_ranks.py::test_a_rank_with_a_different_config_is_named",
         ),
     ),
     *mutations_of(
@@ -658,7 +658,7 @@ MUTATIONS = (
             "codebooks never differ",
             "if len(set(gather(digest))) > 1:",
             "if len(set(gather(digest))) > 2:",
-            "test_ranks.py::test_ranks_with_different_codebooks_stop_the_run",
+            "quantizers/test_ranks.py::test_ranks_with_different_codebooks_stop_the_run",
         ),
     ),
     *mutations_of(

@@ -1,10 +1,10 @@
-"""Train a small VQ-VAE on fixed batches; as a script, on two ranks of `Trainer(strategy="ddp")`.
+"""Train a small VQ-VAE on fixed batches, on two ranks of `Trainer(strategy="ddp")` as a script.
 
     python tests/ddp_job.py FOLDER
 
-writes `FOLDER/rank0.pt` and `rank1.pt`: for each of `CASES`, the codebook after every step, the
-encoder's weights at the end and the figures of a validation on an odd number of images. Imported,
-`fit` gives the same for one process.
+writes `FOLDER/rank0.pt` and `rank1.pt`. For each of `CASES`, they hold the codebook after every
+step, the encoder's final weights and the metrics of a validation on an odd number of images. Tests
+import `fit` to get the same results from one process.
 """
 
 import sys
@@ -80,7 +80,7 @@ class History(pl.Callback):
 def fit(case, devices):
     make, init, broadcast, accumulate = CASES[case]
     torch.manual_seed(0)
-    # Built before the process group, as Lightning users do.
+    # Lightning users too build the network before the process group exists.
     quantizer = make(
         12,
         4,
@@ -113,12 +113,12 @@ def fit(case, devices):
     trainer.fit(task, datamodule=Data())
     weights = torch.cat([p.detach().flatten() for p in net.encoder.parameters()])
     assert quantizer.steps == STEPS, "the averages move once per optimizer step"
-    figures = trainer.validate(task, datamodule=Data(), verbose=False)[0]
+    metrics = trainer.validate(task, datamodule=Data(), verbose=False)[0]
     return {
         "codebooks": torch.stack(history.codebooks),
         "weights": weights,
         "revived": torch.tensor(task.since_logged.get("revived_codes", 0.0)),
-        **{name: torch.tensor(value) for name, value in figures.items()},
+        **{name: torch.tensor(value) for name, value in metrics.items()},
     }, trainer.global_rank
 
 

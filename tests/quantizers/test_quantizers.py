@@ -17,7 +17,7 @@ BOTH = pytest.mark.parametrize("make", [EMAQuantizer, LossQuantizer])
 
 
 def ready(make, num_codes=7, code_dim=3, **options):
-    """In training mode with a codebook of the data's scale."""
+    """Build a quantizer in training mode whose codebook has the scale of the data."""
     quantizer = make(
         num_codes=num_codes,
         code_dim=code_dim,
@@ -66,8 +66,8 @@ def test_ties_go_to_the_lowest_code():
 
 @BOTH
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_decoder_input_is_the_codebook_bit_for_bit(make, dtype):
-    # z + (q - z) in bfloat16 equals q in two thirds of the elements only.
+def test_decoder_input_equals_codebook_rows_bit_for_bit(make, dtype):
+    # In bfloat16, z + (q - z) equals q in only two thirds of the elements.
     quantizer = ready(make)
     before = quantizer.codebook.detach().clone()
     output = quantizer(torch.randn(2, 3, 4, 5).to(dtype))
@@ -76,7 +76,7 @@ def test_decoder_input_is_the_codebook_bit_for_bit(make, dtype):
 
 
 def test_codes_under_autocast_are_those_of_float32():
-    # In bfloat16 1 to 3 % of the codes change.
+    # In bfloat16, 1 to 3 % of the codes change.
     quantizer = ready(EMAQuantizer, num_codes=512, code_dim=64)
     z = torch.randn(4, 64, 16, 16)
     with torch.autocast("cpu", torch.bfloat16):
@@ -94,7 +94,7 @@ def test_straight_through_gradient_is_the_identity(make):
 
 
 def test_each_loss_term_moves_only_its_own_side():
-    # In several public versions beta stands on the codebook term.
+    # Several public implementations put beta on the codebook term.
     quantizer = ready(LossQuantizer)
     z = torch.randn(2, 3, 4, 5, requires_grad=True)
     terms = quantizer(z).terms
@@ -112,7 +112,7 @@ def test_each_loss_term_moves_only_its_own_side():
 
 @BOTH
 @pytest.mark.parametrize("training", [True, False])
-def test_losses_equal_their_formula_and_are_there_in_evaluation(make, training):
+def test_losses_equal_their_formula_in_training_and_evaluation(make, training):
     quantizer = ready(make, commitment=0.7).train(training)
     z = torch.randn(2, 3, 4, 5)
     output = quantizer(z)
@@ -136,13 +136,13 @@ def test_ema_update_equals_a_hand_computed_example():
     )
     quantizer(torch.tensor([0.2, -0.4, 1.3, 0.4]).view(1, 1, 2, 2))  # codes 0, 0, 1, 0
     quantizer.update(0.0)
-    # counts 0.9 * 1 + 0.1 * n, sums 0.9 * row + 0.1 * sum of vectors, smoothed counts for the
-    # division only
+    # Counts are 0.9 * 1 + 0.1 * n, sums 0.9 * row + 0.1 * sum of vectors. Counts are smoothed in
+    # the division only.
     counts = [0.9 + 0.3, 0.9 + 0.1, 0.9]
     sums = [0.1 * (0.2 - 0.4 + 0.4), 0.9 + 0.13, 0.9 * 5]
     total = sum(counts)
     rows = [s / ((c + 0.1) / (total + 0.3) * total) for s, c in zip(sums, counts, strict=True)]
-    rows[2] = 5  # without hits
+    rows[2] = 5  # has no hits
     torch.testing.assert_close(quantizer.counts, torch.tensor(counts))
     torch.testing.assert_close(quantizer.codebook, torch.tensor(rows)[:, None])
 
@@ -157,12 +157,12 @@ def test_look_up_uses_the_codebook_before_the_update():
 
 
 def test_codes_without_hits_stay_where_they_are():
-    # Counts that start at zero threw unused rows to 1e5 (rosinality, zalando, MONAI).
+    # With counts that start at zero, unused rows reach 1e5 (rosinality, zalando, MONAI).
     quantizer = ready(EMAQuantizer)
     before = quantizer.codebook.clone()
     z = before[2].view(1, 3, 1, 1).expand(4, 3, 2, 2)
     others = [0, 1, 3, 4, 5, 6]
-    for _ in range(3000):  # at a decay of 0.99 nothing of their counts is left
+    for _ in range(3000):  # their counts decay to about zero (decay 0.99)
         quantizer(z)
         quantizer.update(0.0)
     assert torch.equal(quantizer.codebook[others], before[others])
@@ -194,8 +194,8 @@ def test_accumulated_batches_count_as_one_step():
 
 
 @BOTH
-def test_only_training_calls_move_anything(make):
-    # MONAI's quantize() called the training forward: encoding in train mode changed the model.
+def test_only_training_calls_change_state(make):
+    # MONAI's quantize() calls the training forward, so that encoding in train mode learns.
     quantizer = ready(make)
     before = copy.deepcopy(quantizer.state_dict())
     z = torch.randn(2, 3, 4, 5)
@@ -204,7 +204,7 @@ def test_only_training_calls_move_anything(make):
     quantizer.eval()(z)
     for name, value in quantizer.state_dict().items():
         assert torch.equal(value, before[name]), name
-    # Nor is anything kept back for the next update.
+    # Nothing is kept for the next update.
     assert quantizer.update(0.0) == {}
     for name, value in quantizer.state_dict().items():
         assert torch.equal(value, before[name]), name
@@ -212,7 +212,7 @@ def test_only_training_calls_move_anything(make):
 
 
 def test_ema_state_is_buffers_only():
-    # As nn.Parameter (zalando, swasun) weight decay and the optimizer move the codes.
+    # If the state is an nn.Parameter (zalando, swasun), weight decay and the optimizer move it.
     quantizer = EMAQuantizer(7, 3)
     assert not list(quantizer.parameters())
     assert {"codebook", "sums", "counts"} <= set(quantizer.state_dict())
@@ -222,14 +222,14 @@ def test_ema_state_is_buffers_only():
 @BOTH
 @pytest.mark.parametrize("init", ["kmeans", "data"])
 def test_first_rows_come_from_training_batches_only(make, init):
-    # A look-up in evaluation (Lightning's sanity check) must not start it.
+    # A look-up in evaluation (Lightning's sanity check) must not initialise the codebook.
     quantizer = make(7, 3, init=init, warmup_steps=0)
     z = 40 + torch.randn(8, 3, 4, 5)
     before = quantizer.codebook.clone()
     quantizer.eval()(z)
     assert not quantizer.initialised
     assert torch.equal(quantizer.codebook, before)
-    quantizer.update(0.5)  # a step of something else
+    quantizer.update(0.5)  # the optimizer of another network stepped
     assert not quantizer.initialised
     quantizer.train()(z)
     quantizer.update(0.0)
@@ -266,7 +266,7 @@ def test_warm_up_passes_vectors_on_in_training_and_quantizes_in_evaluation(make)
 
 @BOTH
 def test_dead_codes_are_revived_on_encoder_vectors_and_stay(make):
-    # In encodec and audiocraft the same forward overwrote the revived rows.
+    # In encodec and audiocraft, the same forward pass overwrites the revived rows.
     quantizer = ready(make, num_codes=7, revive_below=0.1, revive_every=1, decay=0.5)
     far = torch.full((7, 3), 100.0) + torch.arange(7)[:, None]
     where = torch.arange(7) > 1
@@ -303,7 +303,7 @@ def test_revival_finds_the_same_codes_in_batches_of_any_size(make):
         vectors = steps[-1].movedim(1, -1).reshape(-1, 3)
         distances = (quantizer.codebook.detach()[:, None] - vectors).norm(dim=2)
         near = distances.amin(1) < 1e-5
-        assert torch.equal(near, dead), "the dead, and no others, are moved onto vectors"
+        assert torch.equal(near, dead), "only the dead codes are moved onto vectors"
         found.append(dead)
     assert torch.equal(*found)
     assert 1 < found[0].sum() < 19
@@ -320,7 +320,7 @@ def test_revival_stops_for_the_last_share_of_training():
 @BOTH
 @pytest.mark.parametrize("warmup_steps", [1, 5])
 def test_state_survives_a_checkpoint(make, warmup_steps, tmp_path):
-    # In the middle of the warm-up, the vectors that will set the codebook are state too.
+    # During the warm-up, the vectors gathered for the first codebook are state too.
     quantizer = make(7, 3, warmup_steps=warmup_steps).train()
     for _ in range(3):
         quantizer(torch.randn(4, 3, 4, 5))
@@ -347,7 +347,7 @@ def test_warm_up_is_at_most_a_tenth_of_the_training():
 
 
 @pytest.mark.parametrize("init", ["kmeans", "data"])
-def test_more_codes_than_vectors_is_no_error(init):
+def test_more_codes_than_vectors_are_accepted(init):
     quantizer = EMAQuantizer(50, 3, init=init, warmup_steps=0, revive_every=1).train()
     for _ in range(3):
         quantizer(torch.randn(2, 3, 2, 2))
@@ -392,8 +392,8 @@ def test_wrong_channels_are_named():
 
 @pytest.mark.parametrize("num_codes", [2, 63, 65, 4097, 262_144])
 @pytest.mark.parametrize("code_dim", [1, 5])
-def test_any_size_of_codebook_and_ties_to_the_lowest(num_codes, code_dim):
-    # Whole numbers with a mean of 0: float32 distances are exact, so that ties are ties.
+def test_codebooks_of_any_size_send_ties_to_the_lowest_code(num_codes, code_dim):
+    # Integers with a mean of 0: float32 distances are exact, so ties are exact.
     half = torch.randint(-3, 4, (num_codes // 2, code_dim)).float()
     codebook = torch.cat([half, -half, torch.zeros(num_codes % 2, code_dim)])
     vectors = torch.randint(-3, 4, (40, code_dim)).float()
@@ -403,14 +403,14 @@ def test_any_size_of_codebook_and_ties_to_the_lowest(num_codes, code_dim):
 
 
 @pytest.mark.parametrize("times", [2, 100, 1000])
-def test_of_equal_rows_the_first_is_chosen(times):
+def test_the_first_of_equal_rows_is_chosen(times):
     rows = torch.randn(70, 64)
     codes = find_nearest_codes(torch.randn(3000, 64), rows.repeat(times, 1))
     assert (codes < 70).all()
 
 
 def test_codes_far_from_the_origin_are_still_the_nearest():
-    # |z|^2 - 2 z.e + |e|^2 cancels there: the textbook form gets most of these wrong.
+    # |z|^2 - 2 z.e + |e|^2 cancels there, so that the textbook form gets many of them wrong.
     codebook = 1000 + torch.randn(200, 16)
     vectors = 1000 + torch.randn(500, 16)
     exact = torch.cdist(
@@ -421,7 +421,7 @@ def test_codes_far_from_the_origin_are_still_the_nearest():
     assert (formula.argmin(1) == exact.argmin(1)).float().mean() < 0.9
 
 
-def test_vectors_that_are_not_finite_do_not_leave_the_codebook():
+def test_non_finite_vectors_get_codes_of_the_codebook():
     vectors = torch.tensor([[torch.nan, 0.0], [torch.inf, 0.0], [-torch.inf, torch.inf]])
     codes = find_nearest_codes(vectors, torch.randn(70, 2))
     assert ((codes >= 0) & (codes < 70)).all()
@@ -449,7 +449,7 @@ def test_any_number_of_dimensions(make, shape):
     estimator=st.sampled_from(["straight_through", "rotation"]),
     normalize=st.booleans(),
 )
-def test_what_the_decoder_gets_is_what_codes_decode_to(
+def test_decoder_input_equals_decoded_codes(
     make, size, num_codes, code_dim, dtype, layout, estimator, normalize
 ):
     quantizer = ready(make, num_codes, code_dim, estimator=estimator, normalize=normalize)
@@ -477,13 +477,13 @@ def test_what_the_decoder_gets_is_what_codes_decode_to(
 
 
 @BOTH
-def test_rotation_turns_the_gradient_as_its_paper_says(make):
+def test_rotation_gradient_matches_the_paper(make):
     quantizer = ready(make, estimator="rotation")
     z = torch.randn(2, 3, 4, 5, requires_grad=True)
     output = quantizer(z)
     direction = torch.randn(2, 3, 4, 5)
     (output.vectors * direction).sum().backward()
-    # Equation 3 of arXiv:2410.06424 by autograd, a matrix per vector, in float64.
+    # Equation 3 of arXiv:2410.06424 by autograd in float64, with one matrix per vector.
     rows = z.detach().double().movedim(1, -1).reshape(-1, 3).requires_grad_()
     target = output.vectors.detach().double().movedim(1, -1).reshape(-1, 3)
     source_unit, target_unit = F.normalize(rows.detach(), dim=1), F.normalize(target, dim=1)
@@ -512,7 +512,7 @@ def test_unit_length_codes_are_those_at_the_smallest_angle(make):
     quantizer.update(0.0)
     vectors = quantizer(z).vectors
     torch.testing.assert_close(vectors.norm(dim=1), torch.ones(2, 4, 5))
-    # The length of z says nothing.
+    # The length of z has no effect.
     torch.testing.assert_close(quantizer(3 * z).loss, quantizer(z).loss)
 
 
@@ -525,7 +525,7 @@ def test_the_whole_network_compiles_as_one_graph(make, training, options):
     quantizer = ready(make, code_dim=4, **options)
     net = VQVAE(quantizer, channels=1, hidden=8, residual_hidden=4).train(training)
     reference = copy.deepcopy(net)
-    # fullgraph: a break anywhere in encoder, quantizer or decoder is an error.
+    # With fullgraph, a break anywhere in encoder, quantizer or decoder is an error.
     compiled = torch.compile(net, fullgraph=True, backend="aot_eager")
     for step in range(3):
         images = torch.randn(2, 1, 8, 8)
@@ -542,7 +542,7 @@ def test_the_whole_network_compiles_as_one_graph(make, training, options):
 
 
 def test_a_second_forward_in_a_step_does_not_move_the_averages_twice():
-    # GAN losses, activation checkpointing: the decay counts optimizer steps.
+    # GAN losses and activation checkpointing call forward twice; the decay counts optimizer steps.
     quantizer = ready(EMAQuantizer, num_codes=2, code_dim=1, decay=0.9, epsilon=0.0)
     rows = torch.tensor([[0.0], [10.0]])
     quantizer.set_rows(rows, torch.ones(2, dtype=torch.bool), torch.tensor(4.0))
@@ -551,13 +551,13 @@ def test_a_second_forward_in_a_step_does_not_move_the_averages_twice():
     quantizer(z)
     quantizer.update(0.0)
     assert quantizer.steps == 1
-    # counts 0.9 * 4 + 0.1 * 4 each, sums 0.1 * 4 * 1 and 0.9 * 40 + 0.1 * 36
+    # Counts are 0.9 * 4 + 0.1 * 4 each, sums 0.1 * 4 * 1 and 0.9 * 40 + 0.1 * 36.
     torch.testing.assert_close(quantizer.counts, torch.tensor([4.0, 4.0]))
     torch.testing.assert_close(quantizer.codebook, torch.tensor([[0.1], [9.9]]))
 
 
-def test_what_is_gathered_in_a_step_is_no_buffer():
-    # DistributedDataParallel overwrites the buffers of all ranks by those of the first.
+def test_statistics_of_a_step_are_not_buffers():
+    # DistributedDataParallel overwrites the buffers of all ranks with rank 0's.
     quantizer = ready(EMAQuantizer)
     held = {id(tensor) for tensor in [*quantizer.buffers(), *quantizer.parameters()]}
     assert not held & {id(quantizer.new_counts), id(quantizer.new_sums)}
@@ -569,14 +569,14 @@ def test_what_is_gathered_in_a_step_is_no_buffer():
 
 
 def test_a_codebook_in_half_precision_is_refused():
-    # Averages with a decay of 0.99 stand still in bfloat16.
+    # In bfloat16, an average with a decay of 0.99 does not change.
     with pytest.raises(InputError, match=r"trainer\.precision"):
         ready(EMAQuantizer).to(torch.bfloat16)(torch.randn(2, 3, 4, 5))
 
 
 @BOTH
 def test_warm_up_gives_the_codebook_a_gradient_of_zero(make):
-    # Without one DistributedDataParallel waits for it and stops with an error.
+    # Without a gradient, DistributedDataParallel stops with an error.
     quantizer = make(7, 3, warmup_steps=2).train()
     loss = quantizer(torch.randn(2, 3, 4, 5)).loss
     assert loss == 0

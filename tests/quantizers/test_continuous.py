@@ -1,4 +1,4 @@
-"""The traditional autoencoders' bottlenecks against closed forms and brute force."""
+"""Bottlenecks without codes against closed forms and brute force."""
 
 import math
 
@@ -50,7 +50,7 @@ def test_in_evaluation_the_mean_is_decoded():
 
 def test_free_bits_leave_a_channel_below_them_alone():
     bottleneck = GaussianBottleneck(2, beta=1.0, free_bits=0.5)
-    # First channel: mean 0.1, variance 1: 0.005 nats. Second: mean 2, variance 1: 2 nats.
+    # The first channel has mean 0.1 and variance 1 (0.005 nats), the second 2 and 1 (2 nats).
     z = torch.tensor([0.1, 2.0, 0.0, 0.0]).view(1, 4, 1, 1).repeat(3, 1, 2, 2).requires_grad_()
     output = bottleneck(z)
     assert output.loss.item() == pytest.approx((0.5 * math.log(2) + 2.0) / 2)
@@ -69,11 +69,11 @@ def test_half_precision_does_not_overflow():
     assert output.vectors.dtype == torch.float32
 
 
-def test_collapsed_channels_are_told_from_active_ones():
+def test_collapsed_channels_are_distinguished_from_active_ones():
     usage = LatentUsage(4, 4, 5)
     scale = torch.tensor([1.0, 0.09, 0.3, 0.01]).view(4, 1, 1)
     mean = torch.randn(64, 4, 4, 5) * scale + 7
-    mean[:, 3] += 5 * torch.randn(4, 5)  # differs by place, not by image: says nothing
+    mean[:, 3] += 5 * torch.randn(4, 5)  # depends on the position only, so carries no information
     kl = torch.rand(64, 4, 4, 5)
     for part in torch.arange(64).split(10):
         usage.update(mean[part], kl[part])

@@ -1,4 +1,4 @@
-"""The vectors that the warm-up gathers for the first codebook: how many, which, and where."""
+"""The number, choice and device of the vectors gathered for the first codebook."""
 
 import copy
 from contextlib import nullcontext
@@ -10,8 +10,8 @@ from vqvae_lightning.quantizers import EMAQuantizer, LossQuantizer
 from vqvae_lightning.quantizers.codebook import POOL_STEPS
 
 
-def warmed(quantizer, steps, make=lambda step: torch.randn(8, 3, 8, 8)):
-    """`quantizer` after `steps` training steps on batches of 512 vectors."""
+def warm_up(quantizer, steps, make=lambda step: torch.randn(8, 3, 8, 8)):
+    """Train `quantizer` for `steps` steps on batches of 512 vectors and return it."""
     for step in range(steps):
         quantizer.train()(make(step))
         quantizer.update(0.0)
@@ -19,36 +19,36 @@ def warmed(quantizer, steps, make=lambda step: torch.randn(8, 3, 8, 8)):
 
 
 @pytest.mark.parametrize(("init", "per_code"), [("kmeans", 16), ("data", 1), ("uniform", 0)])
-def test_a_checkpoint_holds_at_most_what_the_first_codebook_is_made_from(init, per_code):
-    # All vectors of 16 steps in float64 were 8.6 GB at 64x64 grids and batches of 256.
+def test_a_checkpoint_holds_only_the_vectors_for_the_first_codebook(init, per_code):
+    # All vectors of 16 steps would take 8.6 GB in float64, for 64x64 grids and batches of 256.
     quantizer = EMAQuantizer(10, 3, init=init, warmup_steps=99)
     alone = sum(tensor.nbytes for tensor in quantizer.state_dict().values())
-    saved = warmed(quantizer, 98).state_dict()
+    saved = warm_up(quantizer, 98).state_dict()
     sizes = {name: len(tensor) for name, tensor in saved.items() if name.startswith("pool")}
     assert set(sizes.values()) == ({10 * per_code} if per_code else set())
     float32, float64 = 4, 8
     gathered = 10 * per_code * (3 * float32 + float64)
     assert sum(tensor.nbytes for tensor in saved.values()) == alone + gathered
-    done = warmed(quantizer, 1).state_dict()
+    done = warm_up(quantizer, 1).state_dict()
     assert not any(name.startswith("pool") for name in done)
 
 
 def test_all_vectors_of_the_last_steps_are_equally_likely_to_be_gathered():
-    def number_its_step(step):
+    def fill_with_step(step):
         return torch.full((8, 3, 8, 8), float(step))
 
     first, last = 3, 3 + POOL_STEPS
     quantizer = EMAQuantizer(128, 3, warmup_steps=last + 1)
-    saved = warmed(quantizer, last, number_its_step).state_dict()["pool"]
+    saved = warm_up(quantizer, last, fill_with_step).state_dict()["pool"]
     counts = saved[:, 0].long().bincount(minlength=last)
-    expected = 128 * 16 / (POOL_STEPS - 1)  # the last of the steps is still to come
+    expected = 128 * 16 / (POOL_STEPS - 1)  # the last step is still to come
     assert counts[: first + 1].sum() == 0
-    # Drawn without replacement: a binomial's standard deviation, 11, is an upper bound.
+    # The draw is without replacement, so a binomial's standard deviation, 11, is an upper bound.
     assert ((counts[first + 1 :] - expected).abs() < 5 * expected**0.5).all()
 
 
 def test_a_short_warm_up_gathers_as_many_vectors_as_a_long_one():
-    # It is cut short where a tenth of the training is over: one step must be enough for k-means.
+    # The warm-up ends after a tenth of the training, so one step must be enough for k-means.
     seen = []
 
     class Watched(EMAQuantizer):
@@ -57,25 +57,25 @@ def test_a_short_warm_up_gathers_as_many_vectors_as_a_long_one():
             super()._initialise(generator)
 
     for warmup_steps in (1, 30):
-        warmed(Watched(10, 3, warmup_steps=warmup_steps), warmup_steps)
+        warm_up(Watched(10, 3, warmup_steps=warmup_steps), warmup_steps)
     assert seen == [160, 160]
 
 
-def halfway(make, init):
-    """A quantizer in its warm-up, and another that was restored from its checkpoint on the CPU."""
-    quantizer = warmed(make(10, 3, init=init, warmup_steps=5), 3)
+def restore_halfway(make, init):
+    """Return a quantizer in its warm-up, and a copy restored from its checkpoint on the CPU."""
+    quantizer = warm_up(make(10, 3, init=init, warmup_steps=5), 3)
     restored = make(10, 3, init=init, warmup_steps=5)
     restored.load_state_dict(copy.deepcopy(quantizer.state_dict()))
     return quantizer, restored
 
 
 @pytest.mark.parametrize("make", [EMAQuantizer, LossQuantizer])
-def test_what_a_checkpoint_restores_within_the_warm_up_moves_with_the_module(make, monkeypatch):
-    # On `meta` an operation with a tensor of another device is an error, as it is on a GPU.
-    monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())  # knows no `meta`
-    _, restored = halfway(make, "data")
+def test_restored_warm_up_vectors_move_with_the_module(make, monkeypatch):
+    # On `meta`, as on a GPU, an operation with a tensor of another device is an error.
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())  # rejects `meta`
+    _, restored = restore_halfway(make, "data")
     restored.to("meta")
-    warmed(restored, 2, lambda step: torch.randn(8, 3, 8, 8, device="meta"))
+    warm_up(restored, 2, lambda step: torch.randn(8, 3, 8, 8, device="meta"))
     assert restored.initialised
     assert restored.codebook.device.type == "meta"
 
@@ -83,10 +83,10 @@ def test_what_a_checkpoint_restores_within_the_warm_up_moves_with_the_module(mak
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("make", [EMAQuantizer, LossQuantizer])
-def test_a_run_resumed_within_the_warm_up_goes_on_on_the_gpu(make):
-    quantizer, restored = halfway(make, "kmeans")
+def test_a_run_resumes_within_the_warm_up_on_the_gpu(make):
+    quantizer, restored = restore_halfway(make, "kmeans")
     batches = [torch.randn(8, 3, 8, 8) for _ in range(2)]
-    warmed(quantizer, 2, lambda step: batches[step])
-    warmed(restored.to("cuda"), 2, lambda step: batches[step].cuda())
+    warm_up(quantizer, 2, lambda step: batches[step])
+    warm_up(restored.to("cuda"), 2, lambda step: batches[step].cuda())
     assert restored.initialised
     torch.testing.assert_close(restored.codebook.cpu(), quantizer.codebook, rtol=1e-4, atol=1e-4)

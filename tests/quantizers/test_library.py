@@ -1,4 +1,4 @@
-"""Quantizers of the library train, log and feed a prior like our own."""
+"""The library's quantizers train, log and feed a prior like those of this package."""
 
 import json
 import math
@@ -23,7 +23,7 @@ TINY = [o for o in TINY_VQVAE if "num_codes" not in o and "warmup_steps" not in 
 
 
 @pytest.mark.parametrize("name", OPTIONS)
-def test_decoding_codes_gives_what_the_decoder_was_given(name):
+def test_decoded_codes_equal_the_decoder_input(name):
     quantizer = LibraryQuantizer(name, 8, options=OPTIONS[name]).train()
     z = torch.randn(2, 8, 4, 5, requires_grad=True)
     trained = quantizer(z)
@@ -37,8 +37,8 @@ def test_decoding_codes_gives_what_the_decoder_was_given(name):
     assert 0 <= int(output.codes.min()) <= int(output.codes.max()) < quantizer.num_codes
 
 
-def test_the_rows_are_those_of_the_grid():
-    # The same vector at two places of a grid that is not square has the same code there.
+def test_codes_keep_their_place_in_the_grid():
+    # A vector of a grid that is not square gets the same code as on its own.
     quantizer = LibraryQuantizer("FSQ", 8, options=OPTIONS["FSQ"]).eval()
     z = torch.randn(1, 8, 2, 3)
     codes = quantizer.encode(z)
@@ -49,7 +49,7 @@ def test_the_rows_are_those_of_the_grid():
 
 
 def unquantized_fsq(quantizer, rows):
-    """FSQ (arXiv:2309.15505, section 3.1) without its rounding, for levels of an even number."""
+    """Apply FSQ (arXiv:2309.15505, section 3.1) without its rounding, for an even level."""
     inner = quantizer.quantizer
     half = (8 - 1) * (1 + 1e-3) / 2
     bounded = torch.tanh(inner.project_in(rows) + math.atanh(0.5 / half)) * half - 0.5
@@ -57,7 +57,7 @@ def unquantized_fsq(quantizer, rows):
 
 
 def unquantized_lfq(quantizer, rows):
-    """LFQ on the sphere without its signs."""
+    """Apply spherical LFQ without taking signs."""
     inner = quantizer.quantizer
     return inner.project_out(F.normalize(inner.project_in(rows), dim=-1))
 
@@ -65,16 +65,16 @@ def unquantized_lfq(quantizer, rows):
 UNQUANTIZED = {
     "library": lambda quantizer, rows: rows,
     "simvq": lambda quantizer, rows: rows,
-    "residual_vq": lambda quantizer, rows: 4 * rows,  # each of the four passes the gradient on
+    "residual_vq": lambda quantizer, rows: 4 * rows,  # each of the four passes the gradient
     "fsq": unquantized_fsq,
     "lfq": unquantized_lfq,
 }
 
 
 @pytest.mark.parametrize("name", UNQUANTIZED)
-def test_every_config_takes_the_straight_through_gradient(name):
-    # SimVQ, VectorQuantize and ResidualVQ rotate the gradient by default: in a comparison with the
-    # other quantizers the estimator would differ too.
+def test_every_config_uses_the_straight_through_gradient(name):
+    # SimVQ, VectorQuantize and ResidualVQ rotate the gradient by default. A comparison with the
+    # other quantizers would then compare estimators too.
     quantizer = build(compose("vqvae", f"quantizer={name}").model.net.quantizer).train()
     assert not any(getattr(part, "rotation_trick", False) for part in quantizer.modules())
     z = torch.randn(2, 64, 4, 5, requires_grad=True)
@@ -94,7 +94,7 @@ def test_encoding_never_learns():
 
 
 @pytest.mark.parametrize("quantizer", ["library", "fsq", "lfq", "simvq", "residual_vq"])
-def test_training_logs_what_our_own_quantizers_log(quantizer, command, toy):
+def test_training_logs_the_metrics_of_codebook_use(quantizer, command, toy):
     outcome = command("vqvae-train", f"quantizer={quantizer}", *toy, *TINY)
     assert outcome.status == 0, outcome.err
     metrics = json.loads((outcome.folder / "result.json").read_text())["metrics"]
@@ -103,7 +103,7 @@ def test_training_logs_what_our_own_quantizers_log(quantizer, command, toy):
     assert 1 <= metrics["test/perplexity"]["value"] <= total
     logged = (outcome.folder / "metrics.csv").read_text().splitlines()[0]
     assert ("train/auxiliary" in logged) == (quantizer != "fsq")
-    assert "test/auxiliary" not in metrics, "a zero in place of a figure"
+    assert "test/auxiliary" not in metrics, "a zero is no metric"
 
 
 @pytest.mark.parametrize("quantizer", ["fsq", "lfq", "simvq", "library"])

@@ -1,4 +1,4 @@
-"""Two ranks end with the codebook of one process that sees both their batches."""
+"""Two ranks get the codebook and metrics of one process that sees both their batches."""
 
 import subprocess
 import sys
@@ -26,14 +26,14 @@ STEPS = 6
 
 
 def batches(step):
-    """Vectors of both ranks, of different number: (first rank's, second rank's)."""
+    """Draw a different number of vectors for each rank: (rank 0's, rank 1's)."""
     generator = torch.Generator().manual_seed(step)
     both = 3 * torch.randn(7, 4, 3, 3, generator=generator)
     return both[:4], both[4:]
 
 
 def run(quantizer, choose):
-    """Codebook after each step; a gradient quantizer's rows move by revival and init only."""
+    """Return the codebook after each step, without an optimizer that moves its rows."""
     quantizer.train()
     history = []
     for step in range(STEPS):
@@ -57,7 +57,7 @@ def build(case):
 
 
 def encode(folder):
-    """Codes of 41 images, an odd number, in a folder of their own."""
+    """Encode 41 images, an odd number, in `folder` and return their codes."""
     torch.manual_seed(0)
     images = torch.randint(0, 256, (41, 1, 8, 8), dtype=torch.uint8)
     split = Split(images, torch.arange(41) % 3)
@@ -71,7 +71,7 @@ def encode(folder):
 
 
 def usage(number):
-    """Figures of codebook and latents over parts of different size."""
+    """Compute codebook and latent metrics of this rank's part; the parts differ in size."""
     generator = torch.Generator().manual_seed(0)
     codes = (torch.rand(41, generator=generator) ** 2 * 20).long()
     mean, kl = torch.randn(2, 41, 3, 2, 2, generator=generator) * 0.1
@@ -85,12 +85,12 @@ def usage(number):
 CHANGES = {
     "equal": lambda rows: rows.clone(),
     "changed": lambda rows: rows + torch.eye(*rows.shape) * 1e-6,
-    "permuted": lambda rows: rows.flip(0),  # the same rows, but each code means another vector
+    "permuted": lambda rows: rows.flip(0),  # the same rows, each under a different code
 }
 
 
-def said_of_codebooks(number, change):
-    """What `CodebookDrift` says when the second rank's codebook is changed; "" if nothing."""
+def compare_codebooks(number, change):
+    """Return the error of `CodebookDrift` after rank 1's codebook is changed, or ""."""
     torch.manual_seed(0)
     quantizer = EMAQuantizer(5, 2)
     if number == 1:
@@ -104,8 +104,8 @@ def said_of_codebooks(number, change):
     return ""
 
 
-def said_of_configs(number, other):
-    """What `ConfigComparison` says when the second rank's config is changed by `other`."""
+def compare_configs(number, other):
+    """Return the error of `ConfigComparison` after rank 1's config is merged with `other`."""
     config = OmegaConf.create({"model": {"lr": 0.1, "beta": 1}, "seed": 0})
     if number == 1:
         config.merge_with(other)
@@ -124,7 +124,7 @@ OTHERS = {
 
 
 def rank(number, port, results, folder):
-    # Built before the process group, as Lightning does: a decision at construction would be wrong.
+    # Lightning too builds them before the process group exists, so nothing may be decided here.
     quantizers = {case: build(case) for case in QUANTIZERS}
     store = dist.TCPStore("127.0.0.1", port, 2, is_master=False)
     dist.init_process_group("gloo", store=store, rank=number, world_size=2)
@@ -133,15 +133,15 @@ def rank(number, port, results, folder):
     }
     encode(folder)
     results[f"usage {number}"] = usage(number)
-    results[f"codebooks {number}"] = {c: said_of_codebooks(number, c) for c in CHANGES}
-    results[f"configs {number}"] = {c: said_of_configs(number, o) for c, o in OTHERS.items()}
+    results[f"codebooks {number}"] = {c: compare_codebooks(number, c) for c in CHANGES}
+    results[f"configs {number}"] = {c: compare_configs(number, o) for c, o in OTHERS.items()}
     results[f"measured {number}"] = evaluated.measured(folder / "evaluated")
     dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
 def on_two_ranks(tmp_path_factory):
-    """What both ranks ended with, and the folder of their codes."""
+    """Return the results of both ranks, and the folder of their codes."""
     folder = tmp_path_factory.mktemp("codes")
     store = dist.TCPStore("127.0.0.1", 0, 2, is_master=True, wait_for_workers=False)
     with mp.Manager() as manager:
@@ -154,13 +154,12 @@ def on_two_ranks(tmp_path_factory):
 def test_two_ranks_end_with_the_codebook_of_one_process(case, on_two_ranks):
     alone = run(build(case), torch.cat)
     results, _ = on_two_ranks
-    first, second = results[0][case], results[1][case]
-    assert torch.equal(first, second)
-    torch.testing.assert_close(first, alone, rtol=1e-5, atol=1e-5)
+    assert torch.equal(results[0][case], results[1][case])
+    torch.testing.assert_close(results[0][case], alone, rtol=1e-5, atol=1e-5)
     assert (alone[1:] != alone[:-1]).any(), "nothing was learnt"
 
 
-def test_usage_over_ranks_is_that_of_all_codes_together(on_two_ranks):
+def test_usage_over_ranks_equals_usage_of_all_codes_together(on_two_ranks):
     results, _ = on_two_ranks
     for name, value in usage(None).items():
         for number in (0, 1):
@@ -170,21 +169,21 @@ def test_usage_over_ranks_is_that_of_all_codes_together(on_two_ranks):
 def test_ranks_encode_each_image_once_and_in_order(on_two_ranks, tmp_path):
     _, folder = on_two_ranks
     (made,) = folder.glob("hash-*")
-    together = encode(folder)  # maps what is there
+    together = encode(folder)  # maps the stored codes
     assert (made / "header.json").is_file()
-    assert not list(made.glob("*.part")), "parts of the ranks are left"
+    assert not list(made.glob("*.part")), "parts of the ranks remain"
     assert torch.equal(together, encode(tmp_path))
 
 
 def test_ranks_with_different_codebooks_stop_the_run(on_two_ranks):
     for number in (0, 1):
-        said = on_two_ranks[0][f"codebooks {number}"]
-        assert said["equal"] == ""
+        error = on_two_ranks[0][f"codebooks {number}"]
+        assert error["equal"] == ""
         for change in ("changed", "permuted"):
-            assert "step 7: the ranks' codebooks differ" in said[change]
+            assert "step 7: the ranks' codebooks differ" in error[change]
 
 
-def test_a_rank_with_another_config_is_named(on_two_ranks):
+def test_a_rank_with_a_different_config_is_named(on_two_ranks):
     for number in (0, 1):
         assert on_two_ranks[0][f"configs {number}"] == {
             "equal": "",
@@ -193,7 +192,7 @@ def test_a_rank_with_another_config_is_named(on_two_ranks):
         }
 
 
-def test_metrics_over_ranks_are_those_of_one_process(on_two_ranks, tmp_path):
+def test_metrics_over_ranks_equal_those_of_one_process(on_two_ranks, tmp_path):
     alone = evaluated.measured(tmp_path)
     assert len(alone) > 15
     for number in (0, 1):
@@ -205,7 +204,7 @@ def test_metrics_over_ranks_are_those_of_one_process(on_two_ranks, tmp_path):
 
 @pytest.fixture(scope="module")
 def ddp(tmp_path_factory):
-    """What both ranks of real jobs of `Trainer(strategy="ddp")` ended with."""
+    """Return the results of both ranks of jobs with `Trainer(strategy="ddp")`."""
     folder = tmp_path_factory.mktemp("ddp")
     script = Path(ddp_job.__file__)
     run = subprocess.run(
@@ -219,9 +218,9 @@ def ddp(tmp_path_factory):
 
 
 @pytest.mark.parametrize("case", ddp_job.CASES)
-def test_training_on_two_ranks_is_training_in_one_process(case, ddp):
-    # With batches of 6 and 7 images: the ranks' parts are uneven in every second step, and the
-    # validation is on an odd number, which a padding sampler would make even.
+def test_training_on_two_ranks_equals_training_in_one_process(case, ddp):
+    # Batches alternate between 6 and 7 images, so that every second one is divided unevenly. The
+    # validation set has an odd number of images, which a padding sampler would make even.
     alone, _ = ddp_job.fit(case, devices=1)
     assert {"val/mse", "val/perplexity", "val/commitment"} <= set(alone)
     for name, value in alone.items():
