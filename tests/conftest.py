@@ -44,7 +44,7 @@ def pytest_xdist_auto_num_workers(config):
 
 
 def keep_bytecode(config):
-    """Keep bytecode even if Python is told not to: compiling is two thirds of importing torch."""
+    """Keep bytecode even if Python writes none: compiling is two thirds of importing torch."""
     if sys.dont_write_bytecode:
         sys.dont_write_bytecode = False
         sys.pycache_prefix = str(config.rootpath / ".pytest_cache" / "bytecode")

@@ -1,4 +1,4 @@
-"""A small VQ-VAE and prior on images whose splits differ, to be measured on one rank or several."""
+"""A small VQ-VAE and prior on images whose splits differ, to measure on one rank or several."""
 
 from types import SimpleNamespace
 
@@ -19,8 +19,8 @@ SIZES = {"train": 60, "val": 21, "test": 70}
 NUM_CODES = 16
 
 
-def images_of(split):
-    """Colour images of 16x20; each split has a brightness and a noise of its own."""
+def make_images(split):
+    """Make colour images of 16x20; each split has its own brightness and noise."""
     middle, noise = {"train": (90, 20), "val": (128, 45), "test": (170, 12)}[split]
     generator = np.random.default_rng(len(split))
     levels = generator.normal(middle, noise, (SIZES[split], 3, 16, 20))
@@ -31,17 +31,17 @@ def images_of(split):
     return Split(torch.from_numpy(levels.clip(0, 255).astype(np.uint8)), labels)
 
 
-def image_data():
-    """The three splits; 8 images per evaluated batch, so that the last batch is smaller."""
-    splits = Splits(*[images_of(split) for split in SIZES], ["a", "b", "c"])
+def make_image_data():
+    """Make the three splits, evaluated in batches of 8 images, of which the last is smaller."""
+    splits = Splits(*[make_images(split) for split in SIZES], ["a", "b", "c"])
     source = SimpleNamespace(load=lambda: splits, prepare=lambda: None)
     data = ImageDataModule(source, batch_size=12, eval_batch_size=8)
     data.setup()
     return data
 
 
-def vqvae_of(data):
-    """Untrained, with encoder vectors of training and of test images as rows of its codebook."""
+def make_vqvae(data):
+    """Make an untrained VQ-VAE whose codebook has encoder vectors of training and test images."""
     torch.manual_seed(1)
     quantizer = EMAQuantizer(NUM_CODES, 4, init="uniform", warmup_steps=0)
     net = VQVAE(quantizer, 3, hidden=8, residual_blocks=1, residual_hidden=4).eval()
@@ -61,26 +61,26 @@ def vqvae_of(data):
     return net
 
 
-def prior_of(codes):
-    """Untrained, conditional."""
+def make_prior(codes):
+    """Make an untrained, conditional prior."""
     torch.manual_seed(2)
     net = PixelCNN(NUM_CODES, *codes.grid, 3, channels=8, layers=3, first_kernel=3, dropout=0.0)
     return net.eval()
 
 
-def codes_data(folder):
-    """Codes of the toy images, encoded into `folder`."""
-    data = image_data()
-    codes = CodesDataModule(data, vqvae_of(data), "hash", str(folder), 12)
+def make_codes_data(folder):
+    """Encode the toy images into `folder`, and load their codes."""
+    data = make_image_data()
+    codes = CodesDataModule(data, make_vqvae(data), "hash", str(folder), 12)
     codes.encode(CPU)
     codes.setup()
     return codes
 
 
-def measured(folder, split="test"):
-    """All that `evaluation` measures on a split without drawing samples."""
-    codes = codes_data(folder)
+def measure(folder, split="test"):
+    """Measure everything that `evaluation` measures on a split without drawing samples."""
+    codes = make_codes_data(folder)
     return {
         **measure_reconstruction(codes, split, CPU),
-        **measure_likelihood(codes, prior_of(codes), split, CPU),
+        **measure_likelihood(codes, make_prior(codes), split, CPU),
     }

@@ -98,9 +98,9 @@ def test_stage_two_follows_the_devices_of_stage_one(tmp_path):
 
 
 def test_the_pipelines_stages_are_configured_as_their_own_commands_would(tmp_path):
-    from vqvae_lightning.stages.pipeline import stage_configs
+    from vqvae_lightning.stages.pipeline import compose_stages
 
-    stages = stage_configs(compose("pipeline", folder=tmp_path))
+    stages = compose_stages(compose("pipeline", folder=tmp_path))
     for name in ("vqvae", "prior"):
         given = ["vqvae_checkpoint=x"] if name == "prior" else []
         alone = compose(name, *given, folder=tmp_path / name)
@@ -113,7 +113,7 @@ def test_the_pipelines_stages_are_configured_as_their_own_commands_would(tmp_pat
 
 
 def test_the_pipelines_stages_take_its_values_and_their_own(tmp_path):
-    from vqvae_lightning.stages.pipeline import stage_configs
+    from vqvae_lightning.stages.pipeline import compose_stages
 
     options = ("seed=3", "trainer=debug", "logger=wandb", "evaluation.split=val", "study=mine")
     more = (
@@ -123,7 +123,7 @@ def test_the_pipelines_stages_take_its_values_and_their_own(tmp_path):
         "dataset.flip=true",
     )
     cfg = compose("pipeline", *options, *more, folder=tmp_path)
-    stages = stage_configs(cfg)
+    stages = compose_stages(cfg)
     best = {name: str(tmp_path / name / "checkpoints" / "best.ckpt") for name in stages}
     for name, stage in stages.items():
         assert stage.kind == name

@@ -32,7 +32,7 @@ QUANTIZERS = {
 }
 
 
-def logged(folder: Path) -> set[str]:
+def read_logged(folder: Path) -> set[str]:
     """Names in `metrics.csv` with a value in each validation."""
     rows = list(csv.DictReader((folder / "metrics.csv").read_text().splitlines()))
     validations = [row for row in rows if row["val/loss" if "val/loss" in row else "val/accuracy"]]
@@ -58,7 +58,7 @@ def test_a_vqvae_lists_what_its_validation_logs(quantizer, extra, toy, tmp_path)
     task = prepare(cfg.copy(), images).task
     said = task.list_validation_metrics(task.net.compute_grid(*images.image_shape[1:]))
     train(cfg, images)
-    assert said == logged(tmp_path)
+    assert said == read_logged(tmp_path)
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +78,7 @@ def test_a_prior_lists_what_its_validation_logs(vqvae, toy, tmp_path):
     images = load_images(cfg.dataset)
     task = prepare(cfg.copy(), images).task
     train(cfg, images)
-    assert task.list_validation_metrics((3, 2)) == logged(tmp_path)
+    assert task.list_validation_metrics((3, 2)) == read_logged(tmp_path)
 
 
 def test_every_name_with_a_direction_has_a_unit():

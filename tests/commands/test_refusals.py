@@ -8,7 +8,7 @@ from conftest import TINY_VQVAE, compose, prepare
 from vqvae_lightning.errors import InputError, Key, check_positive, prefix_keys, rename_keys
 from vqvae_lightning.stages.evaluating import build_classifier, check_evaluation
 from vqvae_lightning.stages.inputs import load_images
-from vqvae_lightning.stages.pipeline import check_stages, stage_configs
+from vqvae_lightning.stages.pipeline import check_stages, compose_stages
 from vqvae_lightning.stages.training import train
 
 
@@ -119,7 +119,7 @@ def test_a_bad_value_of_a_later_stage_is_named_before_the_first(
 ):
     options = [text for text in TINY_VQVAE if text != "trainer=debug"]
     cfg = compose("pipeline", *toy, "experiment=smoke", *options, override, folder=tmp_path)
-    configs = stage_configs(cfg)
+    configs = compose_stages(cfg)
     with pytest.raises(InputError) as caught:
         check_stages(cfg, configs, load_images(configs["vqvae"].dataset))
     line = str(caught.value)

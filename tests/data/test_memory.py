@@ -9,7 +9,7 @@ from vqvae_lightning.devices import measure_available_memory
 from vqvae_lightning.errors import InputError
 from vqvae_lightning.stages import preflight
 from vqvae_lightning.stages.inputs import load_images
-from vqvae_lightning.stages.pipeline import check_stages, stage_configs
+from vqvae_lightning.stages.pipeline import check_stages, compose_stages
 
 GIB = 2**30
 
@@ -90,7 +90,7 @@ def surveys(folder, *overrides):
     """The surveys of both stages of a pipeline of tiny networks."""
     small = [option for option in TINY_VQVAE if not option.startswith("trainer=")]
     cfg = compose("pipeline", "experiment=smoke", *small, *overrides, folder=folder)
-    configs = stage_configs(cfg)
+    configs = compose_stages(cfg)
     return check_stages(cfg, configs, load_images(configs["vqvae"].dataset))
 
 

@@ -26,12 +26,12 @@ POSITIONS = 4 * 5
 
 @pytest.fixture(scope="module")
 def codes(tmp_path_factory):
-    return evaluated.codes_data(tmp_path_factory.mktemp("codes"))
+    return evaluated.make_codes_data(tmp_path_factory.mktemp("codes"))
 
 
 @pytest.fixture(scope="module")
 def prior(codes):
-    return evaluated.prior_of(codes)
+    return evaluated.make_prior(codes)
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +51,7 @@ def read_arrays(codes, split):
     grid = torch.from_numpy(np.array(codes.datasets[split].data).astype(np.int64))
     with torch.no_grad():
         decoded = codes.vqvae.decode(grid)
-    images = evaluated.images_of(split).images.numpy().astype(np.float64)
+    images = evaluated.make_images(split).images.numpy().astype(np.float64)
     return images, grid.numpy(), (decoded.double().numpy() + 1) / 2 * 255
 
 
@@ -130,7 +130,7 @@ def compute_nats(prior, grid, labels):
 def test_errors_are_those_of_the_rounded_images(split, codes, measured):
     images, _, decoded = read_arrays(codes, split)
     squared = ((round_levels(decoded) - images) / 255) ** 2
-    train = evaluated.images_of("train").images.numpy() / 255
+    train = evaluated.make_images("train").images.numpy() / 255
     expected = {
         "mse": squared.mean(),
         "mse_unrounded": (((decoded - images) / 255) ** 2).mean(),
@@ -181,7 +181,7 @@ def test_bits_per_dim_are_summed_from_masses_and_softmaxes(split, codes, prior, 
     by_position = hits / hits.sum(-1, keepdims=True)
     rows, columns = np.indices(grid.shape[1:])
     unigram = -np.log(share[grid]).mean()
-    nats = compute_nats(prior, grid, evaluated.images_of(split).labels).mean()
+    nats = compute_nats(prior, grid, evaluated.make_images(split).labels).mean()
     rate = POSITIONS / (DIMS * np.log(2))
     expected = {
         "unigram_nats_per_code": unigram,
@@ -247,11 +247,11 @@ def test_accuracies_and_distances_are_those_of_logits_and_features(codes):
     judge = Classifier(3, 3, hidden=2)
     # Set the statistics of batch norm, so that features and predictions differ between images.
     with torch.no_grad():
-        judge(from_uint8(evaluated.images_of("train").images))
+        judge(from_uint8(evaluated.make_images("train").images))
         judge.eval()
         judge.head.weight.mul_(20)
     images, _, decoded = read_arrays(codes, "test")
-    truth = evaluated.images_of("test").labels
+    truth = evaluated.make_images("test").labels
     generator = np.random.default_rng(0)
     samples = torch.from_numpy(generator.integers(0, 256, (300, 3, 16, 20), dtype=np.uint8))
     samples[::2] = samples[::2] // 4  # two kinds, in two batches of at most 256
@@ -286,7 +286,7 @@ def test_accuracies_and_distances_are_those_of_logits_and_features(codes):
 
 def test_the_classifier_learns_from_training_images_only():
     # The other splits have shifted labels, which a classifier that saw these splits would learn.
-    data = evaluated.image_data()
+    data = evaluated.make_image_data()
     for split, shift in (("train", 0), ("val", 1), ("test", 1)):
         dataset = data.datasets[split]
         dataset.array = dataset.array.clone() // 4
@@ -308,11 +308,11 @@ def test_the_classifier_learns_from_training_images_only():
 
 
 def test_the_nearest_image_is_that_of_a_full_search():
-    data = evaluated.image_data()
+    data = evaluated.make_image_data()
     train = data.datasets["train"].data.numpy().astype(np.float64)
     generator = np.random.default_rng(0)
     noisy = train[[59, 3, 17]] + generator.normal(0, 5, (3, *train.shape[1:]))
-    samples = np.concatenate([noisy, evaluated.images_of("test").images.numpy()[:9]])
+    samples = np.concatenate([noisy, evaluated.make_images("test").images.numpy()[:9]])
     samples = samples.clip(0, 255).astype(np.uint8)
     distances = ((samples[:, None].astype(np.float64) - train[None]) ** 2).sum((2, 3, 4))
     found = find_nearest_images(data, torch.from_numpy(samples))
@@ -346,9 +346,9 @@ def test_a_prior_logs_its_likelihoods_in_nats_and_bits(split, codes, prior):
     logged = to_numbers(run(task, datamodule=codes, verbose=False)[0])
     _, grid, _ = read_arrays(codes, split)
     _, train, _ = read_arrays(codes, "train")
-    nats = compute_nats(prior, grid, evaluated.images_of(split).labels).mean()
+    nats = compute_nats(prior, grid, evaluated.make_images(split).labels).mean()
     with torch.no_grad():
-        logits = prior(torch.from_numpy(grid), evaluated.images_of(split).labels).numpy()
+        logits = prior(torch.from_numpy(grid), evaluated.make_images(split).labels).numpy()
     share = (np.bincount(train.ravel(), minlength=NUM_CODES) + 1) / (train.size + NUM_CODES)
     expected = {
         "nats_per_code": nats,
@@ -377,12 +377,12 @@ class FirstBatch:
 
 
 def test_a_step_of_the_prior_logs_unsmoothed_nats(codes):
-    prior = evaluated.prior_of(codes)
+    prior = evaluated.make_prior(codes)
     options = {"label_smoothing": 0.2, "channels_last": False, "schedule": WarmupCosine(4)}
     task = PriorTask(prior, lambda p: torch.optim.SGD(p, 0.5), **options)
     first = FirstBatch()
     trainer = make_trainer(max_steps=1, limit_val_batches=0, callbacks=[first.callback])
-    before = evaluated.prior_of(codes)
+    before = evaluated.make_prior(codes)
     trainer.fit(task, datamodule=codes)
     logged = to_numbers(trainer.logged_metrics)
     with torch.no_grad():
@@ -403,16 +403,16 @@ def test_a_step_of_the_prior_logs_unsmoothed_nats(codes):
 @pytest.mark.parametrize("split", ["val", "test"])
 def test_a_vqvae_logs_errors_and_use_of_whole_splits(split, codes):
     data = codes.images
-    net = evaluated.vqvae_of(data)
+    net = evaluated.make_vqvae(data)
     task = VQVAETask(net, torch.optim.Adam, channels_last=False)
     run = {"val": make_trainer().validate, "test": make_trainer().test}[split]
     logged = to_numbers(run(task, datamodule=data, verbose=False)[0])
     images, grid, decoded = read_arrays(codes, split)
     error = (((round_levels(decoded) - images) / 255) ** 2).mean()
-    variance = (evaluated.images_of("train").images.numpy() / 255).var()
+    variance = (evaluated.make_images("train").images.numpy() / 255).var()
     counts = np.bincount(grid.ravel(), minlength=NUM_CODES)
     with torch.no_grad():
-        vectors = net.encoder(from_uint8(evaluated.images_of(split).images)).movedim(1, -1)
+        vectors = net.encoder(from_uint8(evaluated.make_images(split).images)).movedim(1, -1)
     commitment = ((vectors.numpy() - net.quantizer.codebook.numpy()[grid]) ** 2).mean()
     unrounded = (((decoded - images) / 255) ** 2).mean()
     expected = {
@@ -430,18 +430,18 @@ def test_a_vqvae_logs_errors_and_use_of_whole_splits(split, codes):
 
 
 def test_a_step_of_the_vqvae_logs_its_terms_and_the_use_in_its_batch(codes):
-    data, net = codes.images, evaluated.vqvae_of(codes.images)
+    data, net = codes.images, evaluated.make_vqvae(codes.images)
     task = VQVAETask(net, lambda p: torch.optim.SGD(p, 0.01), channels_last=False)
     first = FirstBatch()
     trainer = make_trainer(max_steps=1, limit_val_batches=0, callbacks=[first.callback])
-    before = evaluated.vqvae_of(data)
+    before = evaluated.make_vqvae(data)
     trainer.fit(task, datamodule=data)
     logged = to_numbers(trainer.logged_metrics)
     images = first.batch.data
     with torch.no_grad():
         vectors, grid = before.encoder(images).movedim(1, -1), before.encode(images)
         error = (before.decode(grid) - images).double().square().mean().item() / 4
-    variance = (evaluated.images_of("train").images.numpy() / 255).var()
+    variance = (evaluated.make_images("train").images.numpy() / 255).var()
     commitment = (vectors - before.quantizer.codebook[grid]).square().mean().item()
     counts = np.bincount(grid.flatten(), minlength=NUM_CODES)
     expected = {

@@ -322,7 +322,7 @@ def test_a_study_without_its_extra_is_refused(toy, command, monkeypatch):
 @pytest.mark.parametrize(
     "path", sorted((CONF_DIR / "hydra/sweeper/space").glob("*.yaml")), ids=lambda path: path.stem
 )
-def test_every_search_space_names_keys_that_there_are(path, tmp_path):
+def test_every_search_space_names_existing_keys(path, tmp_path):
     cfg = compose("vqvae", folder=tmp_path)
     for key in OmegaConf.load(path):
         assert OmegaConf.select(cfg, key) is not None, key

@@ -135,7 +135,7 @@ def rank(number, port, results, folder):
     results[f"usage {number}"] = usage(number)
     results[f"codebooks {number}"] = {c: compare_codebooks(number, c) for c in CHANGES}
     results[f"configs {number}"] = {c: compare_configs(number, o) for c, o in OTHERS.items()}
-    results[f"measured {number}"] = evaluated.measured(folder / "evaluated")
+    results[f"measured {number}"] = evaluated.measure(folder / "evaluated")
     dist.destroy_process_group()
 
 
@@ -193,7 +193,7 @@ def test_a_rank_with_a_different_config_is_named(on_two_ranks):
 
 
 def test_metrics_over_ranks_equal_those_of_one_process(on_two_ranks, tmp_path):
-    alone = evaluated.measured(tmp_path)
+    alone = evaluated.measure(tmp_path)
     assert len(alone) > 15
     for number in (0, 1):
         found = on_two_ranks[0][f"measured {number}"]

@@ -1,4 +1,4 @@
-"""A folder has one command at a time, also if many threads or processes want it at once."""
+"""A folder has one command at a time, even if many threads or processes want it at once."""
 
 import datetime
 import importlib
@@ -27,7 +27,7 @@ RACERS = 8
 
 
 def race(attempt):
-    """What each of several threads got of `attempt`, called at the same moment."""
+    """Call `attempt` in several threads at the same moment; return their results or errors."""
     start = threading.Barrier(RACERS)
 
     def run(number):
@@ -41,8 +41,8 @@ def race(attempt):
         return list(pool.map(run, range(RACERS)))
 
 
-def stale(folder, **changed):
-    """Leave the claim of a process that has ended."""
+def write_stale(folder, **changed):
+    """Write the claim of a process that has ended."""
     ended = subprocess.Popen(["true"])
     ended.wait()
     claim = claims._describe_process(())._replace(pid=ended.pid, born="long ago", token="stale")
@@ -51,11 +51,11 @@ def stale(folder, **changed):
 
 
 @pytest.mark.parametrize("left", [False, True], ids=["free", "left by a dead process"])
-def test_of_many_at_once_exactly_one_has_the_folder(left, tmp_path):
+def test_exactly_one_of_many_threads_gets_the_folder(left, tmp_path):
     for number in range(40):
         folder = tmp_path / str(number)
         if left:
-            stale(folder)
+            write_stale(folder)
         with ExitStack() as held:
             got = race(lambda _, folder=folder: held.enter_context(claim_folder(folder)))
             refused = [error for error in got if isinstance(error, InputError)]
@@ -64,7 +64,7 @@ def test_of_many_at_once_exactly_one_has_the_folder(left, tmp_path):
         assert not list(folder.iterdir()), "a claim, or half of one, outlives its command"
 
 
-def test_those_that_start_in_one_moment_get_folders_of_their_own(tmp_path):
+def test_commands_that_start_at_once_get_different_folders(tmp_path):
     for number in range(40):
         got = race(lambda _, number=number: new_folder(tmp_path / f"a{number}"))
         assert len(set(got)) == RACERS
@@ -73,7 +73,7 @@ def test_those_that_start_in_one_moment_get_folders_of_their_own(tmp_path):
 
 def test_processes_that_race_for_a_dead_claim_have_it_one_after_the_other(tmp_path):
     # Each holder adds a line while it has the folder; two at a time would lose one.
-    stale(tmp_path)
+    write_stale(tmp_path)
     job = (
         "import sys, time; from pathlib import Path\n"
         "from vqvae_lightning.runs.claims import claim_folder\n"
@@ -109,26 +109,26 @@ def test_a_killed_process_leaves_a_claim_that_the_next_takes_over(tmp_path):
         with pytest.raises(InputError, match=f"in use by process {holder.pid} on host"):
             _hold(tmp_path)
         holder.send_signal(signal.SIGKILL)
-        time.sleep(0.05)  # killed, but its parent has not asked how it ended: a zombie
+        time.sleep(0.05)  # killed, but its parent has not waited for it: a zombie
         _hold(tmp_path)
     assert not (tmp_path / CLAIM).exists()
 
 
-def test_a_number_that_another_process_has_now_is_no_living_claim(tmp_path):
-    stale(tmp_path, pid=os.getpid())  # alive, but born at another time
+def test_a_reused_process_number_does_not_keep_a_claim_alive(tmp_path):
+    write_stale(tmp_path, pid=os.getpid())  # alive, but born at another time
     _hold(tmp_path)
 
 
 @pytest.mark.parametrize("elsewhere", [{"host": "node7"}, {"namespace": "pid:[1]"}])
 def test_a_claim_that_cannot_be_checked_from_here_is_refused(elsewhere, tmp_path):
-    stale(tmp_path, **elsewhere)
+    write_stale(tmp_path, **elsewhere)
     with pytest.raises(InputError, match=rf"process \d+ on host .*delete {tmp_path}/{CLAIM}") as e:
         _hold(tmp_path)
     assert len(str(e.value).splitlines()) == 1
 
 
 def test_a_requeued_slurm_job_takes_over_from_its_last_node(tmp_path, monkeypatch):
-    stale(tmp_path, host="node7", job="41", restarts=0)
+    write_stale(tmp_path, host="node7", job="41", restarts=0)
     monkeypatch.setenv("SLURM_JOB_ID", "41")
     with pytest.raises(InputError, match="node7"):  # two commands of one job
         _hold(tmp_path)
@@ -160,7 +160,7 @@ def test_without_proc_ps_knows_when_a_process_started(tmp_path, monkeypatch):
     assert claims._read_namespace() is None
     with claim_folder(tmp_path / "run"), pytest.raises(InputError, match=str(os.getpid())):
         _hold(tmp_path / "run")
-    stale(tmp_path / "run", pid=os.getpid())
+    write_stale(tmp_path / "run", pid=os.getpid())
     _hold(tmp_path / "run")
 
 

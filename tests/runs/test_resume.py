@@ -13,7 +13,7 @@ from vqvae_lightning.runs.results import read_result
 from vqvae_lightning.runs.resume import read_run_config
 from vqvae_lightning.runs.stopwatch import Stopwatch, time_stage
 from vqvae_lightning.stages.inputs import load_images
-from vqvae_lightning.stages.pipeline import stage_configs
+from vqvae_lightning.stages.pipeline import compose_stages
 from vqvae_lightning.stages.training import train
 from vqvae_lightning.tasks import PriorTask, VQVAETask
 
@@ -92,8 +92,8 @@ def test_stages_that_had_not_begun_are_resumed_in_their_own_folders(toy, command
         patch.setattr(VQVAETask, "training_step", _stop)
         assert command("vqvae-pipeline", *SMOKE, *toy).status == 130
     run = (tmp_path / "run").rename(tmp_path / "moved")
-    before = stage_configs(compose("pipeline", *SMOKE, *toy, folder=run))
-    resumed = stage_configs(read_run_config(run, run, []))
+    before = compose_stages(compose("pipeline", *SMOKE, *toy, folder=run))
+    resumed = compose_stages(read_run_config(run, run, []))
     filled_in = ("command", "commit", "data_fingerprint")
     for name in ("prior", "evaluation", "samples"):
         for key in set(before[name]) - set(filled_in):

@@ -42,8 +42,8 @@ OWN_KEYS = {"prior": "prior", "evaluation": "evaluation", "samples": "sampling"}
 """Node of the pipeline's config with a stage's own keys; those of stage 1 are at the top level."""
 
 
-def stage_configs(cfg: DictConfig) -> dict[str, DictConfig]:
-    """The config of each stage, as its own command would compose it, in a folder of its own.
+def compose_stages(cfg: DictConfig) -> dict[str, DictConfig]:
+    """Compose the config of each stage as its own command would, with the stage's folder.
 
     A stage that has begun keeps the config in its folder. The others get what `stages` in
     `conf/pipeline.yaml` takes from the pipeline, and their own keys.
@@ -164,7 +164,7 @@ def run_pipeline(cfg: DictConfig) -> dict[str, Any]:
     """
     folder = Path(cfg.folder)
     record_foreign(cfg)
-    configs = stage_configs(cfg)
+    configs = compose_stages(cfg)
     images, surveys = None, {}
     if any(read_result(folder / name) is None for name in ("vqvae", "prior", "evaluation")):
         images = load_images(configs["vqvae"].dataset)
