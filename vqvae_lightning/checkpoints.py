@@ -27,17 +27,17 @@ class Loaded(NamedTuple):
 
 
 def load(path: str | Path, kind: str | None = None, trust: str | Iterable[str] = ()) -> Loaded:
-    """The network in a checkpoint, rebuilt from the config that the checkpoint holds.
+    """Load the network in a checkpoint, rebuilt from the checkpoint's config.
 
     Args:
         path: A checkpoint of `vqvae-train` or `vqvae-pipeline`.
-        kind: `vqvae` or `prior` if only one will do.
-        trust: Packages whose classes the checkpoint may name besides ours, such as
-            `["my_package"]`: their code runs.
+        kind: `vqvae` or `prior` if only that kind is accepted.
+        trust: Other packages whose classes the checkpoint may name, such as `["my_package"]`.
+            Their code runs.
 
     Raises:
-        InputError: If the file is missing, truncated, not one of ours, of another kind, or names
-            code that is neither a network of `vqvae_lightning` nor in `trust`.
+        InputError: If the file is missing, truncated, not written by this package, of another kind,
+            or names code that is neither a network of `vqvae_lightning` nor in `trust`.
     """
     if not Path(path).is_file():
         raise InputError(f"checkpoint {path} does not exist.")
@@ -70,16 +70,16 @@ def load_pair(
     vqvae_path: str | Path | None = None,
     trust: str | Iterable[str] = (),
 ) -> tuple[Loaded, Loaded]:
-    """A prior and the VQ-VAE whose codes it was trained on.
+    """Load a prior and the VQ-VAE whose codes it was trained on.
 
     Args:
-        prior_path: The prior's checkpoint.
-        vqvae_path: The VQ-VAE's, if it is no longer where the prior's config says.
-        trust: Packages whose classes the checkpoints may name besides ours.
+        prior_path: Checkpoint of the prior.
+        vqvae_path: Checkpoint of the VQ-VAE, if it has moved since the prior was trained.
+        trust: Other packages whose classes the checkpoints may name.
 
     Raises:
-        InputError: If the VQ-VAE's weights are not those that the prior was trained with, besides
-            what `load` raises.
+        InputError: If the VQ-VAE's weights are not those that the prior was trained with, or if
+            `load` refuses a checkpoint.
     """
     prior = load(prior_path, "prior", trust)
     vqvae_path = vqvae_path or prior.config["vqvae_checkpoint"]

@@ -12,7 +12,7 @@ from vqvae_lightning.units import get_direction
 
 _PACKAGE = Path(__file__).parent
 CONF_DIR = _PACKAGE / "conf" if (_PACKAGE / "conf").is_dir() else _PACKAGE.parent / "conf"
-"""The configs: inside the package in a wheel, beside it in a checkout."""
+"""The configs: inside the package in a wheel, next to it in a checkout."""
 
 
 def build(config: Any, **arguments: Any) -> Any:
@@ -109,12 +109,12 @@ def to_plain(config: Any, missing: bool = False) -> dict[str, Any]:
 
 
 def register_resolvers() -> None:
-    """Make the interpolations of `conf/` known, such as `run_folder`, and let its files be used."""
+    """Register the interpolations of `conf/`, such as `run_folder`, and its own `hydra/` files."""
     from hydra.core.config_store import ConfigStore
     from hydra.core.plugins import Plugins
     from omegaconf import OmegaConf
 
-    # Of a plugin's config and a file of the same name Hydra refuses both: ours stays.
+    # Hydra refuses a plugin's config and a file of the same name, so the plugin's is removed.
     Plugins.instance()
     for path in (CONF_DIR / "hydra").rglob("*.yaml"):
         group = ConfigStore.instance().repo

@@ -1,4 +1,4 @@
-"""The ranks of a distributed run, or the one process there is."""
+"""Ranks of a distributed run, or a single process."""
 
 from typing import TypeVar
 
@@ -9,7 +9,7 @@ T = TypeVar("T")
 
 
 def get_rank_and_world() -> tuple[int, int]:
-    """This process's rank and the number of ranks; decided now, as Lightning starts them late."""
+    """Get this process's rank and the number of ranks; call it late, after Lightning connects."""
     if dist.is_available() and dist.is_initialized():
         return dist.get_rank(), dist.get_world_size()
     return 0, 1
@@ -19,8 +19,8 @@ def leave(together: bool) -> None:
     """End the connection to the other ranks, if there is one.
 
     Args:
-        together: Whether all ranks leave now, as at the end of a job: NCCL waits for them. After a
-            failure some never come; the connection is then aborted, which waits for nobody.
+        together: Whether all ranks leave now, as at the end of a job; NCCL waits for them. After a
+            failure some ranks never arrive, so the connection is aborted without waiting.
     """
     if not (dist.is_available() and dist.is_initialized()):
         return
@@ -39,7 +39,7 @@ def all_reduce(tensor: Tensor) -> Tensor:
 
 
 def broadcast(value: T) -> T:
-    """The first rank's `value`, on all of them."""
+    """Return rank 0's `value` on all ranks."""
     if get_rank_and_world()[1] == 1:
         return value
     values = [value]
@@ -48,7 +48,7 @@ def broadcast(value: T) -> T:
 
 
 def gather(value: T) -> list[T]:
-    """The `value` of each rank, on all of them; all ranks wait for each other here."""
+    """Return the `value` of each rank on all ranks, which wait for each other here."""
     world = get_rank_and_world()[1]
     if world == 1:
         return [value]

@@ -16,7 +16,7 @@ class InputError(ValueError):
     The message names the config key, the bad value and the accepted ones. A constructor knows only
     the names of its own arguments, such as `num_codes`. It passes them as `Key`s, and its callers,
     which know where the constructor stands in the config, complete them with `prefix_keys` and
-    `rename_keys` on the error's way up, here to `model.net.quantizer.num_codes`.
+    `rename_keys`, here to `model.net.quantizer.num_codes`.
 
     Args:
         *parts: Text and `Key`s, which are joined as they are.
@@ -29,7 +29,7 @@ class InputError(ValueError):
         return "".join(self.args)
 
     def rename_keys(self, rename: Callable[[str], str]) -> "InputError":
-        """The same error with `rename` applied to each of its keys."""
+        """Return the same error with `rename` applied to each of its keys."""
         return InputError(*(Key(rename(p)) if isinstance(p, Key) else p for p in self.args))
 
 
@@ -52,13 +52,13 @@ class DivergenceError(RuntimeError):
 
 
 class RankError(RuntimeError):
-    """A further rank of a job, or a job in another process, failed."""
+    """Another rank of a job, or a job in another process, failed."""
 
 
 class Interrupted(BaseException):
     """The run was stopped from outside; a checkpoint was written.
 
-    Not an Exception, or a sweep would take it for a failed job and start the next one.
+    Not an Exception, because a sweep would then report a failed job and start the next one.
 
     Attributes:
         status: Exit status of the command: 130 after Ctrl-C, 75 ("try again", sysexits.h) after the
@@ -73,12 +73,12 @@ class Interrupted(BaseException):
         self.agreed = agreed
 
     def __reduce__(self) -> tuple[type, tuple[str, int, bool]]:
-        """With the attributes, which pickling an exception would lose between processes."""
+        """Keep the attributes, which pickling an exception would otherwise lose."""
         return type(self), (str(self), self.status, self.agreed)
 
 
 class Failed(BaseException):
-    """Carries an error past Hydra, which would add a line of its own or make a warning of it."""
+    """Carries an error past Hydra, which would add a line or turn the error into a warning."""
 
     def __init__(self, error: Exception) -> None:
         super().__init__(str(error))

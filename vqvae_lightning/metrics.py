@@ -37,7 +37,7 @@ class CodebookUsage(Metric):
 
     Args:
         num_codes: K.
-        **options: Of `torchmetrics.Metric`.
+        **options: Options of `torchmetrics.Metric`.
     """
 
     full_state_update = False
@@ -55,7 +55,7 @@ class CodebookUsage(Metric):
         self.counts.scatter_add_(0, flat, torch.ones_like(flat))
 
     def compute(self) -> dict[str, Tensor]:
-        """See the class."""
+        """Compute the code usage over all batches and ranks."""
         nats = entropy_nats(self.counts)
         used = (self.counts > 0).sum()
         return {
@@ -82,7 +82,7 @@ class LatentUsage(Metric):
         channels: D.
         height: Rows of latents.
         width: Columns of latents.
-        **options: Of `torchmetrics.Metric`.
+        **options: Options of `torchmetrics.Metric`.
     """
 
     full_state_update = False
@@ -106,7 +106,7 @@ class LatentUsage(Metric):
         self.squares += mean.double().square().sum(0)
 
     def compute(self) -> dict[str, Tensor]:
-        """See the class."""
+        """Compute the KL divergences and the active channels over all batches and ranks."""
         images = self.images.clamp(min=1)
         variance = self.squares / images - (self.means / images).square()
         return {

@@ -46,7 +46,7 @@ NETWORKS = (
     "vqvae_lightning.quantizers.NoQuantizer",
     *_OPTIMIZERS,  # an option of some quantizers of the library
 )
-"""What the config of a network may name; none of it imports Lightning."""
+"""Names that the config of a network may contain; none of them imports Lightning."""
 DATA = (
     "torchvision.datasets.CIFAR10",
     "torchvision.datasets.CIFAR100",
@@ -182,17 +182,17 @@ class Trust:
         """
         read = self.read(config, key)
         try:
-            return _made(read)
+            return _build_calls(read)
         except InputError:
             raise
         except Exception as error:
             raise InputError(
-                f"{self.place}: {key} cannot be built: {type(error).__name__}: {_line(error)}"
+                f"{self.place}: {key} cannot be built: {type(error).__name__}: {_join_lines(error)}"
             ) from error
 
     def _read(self, config: Any, key: str) -> Any:
         if isinstance(config, dict):
-            return self._mapping(config, key)
+            return self._read_mapping(config, key)
         if isinstance(config, list | tuple):
             return [self._read(child, f"{key}[{place}]") for place, child in enumerate(config)]
         if isinstance(config, str) and "${" in config:
@@ -201,11 +201,11 @@ class Trust:
             self._refuse(key, f"is a {type(config).__name__} and no plain value")
         return config
 
-    def _mapping(self, config: dict[Any, Any], key: str) -> Any:
+    def _read_mapping(self, config: dict[Any, Any], key: str) -> Any:
         prefix = f"{key}." if key else ""
         known = (_TARGET, _PARTIAL) if _TARGET in config else ()
-        # The target first: whatever else is wrong, a message names it.
-        target: Any = self._target(config[_TARGET], f"{prefix}{_TARGET}") if known else None
+        # The target is read first, so that messages about it come before others.
+        target: Any = self._read_target(config[_TARGET], f"{prefix}{_TARGET}") if known else None
         for name in config:
             if isinstance(name, str) and name[:1] == name[-1:] == "_" and name not in known:
                 self._refuse(f"{prefix}{name}", "is no key of a config that a run writes")
@@ -219,33 +219,33 @@ class Trust:
             self._refuse(f"{prefix}{_PARTIAL}", f"is {deferred!r} and not true or false")
         return Call(target, children, bool(deferred)) if known else children
 
-    def _target(self, target: object, key: str) -> Any:
+    def _read_target(self, target: object, key: str) -> Any:
         if isinstance(target, str) and _is_name(target):
-            return self._resolved(target, key)
+            return self._resolve(target, key)
         self._refuse(key, f"is {target!r} and no name of a class")
         return None
 
-    def _resolved(self, target: str, key: str) -> Any:
-        """The class or function that `target` names."""
-        found = self._member(target)
+    def _resolve(self, target: str, key: str) -> Any:
+        """Find the class or function that `target` names."""
+        found = self._find_member(target)
         if found is not None:
             return found
-        self._require(_asked_for(target), target, key)
-        found = self._imported(target, key)
+        self._require(_get_required_trust(target), target, key)
+        found = self._import_target(target, key)
         # A trusted package also holds what it imports from others, such as my_package.os.system.
         home = getattr(found, "__module__", None) or "builtins"
         if target not in self.packages and not self._is_member(found):
-            self._require(target if _is_library(home) else _top(home), target, key)
+            self._require(target if _is_library(home) else _get_top_package(home), target, key)
         return found
 
-    def _member(self, target: str) -> Any:
-        """The member of the table that `target` names, by this or another name; or None.
+    def _find_member(self, target: str) -> Any:
+        """Find the member of the table that `target` names, directly or as an alias; or None.
 
-        Nothing is imported but modules of the table.
+        Only modules of the table are imported.
         """
         if target in self.table:
-            return _attribute(target)
-        members = self._members(_top(target))
+            return _import_attribute(target)
+        members = self._list_members(_get_top_package(target))
         modules = {member.__module__ for member in members} | {
             entry.rpartition(".")[0] for entry in self.table
         }
@@ -257,14 +257,16 @@ class Trust:
         return found if any(found is member for member in members) else None
 
     def _is_member(self, found: Any) -> bool:
-        home = _top(str(getattr(found, "__module__", "")))
-        return any(found is member for member in self._members(home))
+        home = _get_top_package(str(getattr(found, "__module__", "")))
+        return any(found is member for member in self._list_members(home))
 
-    def _members(self, package: str) -> list[Any]:
-        return [_attribute(entry) for entry in self.table if _top(entry) == package]
+    def _list_members(self, package: str) -> list[Any]:
+        return [
+            _import_attribute(entry) for entry in self.table if _get_top_package(entry) == package
+        ]
 
-    def _imported(self, target: str, key: str) -> Any:
-        """What a trusted `target` names."""
+    def _import_target(self, target: str, key: str) -> Any:
+        """Import the class or function that a trusted `target` names."""
         parts = target.split(".")
         try:
             found: Any = import_module(parts[0])
@@ -275,7 +277,7 @@ class Trust:
         except Exception as error:  # whatever the package raises when it is imported
             raise InputError(
                 f"{self.place}: {key}={target} cannot be imported: "
-                f"{type(error).__name__}: {_line(error)}"
+                f"{type(error).__name__}: {_join_lines(error)}"
             ) from error
         if not callable(found):
             self._refuse(key, f"is {target}, which is no class or function")
@@ -288,17 +290,17 @@ class Trust:
         wanted = sorted({*self.packages, name})
         quoted = ", ".join(f'"{part}"' for part in wanted)
         raise InputError(
-            f"{self.place}: {key}={_line(target)} is refused: a file may name only what "
+            f"{self.place}: {key}={_join_lines(target)} is refused: a file may name only what "
             "vqvae_lightning knows. If you trust that code with all that you may do, add "
             f"trust=[{','.join(wanted)}] to the command, or in Python load(path, trust=[{quoted}])."
         )
 
     def _refuse(self, key: str, reason: str) -> None:
-        raise InputError(f"{self.place}: {key or 'the config'} {_line(reason)}: refused.")
+        raise InputError(f"{self.place}: {key or 'the config'} {_join_lines(reason)}: refused.")
 
 
 class _Needs(Trust):
-    """Notes what a config needs to be trusted with, instead of refusing it."""
+    """Collects the packages that a config needs trust for, instead of refusing the config."""
 
     def __init__(self) -> None:
         super().__init__("")
@@ -307,24 +309,24 @@ class _Needs(Trust):
         self.packages.add(name)
 
     def _refuse(self, key: str, reason: str) -> None:
-        """Pass: what is typed may be anything that Hydra takes."""
+        """Accept the value, because Hydra checks what is typed on the command line."""
 
-    def _resolved(self, target: str, key: str) -> Any:
+    def _resolve(self, target: str, key: str) -> Any:
         try:
-            return super()._resolved(target, key)
+            return super()._resolve(target, key)
         except InputError:  # it cannot be imported: Hydra says so when it builds
             return None
 
 
 def find_foreign(config: Any) -> list[str]:
-    """What a file with this config must be trusted with: packages, or targets of `LIBRARIES`."""
+    """List what a file with this config needs trust for: packages, or targets of `LIBRARIES`."""
     needs = _Needs()
     needs.read(config)
     return sorted(needs.packages)
 
 
 def list_packages(given: Any) -> list[str]:
-    """The packages of a `trust` option: a name, a list of names, or None.
+    """List the packages of a `trust` option, which is a name, a list of names, or None.
 
     Raises:
         InputError: If it is anything else.
@@ -336,19 +338,19 @@ def list_packages(given: Any) -> list[str]:
     return listed
 
 
-def _made(read: Any) -> Any:
-    """What `Trust.read` has read, with each `Call` made."""
+def _build_calls(read: Any) -> Any:
+    """Make each `Call` in what `Trust.read` returned."""
     if isinstance(read, Call):
-        arguments = {name: _made(value) for name, value in read.arguments.items()}
+        arguments = {name: _build_calls(value) for name, value in read.arguments.items()}
         return partial(read.target, **arguments) if read.partial else read.target(**arguments)
     if isinstance(read, dict):
-        return {name: _made(value) for name, value in read.items()}
+        return {name: _build_calls(value) for name, value in read.items()}
     if isinstance(read, list):
-        return [_made(value) for value in read]
+        return [_build_calls(value) for value in read]
     return read
 
 
-def _attribute(entry: str) -> Any:
+def _import_attribute(entry: str) -> Any:
     module, _, name = entry.rpartition(".")
     return getattr(import_module(module), name)
 
@@ -357,18 +359,18 @@ def _is_name(text: str) -> bool:
     return all(part.isidentifier() for part in text.split("."))
 
 
-def _asked_for(target: str) -> str:
-    """What the user must trust to have `target` built."""
-    return target if _is_library(target) else _top(target)
+def _get_required_trust(target: str) -> str:
+    """Get the name that the user must trust before `target` is built."""
+    return target if _is_library(target) else _get_top_package(target)
 
 
 def _is_library(target: str) -> bool:
-    return _top(target) in LIBRARIES | sys.stdlib_module_names
+    return _get_top_package(target) in LIBRARIES | sys.stdlib_module_names
 
 
-def _top(target: str) -> str:
+def _get_top_package(target: str) -> str:
     return target.partition(".")[0]
 
 
-def _line(text: object) -> str:
+def _join_lines(text: object) -> str:
     return " ".join(str(text).split())

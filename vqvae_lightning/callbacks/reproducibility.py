@@ -68,7 +68,7 @@ class ConfigComparison(Callback):
 
 
 def _flatten(value: Any, place: str = "") -> dict[str, str]:
-    """Map the full keys of a config to its leaves, as text."""
+    """Map the full keys of a config to its values, as text."""
     if not isinstance(value, dict):
         return {place: repr(value)}
     children = ((f"{place}.{key}".lstrip("."), child) for key, child in value.items())
