@@ -83,8 +83,8 @@ class CodesDataModule(StageDataModule):
         if self.batch_size > len(images.datasets["train"]):
             raise InputError(
                 Key("batch_size"),
-                f"={batch_size} is larger than the training split "
-                f"({len(images.datasets['train'])} images).",
+                f"={batch_size} is larger than the training split: it must be at most its "
+                f"{len(images.datasets['train'])} images.",
             )
 
     @property

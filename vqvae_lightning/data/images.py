@@ -309,8 +309,8 @@ class PixelDataModule(StageDataModule):
         if self.batch_size > images:
             raise InputError(
                 Key("batch_size"),
-                f"={self.batch_size} is larger than the training split: it must be at most "
-                f"{images}.",
+                f"={self.batch_size} is larger than the training split: it must be at most its "
+                f"{images} images.",
             )
 
     def _set_pixel_variance(self, counts: Tensor) -> None:

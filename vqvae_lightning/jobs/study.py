@@ -28,7 +28,6 @@ from omegaconf import DictConfig, OmegaConf
 
 from vqvae_lightning.errors import InputError, check_positive, check_range
 from vqvae_lightning.files import write_text
-from vqvae_lightning.randomness import derive_seed
 from vqvae_lightning.runs.folder import RunFolder
 
 if TYPE_CHECKING:
@@ -179,6 +178,9 @@ class OptunaSweeper(Sweeper):
                 f"trials of the study in {self.folder}: choose another hydra.sweep.dir or "
                 "hydra.sweeper.study_name."
             )
+        # Not at the top: it imports torch, and every command's --help imports this module.
+        from vqvae_lightning.randomness import derive_seed
+
         options = dict(self.sampler)
         if options.get("seed") is not None:
             check_range("hydra.sweeper.sampler.seed", options["seed"], 0)
