@@ -251,7 +251,7 @@ MUTATIONS = (
     ),
     *mutations_of(
         "pixels.py",
-        "test_autoencoder.py",
+        "networks/test_autoencoder.py",
         (
             "levels cut off, not rounded",
             ".mul(127.5).round()",
@@ -261,7 +261,7 @@ MUTATIONS = (
     ),
     *mutations_of(
         "networks/autoencoder.py",
-        "test_autoencoder.py",
+        "networks/test_autoencoder.py",
         (
             "blocks without their short cut",
             "x = x + block(x)",
@@ -271,7 +271,7 @@ MUTATIONS = (
     ),
     *mutations_of(
         "networks/pixelcnn.py",
-        "test_pixelcnn.py",
+        "networks/test_pixelcnn.py",
         (
             "first layer sees its own code",
             "(0 if first else 1)",
@@ -299,7 +299,7 @@ MUTATIONS = (
     ),
     *mutations_of(
         "networks/sampling.py",
-        "test_pixelcnn.py",
+        "networks/test_pixelcnn.py",
         (
             "guidance from the class",
             "logits = unconditional + guidance",
@@ -333,7 +333,7 @@ MUTATIONS = (
     ),
     *mutations_of(
         "networks/likelihoods.py",
-        "test_likelihoods.py",
+        "networks/test_likelihoods.py",
         (
             "lowest level without its tail",
             "torch.where(x < 0.5,",

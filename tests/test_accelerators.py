@@ -1,4 +1,4 @@
-"""Jobs find their devices: no GPU is a message, and a CPU job leaves GPUs alone."""
+"""A missing GPU is reported in one line, and a CPU job does not touch a GPU."""
 
 import pytest
 import torch
@@ -11,13 +11,13 @@ from vqvae_lightning.stages.training import train
 
 @pytest.fixture
 def forbidden_gpu(monkeypatch):
-    """A machine that says it has one GPU, and fails the test when that is used."""
+    """Simulate a machine with one GPU, and fail the test if it is used."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     for name in ("set_device", "reset_peak_memory_stats", "max_memory_allocated"):
         monkeypatch.setattr(torch.cuda, name, lambda *_: pytest.fail("the GPU was used"))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "fake")
-    # Torch's optimizers would look for the GPU that is not there.
+    # Torch's optimizers would look for the simulated GPU.
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda **_: None)
 
 
@@ -25,7 +25,7 @@ def forbidden_gpu(monkeypatch):
 @pytest.mark.parametrize("preflight", ["true", "false"])
 @pytest.mark.parametrize("trainer", ["ddp", "gpu"])
 def test_a_gpu_job_without_a_gpu_ends_with_one_line(trainer, preflight, toy, command):
-    # trainer=ddp divided the batch by the number of GPUs, which was zero.
+    # trainer=ddp must not divide the batch by the number of GPUs, which is zero.
     outcome = command("vqvae-train", *toy, f"trainer={trainer}", f"preflight={preflight}")
     assert outcome.status == 1
     assert outcome.err.splitlines() == [
@@ -37,7 +37,7 @@ def test_a_gpu_job_without_a_gpu_ends_with_one_line(trainer, preflight, toy, com
 @pytest.mark.usefixtures("forbidden_gpu")
 @pytest.mark.parametrize("rank", [0, 1])
 def test_ranks_on_the_cpu_talk_without_a_gpu(rank):
-    # Rank 1 of two on a machine with one GPU asked for a second one.
+    # Rank 1 of two must not request a second GPU on a machine with one.
     assert launch._backend("cpu", rank) == "gloo"
 
 

@@ -1,4 +1,4 @@
-"""Behaviour on a GPU, tested on stand-ins and on a GPU if there is one."""
+"""Behaviour on a GPU, tested with stand-ins and on a real GPU if there is one."""
 
 import io
 import pickle
@@ -46,7 +46,7 @@ def on_a_gpu(test):
 
 
 class Inside(TorchDispatchMode):
-    """Sees the operations within `find_nearest_codes`, which torch dispatches as one operation."""
+    """Records the operations in `find_nearest_codes`, which torch dispatches as one operation."""
 
     def __torch_dispatch__(self, function, types, arguments=(), options=None):
         if function is torch.ops.vqvae_lightning.nearest_codes.default:
@@ -59,9 +59,9 @@ class Inside(TorchDispatchMode):
 
 
 class Travelling(PixelCNN):
-    """A prior that keeps account of its moves; its weights stay where they are."""
+    """A prior that records its moves between devices without moving its weights."""
 
-    journey = ("cuda:0",)  # where an evaluation had it before
+    journey = ("cuda:0",)  # where an evaluation kept it before
 
     def _apply(self, fn, recurse=True):
         self.journey = (*self.journey, str(fn(torch.zeros(1)).device))
@@ -73,7 +73,7 @@ class Travelling(PixelCNN):
 
 
 class HereAndNow:
-    """A pool whose one worker is this process; what it is sent is pickled as for another one."""
+    """A pool whose only worker is this process. Arguments are pickled as for another process."""
 
     def __init__(self, workers, context, initializer, arguments):
         places, draw = arguments
@@ -134,14 +134,14 @@ class Counted(Inside):
 
 @pytest.fixture
 def meta(monkeypatch):
-    """Without autocast, which the meta device has not."""
+    """Disable autocast, which the meta device does not support."""
     monkeypatch.setattr(torch, "autocast", lambda *arguments, **options: nullcontext())
 
 
 @pytest.mark.usefixtures("meta")
 @pytest.mark.parametrize(("gigabytes", "most"), [(80, 300), (8, 600)])
-def test_a_gpu_looks_a_large_codebook_up_in_few_kernels(gigabytes, most, monkeypatch):
-    # 256 images of 16x16 codes; in blocks for a CPU's caches they were 6 000 kernels.
+def test_the_look_up_in_a_large_codebook_takes_few_kernels_on_a_gpu(gigabytes, most, monkeypatch):
+    # 256 images of 16x16 codes would take 6 000 kernels in blocks sized for a CPU's caches.
     memory = gigabytes * 2**30
     monkeypatch.setattr(
         torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=memory)
@@ -157,18 +157,18 @@ def test_a_gpu_looks_a_large_codebook_up_in_few_kernels(gigabytes, most, monkeyp
 
 
 def pairs_of_near_codes(device="cpu"):
-    """Vectors, a codebook and the nearest codes, which factors in TF32 or bfloat16 do not find."""
+    """Return vectors, a codebook and the nearest codes, which TF32 and bfloat16 do not find."""
     generator = torch.Generator().manual_seed(0)
     centres = torch.rand(256, 16, generator=generator) * 2 - 1
     apart = (torch.rand(256, 16, generator=generator) - 0.5) * 2**-8
     codebook = torch.stack([centres + apart, centres - apart], 1).flatten(0, 1)
-    # Each nearer to its own row than to the row's twin.
+    # Each vector is nearer to its own row than to the other row of the pair.
     vectors = torch.stack([centres + apart / 2, centres - apart / 2], 1).flatten(0, 1)
     return vectors.to(device), codebook.to(device), torch.arange(512, device=device)
 
 
 class ReducedPrecision(Inside):
-    """A processor that takes what the settings allow: factors with `bits` bits of mantissa."""
+    """Rounds factors to `bits` bits of mantissa where the settings allow it."""
 
     PRODUCTS = (torch.ops.aten.addmm, torch.ops.aten.mm, torch.ops.aten.bmm, torch.ops.aten.baddbmm)
 
@@ -187,14 +187,14 @@ class ReducedPrecision(Inside):
 
 
 SETTINGS = {
-    "tf32": (torch.backends.cuda.matmul, 11),  # 10 bits are stored, the first one is not
+    "tf32": (torch.backends.cuda.matmul, 11),  # 10 stored bits and the implicit one
     "bf16": (torch.backends.mkldnn.matmul, 8),
 }
 
 
 @pytest.fixture(params=["high", "medium", "allow_tf32", "fp32_precision"])
 def allowed(request):
-    """Reduced precision, allowed in each way that torch has for it."""
+    """Allow reduced precision through each of torch's interfaces."""
     settings = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
     before = torch.get_float32_matmul_precision(), *(part.fp32_precision for part in settings)
     if request.param == "allow_tf32":
@@ -219,10 +219,12 @@ def test_codes_are_exact_where_products_may_be_rounded(precision, allowed):
     now = setting.fp32_precision
     with ReducedPrecision(setting, bits):
         product = torch.mm(vectors, codebook.t()) - codebook.square().sum(1) / 2
-        if now != "ieee":  # the case is one: plain products miss the codes
+        if now != "ieee":  # plain products must miss the codes, or the case proves nothing
             assert (product.argmax(1) != expected).any()
         assert torch.equal(find_nearest_codes(vectors, codebook), expected)
-    assert torch.equal(find_nearest_codes(vectors, codebook), expected)  # of this processor's own
+    assert torch.equal(
+        find_nearest_codes(vectors, codebook), expected
+    )  # this processor's own products
     assert setting.fp32_precision == now
     if allowed != "fp32_precision":  # raises if the two interfaces disagree
         assert torch.get_float32_matmul_precision() == {"allow_tf32": "high"}.get(allowed, allowed)
@@ -254,7 +256,7 @@ def image_data(flip=True):
 
 
 class CodeData(StageDataModule):
-    """Codes that no VQ-VAE has made."""
+    """Random codes, without a VQ-VAE."""
 
     grid, images = (2, 2), SimpleNamespace(image_shape=(1, SIZE, SIZE))
 
@@ -320,7 +322,7 @@ class Nowhere(SingleDeviceStrategy):
     """Trains on the meta device, whose tensors have no values to wait for."""
 
     def teardown(self):
-        """Leave the weights on the device."""
+        """Keep the weights on the device."""
 
 
 class AnyDevice(CPUAccelerator):
@@ -340,7 +342,7 @@ class NoWaitingCopies(TorchDispatchMode):
 
 
 class WithinSteps(pl.Callback):
-    """Enters a context after the first steps and leaves it after the last one."""
+    """Enters a context after the first two steps and exits it after the last one."""
 
     def __init__(self, context):
         self.context = context

@@ -1,4 +1,4 @@
-"""Codebook usage against the entropy of the whole histogram."""
+"""Codebook usage equals that of the whole histogram."""
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ from vqvae_lightning.metrics import CodebookUsage
 
 
 def test_perplexity_is_that_of_all_batches_together():
-    # The mean of the batches' perplexities reads 289 here instead of 512.
+    # The mean of the perplexities of the batches would be 289 instead of 512.
     codes = torch.randperm(512 * 40) % 512
     usage = CodebookUsage(512)
     for part in codes.split(8 * 64):
@@ -28,7 +28,7 @@ def test_any_batching_gives_the_entropy_of_the_histogram():
 
 
 def test_use_counts_codes_of_every_batch():
-    # An accumulator elsewhere kept the last batch only.
+    # Other implementations count only the last batch.
     usage = CodebookUsage(10)
     usage.update(torch.tensor([0, 1]))
     usage.update(torch.tensor([2, 2]))

@@ -1,4 +1,4 @@
-"""Random numbers: streams that nothing shares, and noise that any number of ranks divides."""
+"""Random streams are distinct, and any number of ranks divides the same noise."""
 
 import itertools
 from types import SimpleNamespace
@@ -19,9 +19,9 @@ from vqvae_lightning.randomness import PURPOSES, derive_seed, draw_for_batch
 
 @pytest.fixture
 def ranks(monkeypatch):
-    """What `function` gives with the part of each of `world` ranks, together; ranks are pretended.
+    """Run a function on the part of each of `world` simulated ranks and join the results.
 
-    Each begins with the default generator in the same state, as `SeedSteps` sets it.
+    Each rank starts with the default generator in the same state, as `SeedSteps` sets it.
     """
 
     def run(world, function, *tensors):
@@ -36,7 +36,7 @@ def ranks(monkeypatch):
 
 
 def test_no_two_streams_coincide():
-    # Also not in the 32 bits that torch's CPU generator uses.
+    # This includes the lower 32 bits, which torch's CPU generator uses.
     seeds = [0, 1, 2, 3, 1024, 2**32, 2**32 + 1]
     numbers = [(), *itertools.product(range(24)), *itertools.product(range(4), range(4))]
     found = [
@@ -49,28 +49,28 @@ def test_no_two_streams_coincide():
 
 
 def test_a_stream_is_the_same_each_time():
-    # A number that changes here changes what every seed gives.
+    # If this number changes, so do the results for every seed.
     assert derive_seed(3, "flip", 5) == derive_seed(3, "flip", 5) == 14870470482761412428
     assert derive_seed(-1, "order") == derive_seed(2**64 - 1, "order")
 
 
 def flips(data, number):
-    """Which of 64 images the training batch `number` mirrors."""
-    loop = SimpleNamespace(total_batch_idx=number - 1)  # as Lightning has it in the transfer
+    """Return which of 64 images the training batch `number` mirrors."""
+    loop = SimpleNamespace(total_batch_idx=number - 1)  # its value in Lightning during the transfer
     data.trainer = SimpleNamespace(training=True, fit_loop=loop)
     images = torch.arange(2, dtype=torch.uint8).expand(64, 1, 1, 2)
     return data.on_after_batch_transfer(Batch(images, None), 0).data[:, 0, 0, 0] > -1
 
 
 def noise(seed, number):
-    """The first 64 uniform numbers that a network draws in the training batch `number`."""
+    """Return the first 64 uniform numbers that a network draws in the training batch `number`."""
     trainer = SimpleNamespace(fit_loop=SimpleNamespace(total_batch_idx=number), global_rank=0)
     SeedSteps(seed).on_train_batch_start(trainer, None, None, 0)
     return torch.rand(64)
 
 
 def test_flips_and_noise_of_neighbouring_batches_and_seeds_all_differ(toy_npz):
-    # Flips and noise of a batch were one stream: what was mirrored decided what was dropped.
+    # If flips and noise shared a stream, what is mirrored would decide what is dropped.
     grid = list(itertools.product(range(3), range(1, 5)))
     drawn = []
     for seed, number in grid:
@@ -82,7 +82,7 @@ def test_flips_and_noise_of_neighbouring_batches_and_seeds_all_differ(toy_npz):
     assert 0.2 < min(agreeing) <= max(agreeing) < 0.8, "half of 64 agree by chance, sd 0.06"
 
 
-def test_the_images_set_aside_are_those_of_earlier_versions():
+def test_the_images_set_aside_for_a_seed_never_change():
     rest, aside = set_aside(20, 0.25, seed=0)
     assert aside.tolist() == [4, 5, 7, 13, 19]
     assert sorted([*rest.tolist(), *aside.tolist()]) == list(range(20))
@@ -91,11 +91,13 @@ def test_the_images_set_aside_are_those_of_earlier_versions():
 @pytest.mark.parametrize("world", [1, 2, 4])
 def test_ranks_divide_the_mask_of_one_process(world, ranks):
     dropout = BatchDropout(0.3)
-    x = torch.randn(8, 5, 3, 3)  # 45 values per image: no multiple of the four of one draw
+    x = torch.randn(8, 5, 3, 3)  # 45 values per image, not a multiple of the four of one draw
     expected = ranks(1, dropout, x)
     assert torch.equal(ranks(world, dropout, x), expected)
     last = x.to(memory_format=torch.channels_last)
-    assert torch.equal(ranks(world, dropout, last), expected), "the same in any memory format"
+    assert torch.equal(ranks(world, dropout, last), expected), (
+        "the mask depends on the memory format"
+    )
 
 
 @pytest.mark.parametrize("world", [2, 4])

@@ -1,4 +1,4 @@
-"""Files run no code: neither checkpoints nor run folders nor data, unless the user trusts them."""
+"""Checkpoints, run folders and data run no code that the user does not trust."""
 
 import io
 import pickle
@@ -28,7 +28,7 @@ from vqvae_lightning.trust import RUNS, Trust, find_foreign
 
 
 class Payload:
-    """Makes a file when it is unpickled."""
+    """Creates a file when it is unpickled."""
 
     def __init__(self, ran):
         self.ran = ran
@@ -39,7 +39,7 @@ class Payload:
 
 @pytest.fixture
 def attack(tmp_path, monkeypatch):
-    """A function that gives the config of an attack by name; and whether an attack has run."""
+    """Return a function from an attack's name to its config, and fail if an attack has run."""
     place = tmp_path / "attack"
     (place / "victim").mkdir(parents=True)
     ran = place / "ran"
@@ -64,8 +64,8 @@ def attack(tmp_path, monkeypatch):
         "vqvae_lightning.jobs.local_ranks.subprocess.run": run,
         "vqvae_lightning.stages.sharding.shutil.rmtree": {"path": str(place / "victim")},
         "vqvae_lightning.commands.app.os.system": {"command": f"touch {ran}"},
-        # An import that is enough, an unsuspected library, arguments without names, a target that
-        # only a resolver spells out, one that is hidden in an argument of an allowed class.
+        # Code that runs on import, a well-known library, positional arguments, a target that a
+        # resolver spells out, and one that is nested in an argument of an allowed class.
         "evil_package.made": {},
         "numpy.load": {"file": str(place / "payload.npy"), "allow_pickle": True},
         "runpy.run_path": {"_args_": [str(place / "script.py")]},
@@ -98,7 +98,7 @@ ATTACKS = (
 
 @pytest.fixture(scope="module")
 def trained(toy_npz, tmp_path_factory):
-    """Folders `vqvae` and `prior` of two tiny runs."""
+    """Train two tiny runs in the folders `vqvae` and `prior`."""
     folder = tmp_path_factory.mktemp("trained")
     toy = ("dataset=npz", f"dataset.source.path={toy_npz}")
     train(compose("vqvae", *toy, *TINY_VQVAE, folder=folder / "vqvae"))
@@ -109,7 +109,7 @@ def trained(toy_npz, tmp_path_factory):
 
 
 def evil_copy(path, change, where):
-    """A copy of a checkpoint whose config is changed."""
+    """Copy a checkpoint and change its config."""
     raw = torch.load(path, weights_only=True)
     change(raw["hyper_parameters"])
     torch.save(raw, where)
@@ -117,7 +117,7 @@ def evil_copy(path, change, where):
 
 
 def evil_run(folder, config_name, change, toy, *overrides):
-    """The folder of a run of a command that has only begun, with a changed config."""
+    """Write the folder of a run that has only begun, with a changed config."""
     cfg = compose(config_name, *toy, *overrides, folder=folder)
     value = OmegaConf.to_container(cfg, resolve=True)
     value["command"] = {"vqvae": "vqvae-train"}.get(config_name, f"vqvae-{config_name}")
@@ -131,7 +131,7 @@ DOORS = ("sample", "evaluate", "reconstruct", "train", "pipeline", "stage of pip
 
 
 def through(number, door, name):
-    """Every attack goes through some command and every command meets some; all with -m slow."""
+    """Try each attack on one command, so that every command is tried; `-m slow` tries all pairs."""
     quick = number % len(DOORS) == DOORS.index(door)
     return pytest.param(door, name, marks=() if quick else pytest.mark.slow)
 
@@ -219,7 +219,7 @@ def test_a_yaml_tag_is_refused_in_one_line(door, tmp_path, command, monkeypatch)
         monkeypatch.setattr(sys, "argv", [door, str(tmp_path / "sweep")])
         with pytest.raises(SystemExit) as exit_:
             report()
-        status, said = 1, str(exit_.value)  # which Python prints
+        status, said = 1, str(exit_.value)  # Python prints it
         assert isinstance(exit_.value.code, str)
     else:
         status, _, said, _ = command(door, f"resume={evil.parent}")
@@ -231,7 +231,7 @@ def test_a_yaml_tag_is_refused_in_one_line(door, tmp_path, command, monkeypatch)
 
 
 def test_every_option_of_conf_is_in_the_table(tmp_path):
-    # Else a run of today could not be resumed without `trust`.
+    # Otherwise a run could not be resumed without `trust`.
     for path in CONF_DIR.rglob("*.yaml"):
         if "hydra" not in path.relative_to(CONF_DIR).parts and "conf/run.yaml" not in str(path):
             text = path.read_text().replace("${", "")
@@ -272,7 +272,7 @@ def test_a_pickle_in_a_checkpoint_is_not_run(trained, tmp_path, command):
 
 
 def test_a_resumed_run_removes_and_overwrites_checkpoints_only(tmp_path):
-    # Lightning removes the folders that the state of its checkpoints names.
+    # Lightning removes the files that the state of its checkpoint callback names.
     best = callbacks.BestCheckpoint(dirpath=tmp_path, monitor="val/nmse")
     names = {str(tmp_path / name): torch.tensor(1.0) for name in ("papers", "..", "best.ckpt")}
     state = {**best.state_dict(), "best_k_models": names, "kth_best_model_path": "papers"}
@@ -302,7 +302,7 @@ def picture(format_, size=(8, 8)):
 
 
 def shard(path, members):
-    """A tar file of (name, contents), or (name, kind of link, its aim)."""
+    """Write a tar file of (name, contents) or (name, kind of link, target)."""
     with tarfile.open(path, "w") as tar:
         for name, *what in members:
             info = tarfile.TarInfo(name)
@@ -334,7 +334,7 @@ def test_names_in_a_shard_write_nowhere_and_links_are_not_followed(tmp_path):
 
 @pytest.mark.parametrize("place", ["folder", "shard"])
 def test_no_program_is_called_to_read_an_image(place, tmp_path, monkeypatch):
-    # Pillow goes by the contents: an EPS called .png would be run by Ghostscript.
+    # Pillow detects the format by content, so Ghostscript would run an EPS named .png.
     monkeypatch.setattr(subprocess, "Popen", lambda *a, **k: pytest.fail("a program was called"))
     monkeypatch.setattr("PIL.EpsImagePlugin.gs_binary", "gs")
     if place == "folder":
@@ -349,7 +349,7 @@ def test_no_program_is_called_to_read_an_image(place, tmp_path, monkeypatch):
 
 @pytest.fixture
 def my_package(tmp_path, monkeypatch):
-    """A package of the user's, with a quantizer and all that it imports."""
+    """Create a user's package with a quantizer and what it imports."""
     place = tmp_path / "site"
     place.mkdir()
     (place / "my_package.py").write_text(
@@ -381,7 +381,7 @@ def test_a_quantizer_of_the_users_trains_and_loads_where_it_is_trusted(
         load(best)
     assert "trust=[my_package]" in str(refused.value)
     assert 'load(path, trust=["my_package"])' in str(refused.value)
-    assert "my_package" not in sys.modules, "importing is running"
+    assert "my_package" not in sys.modules, "an import runs code"
     assert type(load(best, trust=["my_package"]).net.quantizer).__name__ == "MyQuantizer"
 
     (trained.folder / "result.json").unlink()
@@ -400,7 +400,7 @@ def test_a_quantizer_of_the_users_trains_and_loads_where_it_is_trusted(
         assert "trust=[my_package]" in without.err
         trusting = command(name, option, "trust=[my_package]", folder=tmp_path / f"with{number}")
         assert trusting.status == 0, trusting.err
-    # The same command names the package itself.
+    # A command that names the package trusts it.
     (trained.folder / "result.json").unlink()
     again = command("vqvae-train", *toy, *TINY_VQVAE, MINE, "resume=auto")
     assert again.status == 0, again.err
@@ -411,7 +411,7 @@ def test_a_trusted_package_stands_for_itself_only(my_package):
         Trust("it", [my_package]).read({"_target_": "my_package.os.getcwd"})
     with pytest.raises(InputError, match="my_package"):
         Trust("it", ["my"]).read({"_target_": "my_package.MyQuantizer"})
-    # Nobody would suspect torch, which loads pickles: its name is neither asked for nor enough.
+    # torch loads pickles, so trusting the whole package is neither suggested nor enough.
     with pytest.raises(InputError, match=r"trust=\[torch\.load\]"):
         Trust("it").read({"_target_": "torch.load"})
     with pytest.raises(InputError, match=r"torch\.load"):
@@ -431,18 +431,18 @@ def test_a_file_cannot_trust_itself(my_package, toy, tmp_path):
     assert read_trusted(folder / "config.yaml", [my_package])["trust"] == [my_package]
 
 
-def test_a_command_trusts_in_its_ranks_what_it_was_told(my_package, toy, tmp_path, monkeypatch):
-    from vqvae_lightning.commands import worker as further_rank
+def test_the_ranks_of_a_command_trust_what_it_trusts(my_package, toy, tmp_path, monkeypatch):
+    from vqvae_lightning.commands import worker
 
     cfg = compose("vqvae", *toy, *TINY_VQVAE, MINE, folder=tmp_path)
     path = evil_run(tmp_path, "vqvae", lambda config: None, toy, *TINY_VQVAE, MINE) / "config.yaml"
     ran = []
-    monkeypatch.setattr(further_rank, "run", ran.append)
-    monkeypatch.setattr(sys, "argv", ["further_rank", str(path)])
+    monkeypatch.setattr(worker, "run", ran.append)
+    monkeypatch.setattr(sys, "argv", ["worker", str(path)])
     with pytest.raises(InputError, match="my_package"):
-        further_rank.main()
-    monkeypatch.setattr(sys, "argv", ["further_rank", str(path), my_package])
-    further_rank.main()
+        worker.main()
+    monkeypatch.setattr(sys, "argv", ["worker", str(path), my_package])
+    worker.main()
     assert ran[0].model == cfg.model
 
 

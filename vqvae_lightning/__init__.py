@@ -1,8 +1,8 @@
 """Two-stage discrete image models: a VQ-VAE and a PixelCNN prior over its codes.
 
-`load` returns the network in a checkpoint, `VQVAE` and `PixelCNN` are the two networks,
-`EMAQuantizer` is the codebook and `ImageDataModule` feeds both stages. They are imported when first
-used, so that importing the package costs milliseconds and not the seconds of torch.
+`load` returns the network in a checkpoint. `VQVAE` and `PixelCNN` are the two networks,
+`EMAQuantizer` is the codebook and `ImageDataModule` feeds both stages. They are imported on first
+use, so importing the package takes milliseconds and not the seconds that torch needs.
 """
 
 import importlib

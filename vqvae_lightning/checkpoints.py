@@ -1,4 +1,4 @@
-"""Networks out of checkpoints, without Lightning or Hydra and without running foreign code."""
+"""Load networks from checkpoints, without Lightning or Hydra and without running foreign code."""
 
 import hashlib
 import pickle
@@ -18,22 +18,22 @@ KINDS: dict[str, type[nn.Module]] = {"vqvae": VQVAE, "prior": PixelCNN}
 
 
 class Loaded(NamedTuple):
-    """What `load` returns."""
+    """Result of `load`."""
 
     net: Any
     """A `VQVAE` or `PixelCNN` in evaluation mode, without gradients."""
     config: dict[str, Any]
-    """The whole resolved config of its run."""
+    """The complete resolved config of its run."""
 
 
 def load(path: str | Path, kind: str | None = None, trust: str | Iterable[str] = ()) -> Loaded:
-    """Load the network in a checkpoint, rebuilt from the checkpoint's config.
+    """Rebuild the network in a checkpoint from the config that the checkpoint contains.
 
     Args:
-        path: A checkpoint of `vqvae-train` or `vqvae-pipeline`.
-        kind: `vqvae` or `prior` if only that kind is accepted.
-        trust: Other packages whose classes the checkpoint may name, such as `["my_package"]`.
-            Their code runs.
+        path: Checkpoint of `vqvae-train` or `vqvae-pipeline`.
+        kind: Required kind of network, `vqvae` or `prior`, None for either.
+        trust: Packages besides this one whose classes the checkpoint may name, such as
+            `["my_package"]`. Their code runs.
 
     Raises:
         InputError: If the file is missing, truncated, not written by this package, of another kind,
@@ -49,7 +49,7 @@ def load(path: str | Path, kind: str | None = None, trust: str | Iterable[str] =
         own = {k.removeprefix("net."): v for k, v in weights.items() if k.startswith("net.")}
     except (RuntimeError, pickle.UnpicklingError, EOFError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise InputError(f"checkpoint {path} is damaged or no checkpoint: {reason}") from error
+        raise InputError(f"checkpoint {path} is damaged or not a checkpoint: {reason}") from error
     except (KeyError, TypeError, AttributeError) as error:
         raise InputError(f"checkpoint {path} was not written by vqvae_lightning.") from error
     net = Trust(f"checkpoint {path}", trust, NETWORKS).build(settings, "model.net")
@@ -74,18 +74,18 @@ def load_pair(
 
     Args:
         prior_path: Checkpoint of the prior.
-        vqvae_path: Checkpoint of the VQ-VAE, if it has moved since the prior was trained.
-        trust: Other packages whose classes the checkpoints may name.
+        vqvae_path: Checkpoint of the VQ-VAE, None for the path in the prior's config.
+        trust: Packages besides this one whose classes the checkpoints may name.
 
     Raises:
-        InputError: If the VQ-VAE's weights are not those that the prior was trained with, or if
-            `load` refuses a checkpoint.
+        InputError: If a checkpoint cannot be loaded (see `load`), or the VQ-VAE's weights are not
+            those that the prior was trained with.
     """
     prior = load(prior_path, "prior", trust)
     vqvae_path = vqvae_path or prior.config["vqvae_checkpoint"]
     if not Path(vqvae_path).is_file():
         raise InputError(
-            f"prior {prior_path} needs its VQ-VAE, which is not at {vqvae_path}: give "
+            f"prior {prior_path} needs its VQ-VAE, which is not at {vqvae_path}: set "
             "vqvae_checkpoint=PATH."
         )
     vqvae = load(vqvae_path, "vqvae", trust)
@@ -100,7 +100,7 @@ def load_pair(
 
 
 def hash_weights(net: nn.Module) -> str:
-    """16 hexadecimal digits that change with any weight or buffer of `net`."""
+    """Return 16 hexadecimal digits that change with any weight or buffer of `net`."""
     digest = hashlib.sha256()
     for name, tensor in sorted(net.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())

@@ -1,4 +1,4 @@
-"""Types of config values, as the constructors that take them declare them."""
+"""Checks of config values against the annotations of the constructors that take them."""
 
 import inspect
 from contextlib import suppress
@@ -11,16 +11,17 @@ NAMES = {bool: "true or false", int: "an integer", float: "a number", str: "a te
 
 
 def check_types(config: Any, place: str = "") -> None:
-    """Refuse values of a type that the constructor named by `_target_` does not take.
+    """Check the types of values against the constructor named by `_target_`.
 
-    Only numbers, texts, booleans and null are looked at, where the constructor takes nothing else.
+    An argument is checked only if the constructor takes nothing but numbers, strings, booleans and
+    null.
 
     Args:
-        config: A config node, or a plain dictionary; its `_target_`s have been checked.
-        place: Its key.
+        config: Config node or plain dictionary, whose `_target_`s have been checked.
+        place: Key of the node.
 
     Raises:
-        InputError: With the key and what is accepted.
+        InputError: If a type does not fit, with the key and the accepted types.
     """
     from hydra.utils import get_object
     from omegaconf import DictConfig, ListConfig, OmegaConf
@@ -33,8 +34,8 @@ def check_types(config: Any, place: str = "") -> None:
     target = config.get("_target_")
     hints: dict[str, Any] = {}
     if isinstance(target, str):
-        with suppress(Exception):  # building says what is wrong with the target
-            hints = _hints(get_object(target))
+        with suppress(Exception):  # building the object reports what is wrong with the target
+            hints = _collect_hints(get_object(target))
     for name, value in config.items():
         key = f"{place}.{name}" if place else str(name)
         if isinstance(value, DictConfig | ListConfig | dict | list):
@@ -44,7 +45,7 @@ def check_types(config: Any, place: str = "") -> None:
 
 
 def _check_type(key: str, value: Any, hint: Any) -> None:
-    choices = _choices(hint)
+    choices = _list_choices(hint)
     known = (*NAMES, NoneType)
     if any(get_origin(choice) is not Literal and choice not in known for choice in choices):
         return
@@ -57,10 +58,10 @@ def _check_type(key: str, value: Any, hint: Any) -> None:
     raise InputError(Key(key), f"={value} must be {' or '.join(texts)}.")
 
 
-def _choices(hint: Any) -> list[Any]:
-    """The types of a union; the one type that something else is."""
+def _list_choices(hint: Any) -> list[Any]:
+    """List the types of a union, or the single type of any other annotation."""
     if get_origin(hint) in (Union, UnionType):
-        return [choice for part in get_args(hint) for choice in _choices(part)]
+        return [choice for part in get_args(hint) for choice in _list_choices(part)]
     return [hint]
 
 
@@ -77,24 +78,25 @@ def _fits(value: Any, choice: Any) -> bool:
     return isinstance(value, choice)
 
 
-def _hints(made: Any) -> dict[str, Any]:
-    """Types of the arguments of a class, those of its parents behind `**options` too, or function.
+def _collect_hints(made: Any) -> dict[str, Any]:
+    """Collect the types of the arguments of a function or a class.
 
-    Empty where they cannot be found out.
+    The arguments of a class include those that `**options` passes to its parents. The result is
+    empty if the annotations cannot be resolved.
     """
     if not isinstance(made, type):
-        return _annotations(made)
+        return _read_annotations(made)
     hints: dict[str, Any] = {}
     for parent in made.__mro__:
         if "__init__" in vars(parent):
-            hints = {**_annotations(parent.__init__), **hints}  # type: ignore[misc]
+            hints = {**_read_annotations(parent.__init__), **hints}  # type: ignore[misc]
             parameters = inspect.signature(parent.__init__).parameters.values()  # type: ignore[misc]
             if not any(p.kind == inspect.Parameter.VAR_KEYWORD for p in parameters):
                 break
     return hints
 
 
-def _annotations(function: Any) -> dict[str, Any]:
+def _read_annotations(function: Any) -> dict[str, Any]:
     try:
         return get_type_hints(function)
     except (NameError, TypeError, AttributeError):

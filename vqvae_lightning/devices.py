@@ -1,4 +1,4 @@
-"""What the package needs to know of devices: which to run on, their memory, their precision."""
+"""Devices: choosing them, measuring memory, transfers and exact matrix products."""
 
 import threading
 from collections.abc import Iterator
@@ -13,10 +13,10 @@ from vqvae_lightning.errors import InputError, Key, check_positive
 
 
 def choose_device(accelerator: str) -> torch.device:
-    """The device that `accelerator` (cpu, gpu or cuda) stands for here.
+    """Return the device for `accelerator` (cpu, gpu or cuda).
 
     Raises:
-        InputError: If it is unknown, or a GPU is asked for and there is none.
+        InputError: If it is unknown, or a GPU is requested and there is none.
     """
     if accelerator not in ("cpu", "gpu", "cuda"):
         raise InputError(Key("accelerator"), f"={accelerator} must be one of cpu, gpu, cuda.")
@@ -28,14 +28,14 @@ def choose_device(accelerator: str) -> torch.device:
 
 
 def choose_devices(accelerator: str, count: int | str) -> list[torch.device]:
-    """`count` devices to share work between; on a CPU that many processes.
+    """Return `count` devices to divide work between, on a CPU the CPU `count` times.
 
     Args:
-        accelerator: As `choose_device`.
-        count: How many; `auto` for all GPUs, or one process on a CPU.
+        accelerator: One of cpu, gpu and cuda.
+        count: Number of devices, or `auto` for all GPUs or one process on a CPU.
 
     Raises:
-        InputError: As `choose_device`, and if there are fewer GPUs than asked for.
+        InputError: If the accelerator is unknown, or there are fewer GPUs than requested.
     """
     device = choose_device(accelerator)
     if count == "auto":
@@ -51,22 +51,22 @@ def choose_devices(accelerator: str, count: int | str) -> list[torch.device]:
 
 
 def measure_available_memory(root: Path = Path("/")) -> int:
-    """Bytes that Linux could give to a new process; elsewhere 16 GiB.
+    """Measure the bytes that Linux could give to a new process, elsewhere 16 GiB.
 
-    The smallest of what the machine has available and what the control groups of this process, as
-    set by a container or a scheduler, leave of their limits.
+    The result is the minimum of the machine's available memory and what remains under the limits of
+    this process's control groups, which a container or a scheduler sets.
 
     Args:
-        root: Folder that holds `proc` and `sys`.
+        root: Folder that contains `proc` and `sys`.
     """
-    rooms = [_lines(root / "proc/meminfo").get("MemAvailable:", 2**34 // 1024) * 1024]
-    for groups, files in _control_groups(root):
-        rooms += [room for group in groups if (room := _room(group, files)) is not None]
+    rooms = [_read_numbers(root / "proc/meminfo").get("MemAvailable:", 2**34 // 1024) * 1024]
+    for groups, files in _list_groups(root):
+        rooms += [room for group in groups if (room := _measure_group(group, files)) is not None]
     return min(rooms)
 
 
 class _GroupFiles(NamedTuple):
-    """Names of a control group's files, and of a count in the last of them."""
+    """Names of a control group's files, and of the entry for its cache in `memory.stat`."""
 
     limit: str
     used: str
@@ -77,8 +77,8 @@ _GROUPS_V1 = _GroupFiles("memory.limit_in_bytes", "memory.usage_in_bytes", "tota
 _GROUPS_V2 = _GroupFiles("memory.max", "memory.current", "inactive_file")
 
 
-def _control_groups(root: Path) -> Iterator[tuple[list[Path], _GroupFiles]]:
-    """Folders of the groups that this process is in, from the inmost to the root, by version."""
+def _list_groups(root: Path) -> Iterator[tuple[list[Path], _GroupFiles]]:
+    """Yield the folders of this process's control groups, innermost first, for each version."""
     try:
         lines = (root / "proc/self/cgroup").read_text().splitlines()
     except OSError:
@@ -86,33 +86,33 @@ def _control_groups(root: Path) -> Iterator[tuple[list[Path], _GroupFiles]]:
     for line in lines:
         _, controllers, path = line.split(":", 2)
         if not controllers:
-            # `unified` where both versions are mounted.
+            # Version 2 is mounted at `unified` where both versions are in use.
             mounts, files = ["sys/fs/cgroup", "sys/fs/cgroup/unified"], _GROUPS_V2
         elif "memory" in controllers.split(","):
             mounts, files = ["sys/fs/cgroup/memory"], _GROUPS_V1
         else:
             continue
-        # In a container the path may be the host's and the mount begin within it: what is not
-        # there has no limit to read.
+        # In a container, the path may be that of the host while the mount starts further down.
+        # Folders that do not exist have no limit to read.
         inmost = Path(path.lstrip("/"))
         for mount in mounts:
             yield [root / mount / group for group in (inmost, *inmost.parents)], files
 
 
-def _room(group: Path, files: _GroupFiles) -> int | None:
-    """Bytes that the group may still take; None without a limit."""
+def _measure_group(group: Path, files: _GroupFiles) -> int | None:
+    """Measure the bytes that the group may still allocate, None without a limit."""
     try:
         limit = int((group / files.limit).read_text())  # "max" in version 2: no limit
         used = int((group / files.used).read_text())
     except (OSError, ValueError):
         return None
-    # Files that were read long ago count as used, but make room for whoever needs it.
-    reclaimable = _lines(group / "memory.stat").get(files.cache, 0)
+    # Cached files count as used, but the kernel frees inactive ones when memory is needed.
+    reclaimable = _read_numbers(group / "memory.stat").get(files.cache, 0)
     return max(0, limit - used + reclaimable)
 
 
-def _lines(path: Path) -> dict[str, int]:
-    """The numbers in a file of names and numbers; none if there is no such file."""
+def _read_numbers(path: Path) -> dict[str, int]:
+    """Read a file of names and numbers, an empty mapping if there is no such file."""
     try:
         words = [line.split() for line in path.read_text().splitlines()]
     except OSError:
@@ -121,58 +121,58 @@ def _lines(path: Path) -> dict[str, int]:
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """`tensor` of the CPU on `device`, without waiting for what a GPU still has to do."""
+    """Copy a CPU `tensor` to `device` without waiting for the GPU's queued work."""
     if device.type == "cuda":
-        tensor = tensor.pin_memory()  # from other memory, the copy may wait
+        tensor = tensor.pin_memory()  # a copy from pageable memory may wait
     return tensor.to(device, non_blocking=True)
 
 
 def reads_late(device: torch.device) -> bool:
-    """Whether a number is better read a step after it was computed: a GPU works behind the CPU."""
+    """Return whether to read a number one step late, because a GPU runs behind the CPU."""
     return device.type != "cpu"
 
 
 class Reading:
-    """Numbers of a tensor, on their way to the CPU.
+    """Numbers of a tensor on their way to the CPU.
 
-    `tensor.tolist()` waits until a GPU has done all that was given to it; this waits only for what
-    was given before the reading began.
+    `tensor.tolist()` waits for all work queued on a GPU. `wait` waits only for the work that was
+    queued before this object was created.
 
     Args:
-        values: (N,) numbers that nothing changes in place.
+        values: Numbers (N,) that nothing changes in place.
     """
 
     def __init__(self, values: Tensor) -> None:
-        self._values = values.detach().to("cpu", non_blocking=True)  # pinned, from a GPU
+        self._values = values.detach().to("cpu", non_blocking=True)  # pinned if it comes from a GPU
         self._arrived: torch.cuda.Event | None = None
         if values.is_cuda:
             self._arrived = torch.cuda.Event()
             self._arrived.record(torch.cuda.current_stream(values.device))
 
     def wait(self) -> list[float]:
-        """The values, as soon as they are there."""
+        """Wait for the values and return them."""
         if self._arrived is not None:
             self._arrived.synchronize()
         return [float(value) for value in self._values.tolist()]
 
 
 _exact = threading.Lock()
-_users = 0  # blocks of `exact_products` that have begun and not ended, in all threads
-_given: tuple[str, ...] = ()  # the settings before the first of them
+_users = 0  # open blocks of `exact_products` in all threads
+_given: tuple[str, ...] = ()  # the settings before the first block opened
 
 
 @contextmanager
 def exact_products() -> Iterator[None]:
-    """Multiply float32 matrices in float32 within the block, whatever is set outside.
+    """Multiply float32 matrices in float32 within the block, whatever the settings outside.
 
-    `torch.set_float32_matmul_precision` and others let a GPU round the factors to TF32, and some
-    CPUs to bfloat16. The settings are the process's: threads share the block, and the last to leave
-    it restores them. Products in other threads are exact meanwhile, which costs them time only.
+    `torch.set_float32_matmul_precision` and similar settings let a GPU round the factors to TF32,
+    and some CPUs to bfloat16. The settings belong to the process, so the last thread to leave its
+    block restores them. Meanwhile, products in other threads are exact too, which only costs time.
     """
     global _given, _users
 
-    # Not `allow_tf32`, which raises after a program has used this newer interface. Libraries read
-    # the precision from here, however it was set.
+    # `allow_tf32` raises once a program has used this newer interface. Here, libraries read the
+    # precision whichever interface has set it.
     onednn: Any = torch.backends.mkldnn
     settings = torch.backends.cuda.matmul, onednn.matmul
     with _exact:

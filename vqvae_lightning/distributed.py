@@ -1,4 +1,4 @@
-"""Ranks of a distributed run, or a single process."""
+"""Collectives that also work in a single process."""
 
 from typing import TypeVar
 
@@ -9,7 +9,10 @@ T = TypeVar("T")
 
 
 def get_rank_and_world() -> tuple[int, int]:
-    """Get this process's rank and the number of ranks; call it late, after Lightning connects."""
+    """Return this process's rank and the number of ranks.
+
+    Call it when needed, because Lightning joins the ranks only after the program has started.
+    """
     if dist.is_available() and dist.is_initialized():
         return dist.get_rank(), dist.get_world_size()
     return 0, 1
@@ -19,8 +22,9 @@ def leave(together: bool) -> None:
     """End the connection to the other ranks, if there is one.
 
     Args:
-        together: Whether all ranks leave now, as at the end of a job; NCCL waits for them. After a
-            failure some ranks never arrive, so the connection is aborted without waiting.
+        together: Whether all ranks leave now, as at the end of a job. NCCL then waits for all of
+            them. After a failure some ranks never get here, so the connection is aborted without
+            waiting.
     """
     if not (dist.is_available() and dist.is_initialized()):
         return
@@ -32,7 +36,7 @@ def leave(together: bool) -> None:
 
 
 def all_reduce(tensor: Tensor) -> Tensor:
-    """Sum `tensor` over all ranks in place; nothing to do in a single process."""
+    """Sum `tensor` over all ranks in place."""
     if get_rank_and_world()[1] > 1:
         dist.all_reduce(tensor)
     return tensor

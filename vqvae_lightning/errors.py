@@ -1,11 +1,11 @@
-"""Errors that a user can mend: the commands print them as one line, without a traceback."""
+"""Errors that a user can fix, which commands print as one line without a traceback."""
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 
 
 class Key(str):
-    """A config key within the text of an `InputError`, seen from where the error is raised."""
+    """A config key in an `InputError`, relative to the code that raises the error."""
 
     __slots__ = ()
 
@@ -14,12 +14,12 @@ class InputError(ValueError):
     """A value, file or combination that the user gave cannot work.
 
     The message names the config key, the bad value and the accepted ones. A constructor knows only
-    the names of its own arguments, such as `num_codes`. It passes them as `Key`s, and its callers,
-    which know where the constructor stands in the config, complete them with `prefix_keys` and
-    `rename_keys`, here to `model.net.quantizer.num_codes`.
+    the names of its own arguments, such as `num_codes`, and passes them as `Key`s. Its callers know
+    its place in the config and complete the keys with `prefix_keys` and `rename_keys`, here to
+    `model.net.quantizer.num_codes`.
 
     Args:
-        *parts: Text and `Key`s, which are joined as they are.
+        *parts: Text and `Key`s, joined without separators.
     """
 
     def __init__(self, *parts: str) -> None:
@@ -48,7 +48,7 @@ def prefix_keys(place: str) -> AbstractContextManager[None]:
 
 
 class DivergenceError(RuntimeError):
-    """A loss became NaN or infinite; the last good checkpoint is kept."""
+    """A loss became NaN or infinite. The last good checkpoint is kept."""
 
 
 class RankError(RuntimeError):
@@ -56,15 +56,15 @@ class RankError(RuntimeError):
 
 
 class Interrupted(BaseException):
-    """The run was stopped from outside; a checkpoint was written.
+    """The run was stopped from outside after writing a checkpoint.
 
-    Not an Exception, because a sweep would then report a failed job and start the next one.
+    It is not an Exception, because a sweep would treat that as a failed job and start the next one.
 
     Attributes:
-        status: Exit status of the command: 130 after Ctrl-C, 75 ("try again", sysexits.h) after the
-            signal of a scheduler that takes the machine away.
-        agreed: Whether all ranks of the job stop here. Otherwise a signal has stopped this rank
-            only, and others may wait for it in a collective.
+        status: Exit status of the command. It is 130 after Ctrl-C, and 75 ("try again", sysexits.h)
+            after the signal of a scheduler that takes the machine away.
+        agreed: Whether all ranks of the job stop here. If not, a signal has stopped only this rank,
+            and others may wait for it in a collective.
     """
 
     def __init__(self, message: str, status: int = 130, agreed: bool = False) -> None:
@@ -73,12 +73,12 @@ class Interrupted(BaseException):
         self.agreed = agreed
 
     def __reduce__(self) -> tuple[type, tuple[str, int, bool]]:
-        """Keep the attributes, which pickling an exception would otherwise lose."""
+        """Pickle the attributes too, which an exception would lose between processes."""
         return type(self), (str(self), self.status, self.agreed)
 
 
 class Failed(BaseException):
-    """Carries an error past Hydra, which would add a line or turn the error into a warning."""
+    """Carries an error past Hydra, which would add its own line or turn it into a warning."""
 
     def __init__(self, error: Exception) -> None:
         super().__init__(str(error))

@@ -1,4 +1,4 @@
-"""Files that no reader ever sees half-written."""
+"""Writing files so that no reader sees a partial one."""
 
 import os
 from collections.abc import Iterator
@@ -8,9 +8,9 @@ from pathlib import Path
 
 @contextmanager
 def replace_file(path: Path) -> Iterator[Path]:
-    """Yield a path to write to; at the end of the block it replaces `path` in one step.
+    """Yield a temporary path, which replaces `path` in one step at the end of the block.
 
-    A reader sees the old file or the new one. A block that fails leaves the old one alone.
+    A reader sees the old file or the new one. If the block fails, the old one stays.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}")
@@ -22,6 +22,6 @@ def replace_file(path: Path) -> Iterator[Path]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replace `path` by a file with `text`."""
+    """Replace `path` by a file that contains `text`."""
     with replace_file(path) as partial:
-        partial.write_text(text, encoding="utf-8")  # Windows has another, in which none reads YAML
+        partial.write_text(text, encoding="utf-8")  # the default of Windows is not that of YAML

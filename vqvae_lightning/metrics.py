@@ -1,4 +1,4 @@
-"""Measures that hold over a whole epoch and over all ranks."""
+"""Metrics over a whole epoch and all ranks."""
 
 from typing import Any
 
@@ -10,33 +10,33 @@ ACTIVE_VARIANCE = 0.01  # of the posterior means over the data (Burda et al., ar
 
 
 def entropy_nats(counts: Tensor) -> Tensor:
-    """Entropy in nats of the histogram `counts` (K,); 0 for an empty one."""
+    """Compute the entropy in nats of the histogram `counts` (K,), 0 if it is empty."""
     share = counts.double() / counts.sum().clamp(min=1)
     entropy: Tensor = -torch.special.xlogy(share, share).sum()
     return entropy
 
 
 def unigram_log_probabilities(counts: Tensor) -> Tensor:
-    """Natural log p of each code (K,) under the histogram `counts` (K,) with one added to each."""
+    """Compute log p (K,) in nats of each code from `counts` (K,), with one added to each count."""
     smoothed = counts.float() + 1
     return torch.log(smoothed / smoothed.sum())
 
 
 class CodebookUsage(Metric):
-    """How the codebook is used, by the histogram of all codes of all batches and ranks.
+    """Codebook usage, from the histogram of the codes of all batches and ranks.
 
-    `compute` returns, each () but the last:
+    `compute` returns scalars and one histogram:
         perplexity: exp(entropy), the effective number of codes in use, 1 to K.
-        entropy_bits: Entropy of the histogram; log2 K when all codes are used equally.
-        use: Share of the codes with at least one hit, 0 to 1.
-        dead_codes: Codes without a hit.
-        counts: (K,) hits of each code.
+        entropy_bits: Entropy of the histogram, log2 K if all codes are used equally.
+        use: Share of the codes that are used at least once, 0 to 1.
+        dead_codes: Number of codes that are never used.
+        counts: Number of uses of each code (K,).
 
-    The mean of batch perplexities is something else and too low: 8 images of 8x8 codes read 289
-    where equal use of 512 codes gives 512.
+    The mean of the perplexities of the batches is too low. For batches of 8 images of 8x8 codes, it
+    is 289 when 512 codes are used equally.
 
     Args:
-        num_codes: K.
+        num_codes: Number of codes (K).
         **options: Options of `torchmetrics.Metric`.
     """
 
@@ -50,12 +50,12 @@ class CodebookUsage(Metric):
 
     def update(self, codes: Tensor) -> None:
         """Add codes of any shape."""
-        # Not `bincount`, which waits for a GPU to learn the largest code.
+        # `bincount` would wait for the GPU to find the largest code.
         flat = codes.flatten()
         self.counts.scatter_add_(0, flat, torch.ones_like(flat))
 
     def compute(self) -> dict[str, Tensor]:
-        """Compute the code usage over all batches and ranks."""
+        """Compute the metrics listed in the class's docstring."""
         nats = entropy_nats(self.counts)
         used = (self.counts > 0).sum()
         return {
@@ -68,18 +68,19 @@ class CodebookUsage(Metric):
 
 
 class LatentUsage(Metric):
-    """How the latents of a variational autoencoder are used: posterior collapse made visible.
+    """Usage of the latents of a variational autoencoder, which reveals posterior collapse.
 
     `compute` returns:
-        kl_nats: (D,) KL divergence from the standard normal per latent value, mean over the data.
-        active: (D,) bool: whether the channel's posterior mean varies over the data, by more than
-            0.01 in the mean over its positions (Burda et al. 2015, arXiv:1509.00519, section 5.2):
-            one that does not has collapsed onto the prior and tells the decoder nothing.
+        kl_nats: KL divergence (D,) from the standard normal per latent value, mean over the data.
+        active: Whether each channel is active (D,), bool. A channel is active if the variance of
+            its posterior mean over the data, averaged over positions, exceeds 0.01 (Burda et al.
+            2015, arXiv:1509.00519, section 5.2). An inactive channel has collapsed to the prior and
+            carries no information.
 
-    Exact over batches, partial batches and ranks.
+    The result does not depend on how the data are divided into batches and ranks.
 
     Args:
-        channels: D.
+        channels: Number of channels (D).
         height: Rows of latents.
         width: Columns of latents.
         **options: Options of `torchmetrics.Metric`.
@@ -106,7 +107,7 @@ class LatentUsage(Metric):
         self.squares += mean.double().square().sum(0)
 
     def compute(self) -> dict[str, Tensor]:
-        """Compute the KL divergences and the active channels over all batches and ranks."""
+        """Compute the metrics listed in the class's docstring."""
         images = self.images.clamp(min=1)
         variance = self.squares / images - (self.means / images).square()
         return {

@@ -1,4 +1,4 @@
-"""Random numbers: a stream for each purpose, and noise that does not depend on the devices."""
+"""Random streams for each purpose, and noise that does not depend on the number of devices."""
 
 from collections.abc import Callable
 from typing import Literal
@@ -12,61 +12,61 @@ Purpose = Literal[
     "init", "order", "shuffle", "flip", "noise", "codebook", "samples", "pictures", "judge",
     "shards", "trials",
 ]  # fmt: skip
-# These numbers are part of each stream: another number changes what a seed gives.
+# These numbers are part of each stream: changing one changes the results for a seed.
 PURPOSES: dict[Purpose, int] = {
-    "init": 0,  # first weights of a stage
-    "order": 1,  # of the training images, or of the shards, in an epoch
-    "shuffle": 2,  # of the rows that a worker holds
+    "init": 0,  # initial weights of a stage
+    "order": 1,  # order of the training images or of the shards in an epoch
+    "shuffle": 2,  # order of the rows that a worker holds
     "flip": 3,  # which training images are mirrored
-    "noise": 4,  # dropout, label dropout, latents: what the networks draw in a training step
-    "codebook": 5,  # vectors that first rows and revived codes are taken from
-    "samples": 6,  # codes that a prior draws
-    "pictures": 7,  # the same during training
-    "judge": 8,  # first weights of the classifier that judges samples
-    "shards": 9,  # order in which training images are written
-    "trials": 10,  # suggestions of a study that is continued
+    "noise": 4,  # dropout, label dropout and latents in a training step
+    "codebook": 5,  # vectors that initialise the codebook and revive codes
+    "samples": 6,  # codes sampled from a prior
+    "pictures": 7,  # codes sampled for pictures during training
+    "judge": 8,  # initial weights of the classifier that judges samples
+    "shards": 9,  # order in which training images are written to shards
+    "trials": 10,  # suggestions of a resumed study
 }
 
 
 def derive_seed(seed: int, purpose: Purpose, *numbers: int) -> int:
-    """A seed for one stream of random numbers, which no other purpose, seed or number shares.
+    """Derive the seed of one random stream, which no other purpose, seed or number shares.
 
-    Seeds that are sums or products of their parts do not keep streams apart: seed 0 and batch 1024
-    gave what seed 1 and batch 0 should have. `set_aside`, which chooses the validation images, is
-    the one place that uses its seed as it is.
+    Sums or products of the parts would not keep streams apart: seed 0 with batch 1024 could give
+    the stream of seed 1 with batch 0. Only `set_aside`, which chooses the validation images, uses
+    its seed directly.
 
     Args:
-        seed: The run's seed.
-        purpose: What is drawn.
-        *numbers: What sets this stream apart from others of the purpose: batch, epoch, rank.
+        seed: Seed of the run.
+        purpose: Purpose of the stream.
+        *numbers: Numbers such as batch, epoch or rank that identify the stream within its purpose.
 
     Returns:
         64 random bits. The CPU generator of torch uses the lower 32, so two of its streams coincide
-        with a chance of 2^-32.
+        with probability 2^-32.
     """
-    # The numbers as a spawn key: SeedSequence([1]) and SeedSequence([1, 0]) are the same.
+    # A spawn key, because SeedSequence([1]) and SeedSequence([1, 0]) are the same.
     sequence = np.random.SeedSequence(seed % 2**64, spawn_key=(PURPOSES[purpose], *numbers))
     return int(sequence.generate_state(1, np.uint64)[0])
 
 
 def draw_for_batch(draw: Callable[[int], Tensor], images: int) -> Tensor:
-    """This rank's rows of what `draw` gives for the images of all ranks.
+    """Draw for the images of all ranks, and return this rank's rows.
 
     Every rank draws for the whole batch from a generator in the same state (`SeedSteps`) and takes
-    its own part, so that the noise of an image does not depend on the number of ranks. In training
-    the ranks cut a batch into equal parts, in the order of the ranks. With parts of several sizes
-    each rank still gets noise for its images, but not that of a single process.
+    its own part, so the noise of an image does not depend on the number of ranks. In training the
+    batch is divided equally, in the order of the ranks. If the parts differ in size, each rank
+    still gets noise for its images, but not the noise of a single process.
 
     Args:
-        draw: Takes a number of images and draws that many rows.
-        images: Images of this rank.
+        draw: Function that draws as many rows as it is given.
+        images: Number of images on this rank.
 
     Returns:
-        (images, ...).
+        Noise (images, ...).
     """
     rank, world = get_rank_and_world()
     drawn = draw(images * world)
     if world == 1:
         return drawn
-    # A copy: a part kept for the backward pass would keep the noise of all ranks in memory.
+    # Copied, because a view kept for the backward pass would hold the noise of all ranks.
     return drawn[rank * images : (rank + 1) * images].clone()

@@ -1,4 +1,4 @@
-"""Units of all logged metrics, and which direction is better."""
+"""Units of the logged metrics, and whether lower or higher is better."""
 
 from typing import Literal
 
@@ -49,7 +49,7 @@ UNITS = {
     "uniform_bits_per_dim": "bits/dim",
     "uniform_nats_per_code": "nats/code",
 }
-"""Unit of each logged name, by its last part; a number that ends it is left out."""
+"""Units by the last part of a metric's name, without a number at its end."""
 LOWER = {
     "bits_per_code",
     "codebook",
@@ -63,11 +63,14 @@ LOWER = {
     "prior_bits_per_dim",
 }
 HIGHER = {"accuracy", "active_dims", "codebook_use", "perplexity", "psnr_db"}
-"""Names in validation that a run can be judged by, as `LOWER`; by their last part."""
+"""Validation metrics that can select the best run, by the last part of their name.
+
+Lower is better for those in `LOWER`, and higher for those in `HIGHER`.
+"""
 
 
 def get_direction(name: str) -> Literal["min", "max"] | None:
-    """Which value of a logged name such as `val/nmse` is the best; None if neither is."""
+    """Return whether the lowest or highest value of a metric such as `val/nmse` is the best."""
     last = name.rpartition("/")[2]
     if last in HIGHER:
         return "max"
@@ -75,6 +78,6 @@ def get_direction(name: str) -> Literal["min", "max"] | None:
 
 
 def get_unit(name: str) -> str:
-    """The unit of a logged name such as `val/kl_nats_dim7`."""
+    """Return the unit of a metric such as `val/kl_nats_dim7`."""
     last = name.rpartition("/")[2]
     return UNITS.get(last) or UNITS[last.rstrip("0123456789")]

@@ -1,4 +1,4 @@
-"""Likelihoods that sum to one."""
+"""Likelihoods of pixels sum to one, and the fitted scale is the best."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""The prior is causal, sees everything before, and its sampler is itself."""
+"""The prior is causal without a blind spot, and its sampler matches its definition."""
 
 import itertools
 
@@ -17,7 +17,7 @@ from vqvae_lightning.networks.sampling import (
     score,
 )
 
-CHANNELS = 16  # enough that no position has only dead ReLUs
+CHANNELS = 16  # enough for every position to have an active ReLU
 
 
 def make(
@@ -46,7 +46,7 @@ def test_every_position_sees_all_earlier_codes_and_no_later_one(
     kernels = {"first_kernel": first_kernel, "kernel": kernel}
     labels = torch.zeros(1, dtype=torch.long) if conditional else None
     prior = make(height, width, num_classes=2 * conditional, **kernels)
-    if conditional:  # and after training: what is outside the kernels must have no effect ever
+    if conditional:  # training must not change which positions have an effect
         prior = trained(prior, 10, labels=torch.tensor([0, 1]))
     prior = prior.double()
     embedded = torch.randn(1, height, width, CHANNELS, dtype=torch.float64, requires_grad=True)
@@ -58,8 +58,8 @@ def test_every_position_sees_all_earlier_codes_and_no_later_one(
         )
         seen = gradient[0].abs().sum(-1).flatten() > 0
         place = row * width + column
-        assert not seen[place:].any(), "a later code leaks"
-        assert seen[:place].all(), "an earlier code stays unseen"
+        assert not seen[place:].any(), "a later code has an effect"
+        assert seen[:place].all(), "an earlier code has no effect"
 
 
 def test_layers_needed_is_the_smallest_number_without_a_blind_spot():
@@ -76,7 +76,7 @@ def test_layers_needed_is_the_smallest_number_without_a_blind_spot():
 
 
 def naive(prior, shape, labels=None, context=None, known=None, guidance=1.0, **options):
-    """`sample` by its definition: the whole network anew for every position."""
+    """Sample by definition, running the whole network for every position."""
     uniform = torch.rand(shape, generator=seeded(), dtype=torch.float64)
     codes = torch.zeros(shape, dtype=torch.long)
     given = torch.zeros(shape, dtype=torch.bool) if known is None else known >= 0
@@ -99,7 +99,7 @@ def seeded():
 
 
 def trained(prior, steps=30, **conditions):
-    """The same prior after some steps on grids with structure: far from its first state."""
+    """Train a prior for some steps on grids with structure, far from its initial state."""
     optimizer = torch.optim.AdamW(prior.parameters(), lr=1e-2)
     prior.train()
     size = (16, prior.height, prior.width)
@@ -135,7 +135,7 @@ def test_sample_equals_full_reevaluation_with_every_option_together(learnt, guid
     if learnt:
         prior = trained(prior, labels=labels, context=context)
     known = None
-    if completing:  # another number of known codes in each image, and whole rows in all
+    if completing:  # a different number in each image, and a whole row in all
         known = torch.randint(0, 5, (5, 4, 5))
         known.view(5, 20)[torch.arange(20) >= torch.tensor([5, 7, 10, 19, 20])[:, None]] = -1
     options = {"temperature": 0.8, "top_k": 4, "top_p": 0.9}
@@ -194,7 +194,7 @@ def test_the_reported_entropy_is_the_mean_likelihood_of_the_samples():
 
 
 def test_numbering_of_the_codes_means_nothing_to_the_model():
-    # A prior that took codes for quantities would learn the permuted ones worse.
+    # A prior that treated codes as quantities would learn the permuted ones less well.
     results = []
     for permutation in (torch.arange(6), torch.tensor([3, 5, 0, 4, 1, 2])):
         torch.manual_seed(0)
@@ -211,7 +211,7 @@ def test_numbering_of_the_codes_means_nothing_to_the_model():
                 results.append(nats.item())
     first, second = sum(results[:20]) / 20, sum(results[20:]) / 20
     assert first == pytest.approx(second, abs=0.03)
-    assert first < 0.9  # log 2 per code is what there is to know
+    assert first < 0.9  # the entropy of the data is log 2 per code
 
 
 @pytest.mark.parametrize(
@@ -225,7 +225,7 @@ def test_numbering_of_the_codes_means_nothing_to_the_model():
         ({"top_p": 0.41}, [3, 0]),
         ({"top_p": 0.71}, [3, 0, 1]),
         ({"top_p": 1e-9}, [3]),
-        ({"top_k": 2, "top_p": 0.57}, [3]),  # 0.4 of the 0.7 that top_k leaves is 0.571
+        ({"top_k": 2, "top_p": 0.57}, [3]),  # top_k keeps 0.7, of which 0.4 is 0.571
         ({"temperature": 0}, [3]),
     ],
 )
@@ -248,7 +248,7 @@ def test_temperature_is_a_power_of_the_probabilities(temperature):
 def test_equal_codes_at_the_edge_go_by_their_number():
     left = compute_distribution(torch.zeros(1, 5), top_k=2)
     assert left[0].tolist() == [0.5, 0.5, 0, 0, 0]
-    # Two codes of four hold the half exactly: a third is not needed.
+    # Two of four codes hold exactly half, so a third is not needed.
     assert compute_distribution(torch.zeros(1, 4), top_p=0.5)[0].tolist() == [0.5, 0.5, 0, 0]
 
 
@@ -279,7 +279,7 @@ def test_likelihoods_of_all_grids_sum_to_one_and_samples_follow_them():
     number = (drawn.flatten(1) * torch.tensor([27, 9, 3, 1])).sum(1)
     counts = number.bincount(minlength=81).double()
     expected = mass.double() * 20_000
-    # Rare grids are pooled, as the test needs about five hits each.
+    # Rare grids are pooled, because the test needs about five hits in each cell.
     rare = expected < 5
     pooled = torch.cat([counts[~rare], counts[rare].sum()[None]])
     wanted = torch.cat([expected[~rare], expected[rare].sum()[None]]).clamp(min=1e-9)
@@ -357,7 +357,7 @@ def test_bad_sampling_options_are_named(options, message):
         sample(make(2, 2), (1, 2, 2), **options)
 
 
-def test_a_conditional_prior_wants_labels():
+def test_a_conditional_prior_needs_labels():
     with pytest.raises(InputError, match="needs a label"):
         sample(make(2, 2, num_classes=2), (1, 2, 2))
 

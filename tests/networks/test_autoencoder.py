@@ -1,4 +1,4 @@
-"""Shapes, sizes and ranges of the autoencoder."""
+"""Shapes and sizes of the autoencoder, and the range of its pixels."""
 
 import pytest
 import torch
@@ -42,13 +42,13 @@ def test_decoded_codes_are_the_reconstruction():
         (2, (2, 2), r"\[4,4\]", ", or train with model.net.downsamplings of at most 1."),
     ],
 )
-def test_a_size_that_does_not_divide_names_those_that_do(downsamplings, size, near, most):
+def test_a_size_that_does_not_divide_names_one_that_does(downsamplings, size, near, most):
     with pytest.raises(InputError, match=rf"set size={near}{most}$"):
         make(downsamplings).compute_grid(*size)
 
 
 def test_sonnet_size_has_sonnets_parameters():
-    # 128 hidden, 2 blocks of 32, D=64, colour: counted by hand from sonnet's example.
+    # Counted by hand from sonnet's example: 128 hidden, 2 blocks of 32, D=64, colour.
     net = VQVAE(EMAQuantizer(512, 64), channels=3)
     stack = 2 * (128 * 32 * 9 + 32 + 32 * 128 + 128)
     encoder = (3 * 64 * 16 + 64) + (64 * 128 * 16 + 128) + (128 * 128 * 9 + 128)
