@@ -1,8 +1,8 @@
-"""What a file may execute: the targets that are built out of checkpoints and run folders.
+"""Safe building of the `_target_`s that checkpoints and run folders name.
 
 A `_target_` is code that will run, with arguments that the file chooses. What the user types may
-name any. What is read from a file may name the members of a table, found by identity and never by
-how a string begins, and what the user trusts.
+name any code. A file may name only what the user trusts and the members of a table. Members are
+compared by identity and never by the prefix of their name.
 """
 
 import sys
@@ -44,7 +44,7 @@ NETWORKS = (
     "vqvae_lightning.quantizers.LibraryQuantizer",
     "vqvae_lightning.quantizers.LossQuantizer",
     "vqvae_lightning.quantizers.NoQuantizer",
-    *_OPTIMIZERS,  # an option of some quantizers of the library
+    *_OPTIMIZERS,  # some quantizers of `vector_quantize_pytorch` take one
 )
 """Names that the config of a network may contain; none of them imports Lightning."""
 DATA = (
@@ -63,7 +63,10 @@ DATA = (
     "vqvae_lightning.data.ShardDataModule",
     "vqvae_lightning.data.TorchvisionSource",
 )
-"""What the config of a data set may name. No torchvision set that reads pickles of unknown hash."""
+"""Targets allowed in the config of a data set.
+
+Data sets of torchvision that read pickles without checking a hash are excluded.
+"""
 RUNS = (
     *NETWORKS,
     *DATA,
@@ -85,7 +88,7 @@ RUNS = (
     "vqvae_lightning.tasks.VQVAETask",
     "vqvae_lightning.tasks.WarmupCosine",
     "pytorch_lightning.Trainer",
-    # No callback that takes functions, and none that removes files which its state names.
+    # Callbacks that take functions, or remove files named in their state, are excluded.
     "pytorch_lightning.callbacks.DeviceStatsMonitor",
     "pytorch_lightning.callbacks.EarlyStopping",
     "pytorch_lightning.callbacks.GradientAccumulationScheduler",
@@ -96,7 +99,7 @@ RUNS = (
     "pytorch_lightning.loggers.CSVLogger",
     "pytorch_lightning.loggers.TensorBoardLogger",
 )
-"""What the config of a run may name."""
+"""Targets allowed in the config of a run."""
 LIBRARIES = frozenset(
     {
         "PIL",
@@ -128,14 +131,16 @@ LIBRARIES = frozenset(
         "yaml",
     }
 )
-"""Packages that nobody would suspect, with functions that run or remove anything, such as
-`torch.load`: of these, and of Python's own modules, a single target can be trusted and not all."""
+"""Well-known packages with functions that can run or remove anything, such as `torch.load`.
+
+Of these and of Python's standard library, a user can trust single targets but not the whole.
+"""
 
 _TARGET, _PARTIAL = "_target_", "_partial_"
 
 
 class Call(NamedTuple):
-    """A `_target_` that may be built, with its arguments."""
+    """An allowed `_target_` with its arguments."""
 
     target: Callable[..., Any]
     arguments: dict[str, Any]
@@ -143,13 +148,13 @@ class Call(NamedTuple):
 
 
 class Trust:
-    """Reads the configs of a file, in one pass that finds the targets and refuses what may not run.
+    """Reads a config from a file, resolves its targets and refuses those that are not allowed.
 
     Args:
-        place: What the config was read from, for messages.
-        packages: What the user trusts besides the table: the names of top-level packages, or of
-            single targets.
-        table: Members of modules that may be built.
+        place: Source of the config, for messages.
+        packages: Top-level packages or single targets that the user trusts in addition to the
+            table.
+        table: Targets that are always allowed.
     """
 
     def __init__(
@@ -160,25 +165,26 @@ class Trust:
         self.table = tuple(table)
 
     def read(self, config: Any, key: str = "") -> Any:
-        """`config` with a `Call` in place of each mapping that has a `_target_`.
+        """Return `config` with a `Call` in place of each mapping that has a `_target_`.
 
         Args:
-            config: Plain data, as YAML or a checkpoint has them.
-            key: Its place in the whole config, for messages.
+            config: Plain data from YAML or a checkpoint.
+            key: Key of `config` in the whole config, for messages.
 
         Raises:
-            InputError: If a target may not be built, or there is anything but plain data.
+            InputError: If a target is not allowed, or a value is not plain data.
         """
         try:
             return self._read(config, key)
-        except RecursionError as error:  # a list in a file may hold itself
-            raise InputError(f"{self.place}: the config never ends: refused.") from error
+        except RecursionError as error:  # a list in a file may contain itself
+            raise InputError(f"{self.place}: refused, because the config never ends.") from error
 
     def build(self, config: Any, key: str) -> Any:
-        """The object that `config` describes, made without Hydra.
+        """Build the object that `config` describes, without Hydra.
 
         Raises:
-            InputError: As `read` does, or if a constructor refuses its arguments.
+            InputError: If a target is not allowed, a value is not plain data, or a constructor
+                fails.
         """
         read = self.read(config, key)
         try:
@@ -198,7 +204,7 @@ class Trust:
         if isinstance(config, str) and "${" in config:
             self._refuse(key, f"is an interpolation, {config}")
         elif config is not None and not isinstance(config, str | int | float):
-            self._refuse(key, f"is a {type(config).__name__} and no plain value")
+            self._refuse(key, f"is a {type(config).__name__}, not a plain value")
         return config
 
     def _read_mapping(self, config: dict[Any, Any], key: str) -> Any:
@@ -208,7 +214,7 @@ class Trust:
         target: Any = self._read_target(config[_TARGET], f"{prefix}{_TARGET}") if known else None
         for name in config:
             if isinstance(name, str) and name[:1] == name[-1:] == "_" and name not in known:
-                self._refuse(f"{prefix}{name}", "is no key of a config that a run writes")
+                self._refuse(f"{prefix}{name}", "is not a key that a run writes to its config")
         children = {
             name: self._read(child, f"{prefix}{name}")
             for name, child in config.items()
@@ -216,13 +222,13 @@ class Trust:
         }
         deferred = config.get(_PARTIAL, False)
         if not isinstance(deferred, bool):
-            self._refuse(f"{prefix}{_PARTIAL}", f"is {deferred!r} and not true or false")
+            self._refuse(f"{prefix}{_PARTIAL}", f"is {deferred!r}, but must be true or false")
         return Call(target, children, bool(deferred)) if known else children
 
     def _read_target(self, target: object, key: str) -> Any:
         if isinstance(target, str) and _is_name(target):
             return self._resolve(target, key)
-        self._refuse(key, f"is {target!r} and no name of a class")
+        self._refuse(key, f"is {target!r}, not the name of a class")
         return None
 
     def _resolve(self, target: str, key: str) -> Any:
@@ -232,7 +238,7 @@ class Trust:
             return found
         self._require(_get_required_trust(target), target, key)
         found = self._import_target(target, key)
-        # A trusted package also holds what it imports from others, such as my_package.os.system.
+        # A trusted package exposes what it imports from others, such as my_package.os.system.
         home = getattr(found, "__module__", None) or "builtins"
         if target not in self.packages and not self._is_member(found):
             self._require(target if _is_library(home) else _get_top_package(home), target, key)
@@ -252,7 +258,7 @@ class Trust:
         module, _, name = target.rpartition(".")
         if not any(known == module or known.startswith(f"{module}.") for known in modules):
             return None
-        # Not getattr, which may import what a module provides on demand.
+        # `getattr` could import what a module provides on demand.
         found = vars(sys.modules[module]).get(name) if module in sys.modules else None
         return found if any(found is member for member in members) else None
 
@@ -274,13 +280,13 @@ class Trust:
                 if not hasattr(found, part):
                     import_module(".".join(parts[:depth]))
                 found = getattr(found, part)
-        except Exception as error:  # whatever the package raises when it is imported
+        except Exception as error:  # importing a package can raise anything
             raise InputError(
                 f"{self.place}: {key}={target} cannot be imported: "
                 f"{type(error).__name__}: {_join_lines(error)}"
             ) from error
         if not callable(found):
-            self._refuse(key, f"is {target}, which is no class or function")
+            self._refuse(key, f"is {target}, not a class or function")
         return found
 
     def _require(self, name: str, target: str, key: str) -> None:
@@ -314,7 +320,7 @@ class _Needs(Trust):
     def _resolve(self, target: str, key: str) -> Any:
         try:
             return super()._resolve(target, key)
-        except InputError:  # it cannot be imported: Hydra says so when it builds
+        except InputError:  # Hydra reports a failed import when it builds the object
             return None
 
 
