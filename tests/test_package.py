@@ -130,6 +130,7 @@ def test_the_public_names_are_there():
         _ = vqvae_lightning.nothing
 
 
+@pytest.mark.slow
 def test_the_wheel_runs_the_pipeline_outside_the_checkout(tmp_path):
     build = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path)]
     subprocess.run(build, cwd=ROOT, check=True, capture_output=True)

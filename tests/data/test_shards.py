@@ -257,6 +257,7 @@ def test_codes_and_metrics_of_shards_are_those_from_memory(toy_npz, toy_shards, 
     assert memory.pixel_variance == shards.pixel_variance
 
 
+@pytest.mark.slow
 def test_the_pipeline_runs_on_shards_on_two_ranks(toy_shards, command):
     outcome = command(
         "vqvae-pipeline",

@@ -328,6 +328,7 @@ def test_an_interruption_keeps_its_status_between_processes():
     assert (str(stop), stop.status) == ("Stopped.", 75)
 
 
+@pytest.mark.slow
 def test_parallel_jobs_save_on_ctrl_c(toy, tmp_path, cold):
     endless = ("trainer.max_steps=1000000", "trainer.val_check_interval=200")
     tiny = [option for option in TINY_VQVAE if not option.startswith("trainer=")]

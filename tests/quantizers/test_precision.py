@@ -74,6 +74,7 @@ def test_training_under_bfloat16_ends_where_float32_does(toy, command, tmp_path)
     assert errors["32-true"] < 0.8
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
 @pytest.mark.filterwarnings("ignore")  # torch warns while it traces
 def test_compiled_training_gives_the_same_weights(toy, command, tmp_path):

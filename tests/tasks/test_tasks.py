@@ -292,8 +292,8 @@ def checkpoints_of(*folders):
 
 def test_a_killed_run_resumes_with_resume_auto(toy, tmp_path, command, monkeypatch):
     # A requeued cluster job runs the same command in the same folder.
-    steps = ("trainer.max_steps=400", "trainer.val_check_interval=200", "resume=auto")
-    options = (*toy, *TINY_VQVAE, *steps, "callbacks.last.every_n_steps=20", "dataset.flip=true")
+    steps = ("trainer.max_steps=200", "trainer.val_check_interval=100", "resume=auto")
+    options = (*toy, *TINY_VQVAE, *steps, "callbacks.last.every_n_steps=10", "dataset.flip=true")
     whole = command("vqvae-train", *options, folder=tmp_path / "whole")
     assert whole.status == 0, whole.err
     folder = tmp_path / "killed"
@@ -311,13 +311,13 @@ def test_a_killed_run_resumes_with_resume_auto(toy, tmp_path, command, monkeypat
         running.kill()
     assert not (folder / "result.json").exists()
     (killed,) = checkpoints_of(folder)
-    assert 20 <= killed["global_step"] < 400
+    assert 10 <= killed["global_step"] < 200
     trained = trained_steps(monkeypatch, VQVAETask)
     again = command("vqvae-train", *options, folder=folder)
     assert again.status == 0, again.err
-    assert trained == list(range(killed["global_step"], 400))
+    assert trained == list(range(killed["global_step"], 200))
     one, other = checkpoints_of(whole.folder, folder)
-    assert one["global_step"] == other["global_step"] == 400
+    assert one["global_step"] == other["global_step"] == 200
     for name, value in one["state_dict"].items():
         assert torch.equal(value, other["state_dict"][name]), name
 
