@@ -133,7 +133,7 @@ LIBRARIES = frozenset(
 )
 """Well-known packages with functions that can run or remove anything, such as `torch.load`.
 
-Of these and of Python's standard library, a user can trust single targets but not the whole.
+A user can trust single targets of these and of Python's standard library, but not a whole one.
 """
 
 _TARGET, _PARTIAL = "_target_", "_partial_"

@@ -218,7 +218,7 @@ def test_every_command_is_refused_where_another_works(name, held, tmp_path):
 
 @pytest.fixture
 def trained(monkeypatch):
-    """Folder, seed and hidden files beside it of each run that vqvae-train was to train."""
+    """Folder, seed and hidden files next to the folder of each run that vqvae-train would train."""
     seen = []
 
     def untrained(cfg):

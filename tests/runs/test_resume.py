@@ -1,4 +1,4 @@
-"""A run that goes on: on the data that it began with, and with the time of all its parts."""
+"""A resumed run uses the data that it began with, and adds up the time of all its parts."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Sweeps besides their jobs: the folder, failed jobs, and the report."""
+"""What a sweep has in addition to its jobs: its folder, the list of failed jobs, and the report."""
 
 import sys
 from collections.abc import Callable, Iterator

@@ -80,12 +80,12 @@ class RunFolder:
 
     @property
     def codes(self) -> Path:
-        """Of an evaluation: histogram of the training codes, and codes of the pictured images."""
+        """Histogram of the training codes, and codes of the pictured images of an evaluation."""
         return self.path / "codes.npz"
 
     @property
     def nearest_picture(self) -> Path:
-        """Of an evaluation: samples above their nearest training images."""
+        """Samples of an evaluation above their nearest training images."""
         return self.path / "nearest.png"
 
     @property
