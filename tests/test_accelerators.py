@@ -4,7 +4,7 @@ import pytest
 import torch
 from conftest import TINY_VQVAE, compose
 
-from vqvae_lightning.jobs import ranks as launch
+from vqvae_lightning.jobs.launched_ranks import choose_backend
 from vqvae_lightning.stages import training
 from vqvae_lightning.stages.training import train
 
@@ -38,12 +38,12 @@ def test_a_gpu_job_without_a_gpu_ends_with_one_line(trainer, preflight, toy, com
 @pytest.mark.parametrize("rank", [0, 1])
 def test_ranks_on_the_cpu_talk_without_a_gpu(rank):
     # Rank 1 of two must not request a second GPU on a machine with one.
-    assert launch._backend("cpu", rank) == "gloo"
+    assert choose_backend("cpu", rank) == "gloo"
 
 
 @pytest.mark.usefixtures("forbidden_gpu")
 @pytest.mark.filterwarnings("ignore:GPU available but not used")
 def test_a_training_on_the_cpu_uses_no_gpu(toy, tmp_path, monkeypatch):
-    monkeypatch.setattr(training, "local_rank", lambda: 1)
+    monkeypatch.setattr(training, "get_local_rank", lambda: 1)
     result = train(compose("vqvae", *toy, *TINY_VQVAE, folder=tmp_path))
     assert result["peak_gpu_bytes"] is None
