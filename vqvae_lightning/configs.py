@@ -1,12 +1,12 @@
 """Where the configs are, and the only place that turns a config into objects."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from vqvae_lightning.checks import check_types
-from vqvae_lightning.errors import InputError, Key
+from vqvae_lightning.errors import InputError, Key, join_lines
 from vqvae_lightning.trust import Trust, find_foreign, list_packages
 from vqvae_lightning.units import get_direction
 
@@ -40,10 +40,15 @@ def build(config: Any, **arguments: Any) -> Any:
             # Made again: `cause` raised from `error` would have itself for a cause.
             raise cause.rename_keys(lambda key: f"{place}.{key}" if place else key) from error
         if cause is None:  # Hydra's own refusal, in several lines
-            said = " ".join(str(error).partition("full_key:")[0].split())
+            said = join_lines(str(error).partition("full_key:")[0])
         else:
-            said = f"{type(cause).__name__}: {' '.join(str(cause).split())}"
+            said = f"{type(cause).__name__}: {join_lines(cause)}"
         raise InputError(*([Key(place), ": "] if place else []), said) from error
+
+
+def build_parts(config: Mapping[Any, Any]) -> list[Any]:
+    """Build the named parts of a config, such as callbacks or loggers; null switches one off."""
+    return [build(part) for part in config.values() if part is not None]
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -57,7 +62,7 @@ def read_config(path: Path) -> dict[str, Any]:
     try:
         config = OmegaConf.to_container(OmegaConf.load(path))
     except Exception as error:  # of the file system, of YAML, of OmegaConf
-        raise InputError(f"{path} cannot be read: {' '.join(str(error).split())}") from error
+        raise InputError(f"{path} cannot be read: {join_lines(error)}") from error
     if not isinstance(config, dict):
         raise InputError(f"{path} is not the config of a run.")
     return {str(key): value for key, value in config.items()}

@@ -85,6 +85,11 @@ class Failed(BaseException):
         self.error = error
 
 
+def join_lines(text: object) -> str:
+    """The text of `text`, such as an error, in one line: all white space becomes single spaces."""
+    return " ".join(str(text).split())
+
+
 def check_positive(name: str, value: object) -> int:
     """Return `value` if it is an integer of at least 1.
 

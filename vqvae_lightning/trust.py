@@ -11,7 +11,7 @@ from functools import partial
 from importlib import import_module
 from typing import Any, NamedTuple
 
-from vqvae_lightning.errors import InputError
+from vqvae_lightning.errors import InputError, join_lines
 
 _OPTIMIZERS = tuple(
     f"torch.optim.{name}"
@@ -193,7 +193,7 @@ class Trust:
             raise
         except Exception as error:
             raise InputError(
-                f"{self.place}: {key} cannot be built: {type(error).__name__}: {_join_lines(error)}"
+                f"{self.place}: {key} cannot be built: {type(error).__name__}: {join_lines(error)}"
             ) from error
 
     def _read(self, config: Any, key: str) -> Any:
@@ -283,7 +283,7 @@ class Trust:
         except Exception as error:  # importing a package can raise anything
             raise InputError(
                 f"{self.place}: {key}={target} cannot be imported: "
-                f"{type(error).__name__}: {_join_lines(error)}"
+                f"{type(error).__name__}: {join_lines(error)}"
             ) from error
         if not callable(found):
             self._refuse(key, f"is {target}, not a class or function")
@@ -296,13 +296,13 @@ class Trust:
         wanted = sorted({*self.packages, name})
         quoted = ", ".join(f'"{part}"' for part in wanted)
         raise InputError(
-            f"{self.place}: {key}={_join_lines(target)} is refused: a file may name only what "
+            f"{self.place}: {key}={join_lines(target)} is refused: a file may name only what "
             "vqvae_lightning knows. If you trust that code with all that you may do, add "
             f"trust=[{','.join(wanted)}] to the command, or in Python load(path, trust=[{quoted}])."
         )
 
     def _refuse(self, key: str, reason: str) -> None:
-        raise InputError(f"{self.place}: {key or 'the config'} {_join_lines(reason)}: refused.")
+        raise InputError(f"{self.place}: {key or 'the config'} {join_lines(reason)}: refused.")
 
 
 class _Needs(Trust):
@@ -376,7 +376,3 @@ def _is_library(target: str) -> bool:
 
 def _get_top_package(target: str) -> str:
     return target.partition(".")[0]
-
-
-def _join_lines(text: object) -> str:
-    return " ".join(str(text).split())

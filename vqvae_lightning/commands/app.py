@@ -19,7 +19,14 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 
 from vqvae_lightning.configs import CONF_DIR, register_resolvers
-from vqvae_lightning.errors import DivergenceError, Failed, InputError, Interrupted, RankError
+from vqvae_lightning.errors import (
+    DivergenceError,
+    Failed,
+    InputError,
+    Interrupted,
+    RankError,
+    join_lines,
+)
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -234,7 +241,7 @@ def _exit_with_one_line() -> Iterator[bool]:
 
 
 def _one_line(error: BaseException) -> str:
-    return _explain(error) or f"{type(error).__name__}: {' '.join(str(error).split())}"
+    return _explain(error) or f"{type(error).__name__}: {join_lines(error)}"
 
 
 def _explain(error: BaseException) -> str | None:
@@ -261,5 +268,5 @@ def _explain(error: BaseException) -> str | None:
         if isinstance(link, MissingMandatoryValue):
             return f"{link.full_key} must be given: {link.full_key}=VALUE"
     if isinstance(error, HydraException | OmegaConfBaseException | PermissionError | OSError):
-        return " ".join(str(error).split())
+        return join_lines(error)
     return None

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig, OmegaConf
 
-from vqvae_lightning.errors import DivergenceError, InputError, Interrupted, RankError
+from vqvae_lightning.errors import DivergenceError, InputError, Interrupted, RankError, join_lines
 
 if TYPE_CHECKING:
     from lightning_fabric.plugins import ClusterEnvironment
@@ -190,7 +190,7 @@ def detect_launcher() -> "ClusterEnvironment | None":
         # Not Lightning but submitit requeues, or the job script at exit status 75.
         return SLURMEnvironment(auto_requeue=False)
     except RuntimeError as error:
-        raise InputError(" ".join(str(error).split())) from error
+        raise InputError(join_lines(error)) from error
 
 
 def choose_backend(accelerator: str, local_rank: int) -> str:

@@ -26,7 +26,7 @@ from hydra.types import HydraContext, TaskFunction
 from hydra.utils import get_method, instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from vqvae_lightning.errors import InputError, check_positive, check_range
+from vqvae_lightning.errors import InputError, check_positive, check_range, join_lines
 from vqvae_lightning.files import write_text
 from vqvae_lightning.runs.folder import RunFolder
 
@@ -99,7 +99,7 @@ class OptunaSweeper(Sweeper):
         except (ImportError, ValueError) as error:
             raise InputError(
                 f"hydra.sweeper.custom_search_space={custom_search_space} must be the import path "
-                f"of a function: {_join_lines(error)}"
+                f"of a function: {join_lines(error)}"
             ) from error
         self.params = params
 
@@ -169,7 +169,7 @@ class OptunaSweeper(Sweeper):
             )
         except Exception as error:  # raised by Optuna, SQLAlchemy or the database's driver
             raise InputError(
-                f"hydra.sweeper.storage={self.storage} cannot be used: {_join_lines(error)}"
+                f"hydra.sweeper.storage={self.storage} cannot be used: {join_lines(error)}"
             ) from error
         known = study.direction.name.lower()
         if known != self.direction:
@@ -188,7 +188,7 @@ class OptunaSweeper(Sweeper):
         try:
             study.sampler = instantiate(options)
         except InstantiationException as error:
-            raise InputError(f"hydra.sweeper.sampler: {_join_lines(error)}") from error
+            raise InputError(f"hydra.sweeper.sampler: {join_lines(error)}") from error
         return study
 
     def _find_interrupted(self, study: "Study", fixed: dict[str, Override]) -> list[Suggestion]:
@@ -258,7 +258,7 @@ class OptunaSweeper(Sweeper):
         for trial, result in zip(batch, results, strict=True):
             failure = _report_objective(study, trial, result)
             if failure is not None:
-                log.warning(f"trial {trial.number} failed: {_join_lines(failure)}")
+                log.warning(f"trial {trial.number} failed: {join_lines(failure)}")
                 failures.append(failure)
         if len(failures) > self.max_failure_rate * len(batch):
             raise failures[0]
@@ -304,7 +304,7 @@ def read_space(
         try:
             space[key] = _make_distribution(override)
         except ValueError as error:
-            raise InputError(f"{override.input_line}: {_join_lines(error)}") from error
+            raise InputError(f"{override.input_line}: {join_lines(error)}") from error
     return space, fixed
 
 
@@ -357,7 +357,7 @@ def _check_space(
         except ValueError as error:
             raise InputError(
                 f"{key}: the study in {folder} searches other values: choose another "
-                f"hydra.sweep.dir or hydra.sweeper.study_name ({_join_lines(error)})"
+                f"hydra.sweep.dir or hydra.sweeper.study_name ({join_lines(error)})"
             ) from error
 
 
@@ -378,7 +378,3 @@ def _report_objective(study: "Study", trial: Suggestion, result: JobReturn) -> E
         return error
     study.tell(trial.number, float(returned))
     return None
-
-
-def _join_lines(error: BaseException) -> str:
-    return " ".join(str(error).split())

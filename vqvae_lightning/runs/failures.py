@@ -4,6 +4,7 @@ import shlex
 from pathlib import Path
 from typing import NamedTuple
 
+from vqvae_lightning.errors import join_lines
 from vqvae_lightning.files import write_text
 from vqvae_lightning.runs.folder import RunFolder
 
@@ -24,8 +25,9 @@ def write_failure(folder: Path, error: str, overrides: list[str], trace: str) ->
         overrides: Overrides of the job.
         trace: Traceback of the error.
     """
-    line = " ".join(error.split())
-    write_text(RunFolder(folder).failure, f"{line}\n{shlex.join(overrides)}\n\n{trace}")
+    write_text(
+        RunFolder(folder).failure, f"{join_lines(error)}\n{shlex.join(overrides)}\n\n{trace}"
+    )
 
 
 def read_failure(folder: Path) -> Failure | None:

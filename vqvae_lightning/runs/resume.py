@@ -106,7 +106,7 @@ def read_run_config(folder: Path, run: Path, trust: Iterable[str]) -> DictConfig
     old = Path(config["folder"])
     for _ in folder.relative_to(run).parts:
         old = old.parent
-    moved = OmegaConf.create(_move_paths(config, str(old), str(run.absolute())))
+    moved = OmegaConf.create(move_paths(config, str(old), str(run.absolute())))
     assert isinstance(moved, DictConfig)
     OmegaConf.set_struct(moved, True)
     return moved
@@ -125,12 +125,12 @@ def _derive_kind(config: dict[str, Any]) -> str:
     return next((kind for key, kind in marks.items() if key in config), "vqvae")
 
 
-def _move_paths(value: Any, old: str, new: str) -> Any:
-    """Replace the folder `old` by `new` in every path of a config."""
+def move_paths(value: Any, old: str, new: str) -> Any:
+    """Return a config's plain data with the folder `old` replaced by `new` in every path."""
     if isinstance(value, dict):
-        return {key: _move_paths(child, old, new) for key, child in value.items()}
+        return {key: move_paths(child, old, new) for key, child in value.items()}
     if isinstance(value, list):
-        return [_move_paths(child, old, new) for child in value]
+        return [move_paths(child, old, new) for child in value]
     if isinstance(value, str) and (value == old or value.startswith(f"{old}/")):
         return new + value[len(old) :]
     return value

@@ -9,7 +9,7 @@ import torch
 from omegaconf import DictConfig
 
 from vqvae_lightning.checkpoints import load, load_pair
-from vqvae_lightning.configs import build, to_plain
+from vqvae_lightning.configs import build, build_parts, to_plain
 from vqvae_lightning.data import CodesDataModule
 from vqvae_lightning.data.images import PixelDataModule
 from vqvae_lightning.devices import choose_devices
@@ -211,8 +211,12 @@ def _evaluate(cfg: DictConfig, images: PixelDataModule | None, watch: Stopwatch)
             metrics |= measure_with_classifier(judge, codes, cfg.split, drawn, labels, device)
     named = {f"{cfg.split}/{name}": value for name, value in metrics.items()}
     pictures = [run.reconstructions_picture, run.nearest_picture]
-    loggers = [build(part) for part in (cfg.logger or {}).values() if part is not None]
-    log_result(loggers, to_plain(cfg), named, [path for path in pictures if path.is_file()])
+    log_result(
+        build_parts(cfg.logger or {}),
+        to_plain(cfg),
+        named,
+        [path for path in pictures if path.is_file()],
+    )
     return write_result(
         folder,
         named,

@@ -113,5 +113,10 @@ def print_survey(title: str, survey: "Survey") -> None:
     for name, text in survey.facts.items():
         table.add_row(name, text)
     console.print(table)
+    print_warnings(survey)
+
+
+def print_warnings(survey: "Survey") -> None:
+    """Print a line for each warning in the survey of a stage."""
     for warning in survey.warnings:
         console.print(f"warning: {warning}", highlight=False)

@@ -19,7 +19,7 @@ from vqvae_lightning.jobs.ranks import count_ranks
 from vqvae_lightning.report.run import write_report
 from vqvae_lightning.runs.folder import STAGES, RunFolder
 from vqvae_lightning.runs.results import read_result, write_config, write_result
-from vqvae_lightning.runs.resume import read_run_config
+from vqvae_lightning.runs.resume import move_paths, read_run_config
 from vqvae_lightning.runs.stopwatch import Stopwatch, time_stage
 from vqvae_lightning.stages.evaluating import build_classifier, check_evaluation, evaluate
 from vqvae_lightning.stages.inputs import load_images, print_survey
@@ -79,18 +79,11 @@ def _recompose(cfg: DictConfig) -> DictConfig:
     a stage that has not begun must be in the stage's.
     """
     folder = str(cfg.folder)
-
-    def link(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {key: link(child) for key, child in value.items()}
-        if isinstance(value, list):
-            return [link(child) for child in value]
-        below = isinstance(value, str) and (value == folder or value.startswith(f"{folder}/"))
-        return "${folder}" + value[len(folder) :] if below else value
-
     plain = {"data_fingerprint": None, **to_plain(cfg)}  # older runs lack the key
     stages = OmegaConf.load(CONF_DIR / "pipeline.yaml").stages
-    return OmegaConf.create({**link(plain), "stages": stages, "folder": folder})
+    return OmegaConf.create(
+        {**move_paths(plain, folder, "${folder}"), "stages": stages, "folder": folder}
+    )
 
 
 def prefix_stage_keys(cfg: DictConfig, name: str) -> AbstractContextManager[None]:

@@ -13,7 +13,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from vqvae_lightning.callbacks.checkpoints import TimeKeeper
 from vqvae_lightning.callbacks.reproducibility import ConfigComparison, FinalValidation
 from vqvae_lightning.checkpoints import hash_weights, load
-from vqvae_lightning.configs import build, record_foreign, to_plain
+from vqvae_lightning.configs import build, build_parts, record_foreign, to_plain
 from vqvae_lightning.console import console
 from vqvae_lightning.data import CodesDataModule
 from vqvae_lightning.data.images import PixelDataModule, StageDataModule
@@ -28,6 +28,7 @@ from vqvae_lightning.stages.inputs import (
     build_codes,
     load_images,
     print_survey,
+    print_warnings,
     require_same_data,
 )
 from vqvae_lightning.stages.preflight import Survey, check_monitor, check_trainer, survey
@@ -70,8 +71,7 @@ def train(
         print_survey(cfg.kind, found)
         return {}
     console.print(f"[bold]{cfg.kind}[/bold]  {found.line}", highlight=False)
-    for warning in found.warnings:
-        console.print(f"warning: {warning}", highlight=False)
+    print_warnings(found)
     name_run(cfg, cfg.kind)
     with time_stage(folder) as watch, start_ranks(cfg, folder, "vqvae_lightning.commands.worker"):
         return fit(cfg, task, data, watch)
@@ -193,11 +193,6 @@ def survey_stage(cfg: DictConfig, task: Any, data: StageDataModule) -> Survey:
     return found
 
 
-def build_parts(config: DictConfig) -> list[Any]:
-    """Build the callbacks or loggers of a config; null switches one off."""
-    return [build(part) for part in config.values() if part is not None]
-
-
 def fit(
     cfg: DictConfig, task: Any, data: StageDataModule, watch: Stopwatch | None = None
 ) -> dict[str, Any]:
@@ -216,9 +211,8 @@ def fit(
     best, last = RunFolder(folder).best_checkpoint, RunFolder(folder).last_checkpoint
     on_gpu = cfg.trainer.accelerator != "cpu"
     if on_gpu:
-        torch.cuda.set_device(
-            get_local_rank()
-        )  # otherwise all ranks would use memory of the first GPU
+        # Otherwise all ranks would use memory of the first GPU.
+        torch.cuda.set_device(get_local_rank())
         torch.cuda.reset_peak_memory_stats()
 
     task.save_hyperparameters(to_plain(cfg))

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from vqvae_lightning.errors import InputError, Key, check_range
+from vqvae_lightning.errors import InputError, Key, check_range, join_lines
 
 OptimizerFactory = Callable[[Iterable[nn.Parameter]], Optimizer]
 
@@ -86,7 +86,7 @@ def check_optimizer(optimizer: OptimizerFactory) -> float:
     try:
         built = _build_and_step(optimizer, parameter)
     except Exception as error:
-        message = " ".join(str(error).split())
+        message = join_lines(error)
         name = _find_bad_option(optimizer)
         if name is None:
             raise InputError(Key("optimizer"), f": {message}") from error
