@@ -332,8 +332,8 @@ MUTATIONS = (
         ),
     ),
     *mutations_of(
-        "networks/likelihoods.py",
-        "networks/test_likelihoods.py",
+        "likelihoods/logistic.py",
+        "likelihoods/test_logistic.py",
         (
             "lowest level without its tail",
             "torch.where(x < 0.5,",

@@ -30,6 +30,7 @@ LEVELS = {
     "configs": 2,
     "loggers": 2,
     "quantizers": 2,
+    "likelihoods": 2,
     "networks": 3,
     "runs": 3,
     "checkpoints": 4,

@@ -29,6 +29,8 @@ UNITS = {
     "mse": "squared pixel value in [0, 1]",
     "mse_unrounded": "squared pixel value in [0, 1]",
     "nats_per_code": "nats/code",
+    "nll_nats_per_dim": "nats/dim",
+    "nll_nats_per_dim_weighted": "1",
     "nmse": "mse / variance of training pixels",
     "perplexity": "codes",
     "perplexity_batch32": "codes, mean over batches of 32 images",
@@ -59,6 +61,7 @@ LOWER = {
     "loss",
     "mse",
     "nats_per_code",
+    "nll_nats_per_dim",
     "nmse",
     "prior_bits_per_dim",
 }

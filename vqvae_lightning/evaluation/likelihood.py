@@ -1,6 +1,7 @@
 """Measure likelihoods on a split, in nats per code and bits/dim."""
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -9,8 +10,10 @@ from vqvae_lightning.data.codes import CodesDataModule
 from vqvae_lightning.data.images import SplitName
 from vqvae_lightning.distributed import all_reduce, gather
 from vqvae_lightning.evaluation.reconstruction import pair_images_with_codes
+from vqvae_lightning.likelihoods import PixelDistribution
+from vqvae_lightning.likelihoods.logistic import discretised_logistic, fit_log_scale
+from vqvae_lightning.likelihoods.protocol import to_levels
 from vqvae_lightning.metrics import unigram_log_probabilities
-from vqvae_lightning.networks.likelihoods import discretised_logistic, fit_log_scale
 from vqvae_lightning.networks.pixelcnn import PixelCNN
 from vqvae_lightning.networks.sampling import score
 
@@ -24,10 +27,11 @@ def measure_likelihood(
 ) -> dict[str, float]:
     """Measure the terms of an upper bound on bits per dimension, -log2 p(x | z) - log2 p(z).
 
-    p(x | z) is a discretised logistic distribution around the reconstruction. Its scale per channel
-    is fitted on validation images. The bound holds because the encoder is deterministic. p(z) is
-    uniform, the histogram of the training codes, or the prior. A conditional prior is given the
-    label, so the total is then a bound on -log2 p(x | y).
+    p(x | z) is the likelihood that the decoder was trained with. After training with a squared
+    error, it is a discretised logistic distribution around the reconstruction, whose scale per
+    channel is fitted on validation images. The bound holds because the encoder is deterministic.
+    p(z) is uniform, the histogram of the training codes, or the prior. A conditional prior is given
+    the label, so the total is then a bound on -log2 p(x | y).
 
     Args:
         codes: Codes and their images.
@@ -39,15 +43,15 @@ def measure_likelihood(
     positions = math.prod(codes.grid)
     unigram = unigram_log_probabilities(codes.histogram()).to(device)
     by_position = _compute_position_log_probabilities(codes).to(device)
-    log_scale = _fit_scale(codes, device)
+    score_pixels = _build_pixel_score(codes, device)
     sums = {
         name: torch.zeros((), dtype=torch.float64)
         for name in ("pixels", "unigram", "position", "prior")
     }
     total = len(codes.datasets[split])
     for levels, labels, grid in pair_images_with_codes(codes, split, device, "scoring"):
-        mean = (codes.vqvae.decode(grid).float() + 1) * 127.5
-        sums["pixels"] -= discretised_logistic(levels, mean, log_scale).double().sum().cpu()
+        output = codes.vqvae.decode_output(grid)
+        sums["pixels"] -= score_pixels(output, levels).double().sum().cpu()
         sums["unigram"] -= unigram[grid].double().sum().cpu()
         chosen = by_position.expand(len(grid), -1, -1, -1).gather(1, grid[:, None])
         sums["position"] -= chosen.double().sum().cpu()
@@ -73,12 +77,27 @@ def measure_likelihood(
     return metrics
 
 
+def _build_pixel_score(
+    codes: CodesDataModule, device: torch.device
+) -> Callable[[Tensor, Tensor], Tensor]:
+    """Build the function that maps decoder outputs and levels to log p(x | z), in nats."""
+    likelihood = codes.vqvae.likelihood
+    if isinstance(likelihood, PixelDistribution):
+        return likelihood.log_prob
+    log_scale = _fit_scale(codes, device)
+
+    def score_pixels(output: Tensor, levels: Tensor) -> Tensor:
+        return discretised_logistic(levels, to_levels(likelihood.mean(output)), log_scale)
+
+    return score_pixels
+
+
 def _fit_scale(codes: CodesDataModule, device: torch.device) -> Tensor:
     """Fit the log scale of the decoder's distribution per channel, on validation images."""
     limit = -(-SCALE_VALUES // math.prod(codes.images.image_shape))
     means, levels = [], []
     for images, _, grid in pair_images_with_codes(codes, "val", device, "fitting the scale", limit):
-        means.append(((codes.vqvae.decode(grid).float() + 1) * 127.5).cpu())
+        means.append(to_levels(codes.vqvae.decode(grid)).cpu())
         levels.append(images.cpu())
     # Each rank fits to the images of all ranks, so that all find the same scale.
     parts = [part for rank in gather((levels, means)) for part in zip(*rank, strict=True)]

@@ -3,7 +3,6 @@
 - `autoencoder`: the VQ-VAE, from its encoder to its decoder.
 - `pixelcnn`: the prior over grids of codes.
 - `sampling`: drawing codes from a prior, and their likelihood.
-- `likelihoods`: a probability for each level of a pixel, from a decoder's output.
 - `classifier`: the judge of class-conditional samples.
 - `dropout`: dropout that gives the same results on any number of devices.
 """

@@ -1,12 +1,14 @@
 """Encoder, decoder and the VQ-VAE that joins them through a quantizer."""
 
 import itertools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vqvae_lightning.errors import InputError, Key, check_positive, check_range
+from vqvae_lightning.errors import InputError, Key, check_positive, check_range, prefix_keys
+from vqvae_lightning.likelihoods.protocol import Likelihood, SquaredError
 from vqvae_lightning.quantizers.protocol import Quantizer, QuantizerOutput
 
 
@@ -127,8 +129,10 @@ class VQVAEOutput(NamedTuple):
     """Output of `VQVAE` for images (B, C, H, W)."""
 
     reconstruction: Tensor
-    """(B, C, H, W), in the range of the images."""
+    """(B, C, H, W), in the range of the images: the mean of the likelihood."""
     quantized: QuantizerOutput
+    output: Tensor
+    """(B, outputs, H, W) from the decoder: the parameters of the likelihood."""
 
 
 class VQVAE(nn.Module):
@@ -146,6 +150,7 @@ class VQVAE(nn.Module):
             be multiples of 2**downsamplings.
         residual_blocks: Residual blocks on each side.
         residual_hidden: Width inside a residual block.
+        likelihood: Makes the likelihood for a number of channels.
 
     Raises:
         InputError: If a size is out of range, or `hidden` is odd.
@@ -159,6 +164,7 @@ class VQVAE(nn.Module):
         downsamplings: int = 2,
         residual_blocks: int = 2,
         residual_hidden: int = 32,
+        likelihood: Callable[[int], Likelihood] = SquaredError,
     ) -> None:
         super().__init__()
         for name, value in (
@@ -178,13 +184,16 @@ class VQVAE(nn.Module):
         self.quantizer = quantizer
         inner = (downsamplings, residual_blocks, residual_hidden)
         self.encoder = Encoder(channels, hidden, quantizer.encoder_channels, *inner)
-        self.decoder = Decoder(channels, hidden, quantizer.code_dim, *inner)
+        with prefix_keys("likelihood"):
+            self.likelihood = likelihood(channels)
+        self.decoder = Decoder(self.likelihood.outputs, hidden, quantizer.code_dim, *inner)
 
     def forward(self, images: Tensor) -> VQVAEOutput:
         """Reconstruct images (B, C, H, W) in [-1, 1]. In training mode the quantizer learns too."""
         self.compute_grid(images.shape[-2], images.shape[-1])
         quantized = self.quantizer(self.encoder(images))
-        return VQVAEOutput(self.decoder(quantized.vectors), quantized)
+        output = self.decoder(quantized.vectors)
+        return VQVAEOutput(self.likelihood.mean(output), quantized, output)
 
     def encode(self, images: Tensor) -> Tensor:
         """Encode images (B, C, H, W) in [-1, 1] as codes (B, h, w) int64, without learning."""
@@ -193,6 +202,10 @@ class VQVAE(nn.Module):
 
     def decode(self, codes: Tensor) -> Tensor:
         """Decode codes (B, h, w) to images (B, C, H, W), approximately in [-1, 1]."""
+        return self.likelihood.mean(self.decode_output(codes))
+
+    def decode_output(self, codes: Tensor) -> Tensor:
+        """Decode codes (B, h, w) to the likelihood's parameters (B, outputs, H, W)."""
         return self.decoder(self.quantizer.decode(codes))  # type: ignore[no-any-return]
 
     def compute_grid(self, height: int, width: int) -> tuple[int, int]:

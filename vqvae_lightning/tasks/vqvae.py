@@ -10,6 +10,7 @@ from torchmetrics import MeanSquaredError
 
 from vqvae_lightning.data.images import Batch, PixelDataModule
 from vqvae_lightning.distributed import all_reduce
+from vqvae_lightning.likelihoods import Likelihood, PixelDistribution
 from vqvae_lightning.metrics import CodebookUsage, LatentUsage
 from vqvae_lightning.networks.autoencoder import VQVAE, VQVAEOutput
 from vqvae_lightning.pixels import to_uint8
@@ -24,17 +25,20 @@ from vqvae_lightning.tasks.optimization import (
 
 
 def compute_loss(
-    images: Tensor, output: VQVAEOutput, pixel_variance: Tensor
+    images: Tensor, output: VQVAEOutput, pixel_variance: Tensor, likelihood: Likelihood
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Compute the training loss of a VQ-VAE (arXiv:1711.00937, equation 3).
 
     The reconstruction term is the squared error divided by the variance of the training pixels
-    (NMSE), so that its weight relative to the quantizer's terms is the same on every data set.
+    (NMSE), so that its weight relative to the quantizer's terms is the same on every data set. With
+    a likelihood, the term is its negative log in nats per dimension, times its weight. NMSE is then
+    only logged.
 
     Args:
         images: (B, C, H, W) in [-1, 1].
         output: What the network computes for `images`.
         pixel_variance: () variance of the training pixels in [0, 1].
+        likelihood: Likelihood of the network.
 
     Returns:
         The loss (), and its terms by name, each () and unweighted.
@@ -42,7 +46,12 @@ def compute_loss(
     squared_error = F.mse_loss(output.reconstruction.float(), images)
     # Pixels in [-1, 1] have 4 times the variance of pixels in [0, 1].
     nmse = squared_error / (4 * pixel_variance)
-    return nmse + output.quantized.loss, {"nmse": nmse, **output.quantized.terms}
+    terms = {"nmse": nmse, **output.quantized.terms}
+    if not isinstance(likelihood, PixelDistribution):
+        return nmse + output.quantized.loss, terms
+    nats = likelihood.compute_loss(output.output, to_uint8(images))
+    terms["nll_nats_per_dim"] = nats
+    return likelihood.weight * nats + output.quantized.loss, terms
 
 
 class VQVAETask(WatchedTask):
@@ -95,7 +104,7 @@ class VQVAETask(WatchedTask):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Return the loss of images in [-1, 1]; log every `trainer.log_every_n_steps`."""
         output = self.net(batch.data)
-        loss, terms = compute_loss(batch.data, output, self.pixel_variance)
+        loss, terms = compute_loss(batch.data, output, self.pixel_variance, self.net.likelihood)
         self._count_use(output.quantized)
         self.losses.add(self.global_step, loss, terms)
         # Only the last of the accumulated batches is logged.
@@ -103,7 +112,7 @@ class VQVAETask(WatchedTask):
         steps = not accumulated or self.trainer.is_last_batch
         if steps and (self.global_step + 1) % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
             logged: dict[str, Any] = {f"train/{name}": v for name, v in terms.items()}
-            for name, weight in self.net.quantizer.weights.items():
+            for name, weight in self._list_weights().items():
                 if name in terms:
                     logged[f"train/{name}_weighted"] = weight * terms[name]
             self.log("train/loss", loss, prog_bar=True)
@@ -150,6 +159,8 @@ class VQVAETask(WatchedTask):
         with torch.random.fork_rng(devices=[]):
             terms = quantizer(torch.zeros(1, quantizer.encoder_channels, *grid)).terms
         names = {"loss", "mse", "nmse", "psnr_db", *terms}
+        if isinstance(self.net.likelihood, PixelDistribution):
+            names.add("nll_nats_per_dim")
         if self.codebook_usage is not None:
             names |= {"perplexity", "codebook_use"}
         if isinstance(quantizer, GaussianBottleneck):
@@ -162,6 +173,13 @@ class VQVAETask(WatchedTask):
         return configure_optimizer(
             self.net.parameters(), self.optimizer_factory, self.schedule, self.total_steps
         )
+
+    def _list_weights(self) -> dict[str, float]:
+        """List the weight of each weighted term of the loss, by name."""
+        weights = dict(self.net.quantizer.weights)
+        if isinstance(self.net.likelihood, PixelDistribution):
+            weights["nll_nats_per_dim"] = self.net.likelihood.weight
+        return weights
 
     def _compute_share(self, images: int) -> float | Tensor:
         """Compute this rank's share of the step's images, times the number of ranks.
@@ -210,7 +228,7 @@ class VQVAETask(WatchedTask):
 
     def _evaluate(self, batch: Batch, split: str) -> None:
         output = self.net(batch.data)
-        loss, terms = compute_loss(batch.data, output, self.pixel_variance)
+        loss, terms = compute_loss(batch.data, output, self.pixel_variance, self.net.likelihood)
         self._count_use(output.quantized)
         self.squared_error.update(
             to_uint8(output.reconstruction).float() / 255, to_uint8(batch.data).float() / 255

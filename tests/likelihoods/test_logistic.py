@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from vqvae_lightning.networks.likelihoods import discretised_logistic, fit_log_scale
+from vqvae_lightning.likelihoods.logistic import discretised_logistic, fit_log_scale
 
 LEVELS = torch.arange(256)
 

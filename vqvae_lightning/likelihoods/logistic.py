@@ -1,4 +1,4 @@
-"""Likelihood of 8-bit pixels under a discretised logistic around the decoder's output."""
+"""The discretised logistic distribution over the 256 levels of a pixel."""
 
 import math
 
