@@ -78,8 +78,8 @@ def load_pair(
         trust: Packages besides this one whose classes the checkpoints may name.
 
     Raises:
-        InputError: If a checkpoint cannot be loaded (see `load`), or the VQ-VAE's weights are not
-            those that the prior was trained with.
+        InputError: If a checkpoint cannot be loaded (see `load`), or the VQ-VAE is neither the one
+            that the prior was trained with nor a decoder trained on its codes.
     """
     prior = load(prior_path, "prior", trust)
     vqvae_path = vqvae_path or prior.config["vqvae_checkpoint"]
@@ -90,7 +90,8 @@ def load_pair(
         )
     vqvae = load(vqvae_path, "vqvae", trust)
     found, wanted = hash_weights(vqvae.net), prior.config["vqvae_hash"]
-    if found != wanted:
+    # A decoder that was trained on kept codes has another hash, but the codes are the same.
+    if wanted not in (found, vqvae.config.get("vqvae_hash")):
         raise InputError(
             f"prior {prior_path} was trained on the codes of VQ-VAE {wanted}, but "
             f"vqvae_checkpoint={vqvae_path} "

@@ -1,5 +1,6 @@
 """vqvae-train: train one stage, test its best checkpoint, return the objective of a sweep."""
 
+import shlex
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -95,12 +96,45 @@ def load_data(cfg: DictConfig, images: PixelDataModule | None = None) -> StageDa
     codes: CodesDataModule = build_codes(
         images, load(path, "vqvae", cfg.trust).net, path, cfg, cfg.batch_size
     )
-    if cfg.vqvae_hash not in (None, codes.vqvae_hash):
-        raise InputError(
-            f"this prior began on the codes of VQ-VAE {cfg.vqvae_hash}, but vqvae_checkpoint="
-            f"{cfg.vqvae_checkpoint} is now {codes.vqvae_hash}: its codes mean something else."
-        )
+    keep_hash(cfg, codes.vqvae_hash)
     return codes
+
+
+def keep_hash(cfg: DictConfig, vqvae_hash: str) -> None:
+    """Fill in the hash of the VQ-VAE that a stage uses, and the absolute path of its checkpoint.
+
+    Raises:
+        InputError: If a resumed run began with another VQ-VAE.
+    """
+    if cfg.vqvae_hash not in (None, vqvae_hash):
+        raise InputError(
+            f"this {cfg.kind} began on the codes of VQ-VAE {cfg.vqvae_hash}, but vqvae_checkpoint="
+            f"{cfg.vqvae_checkpoint} is now {vqvae_hash}: its codes mean something else."
+        )
+    cfg.vqvae_hash = vqvae_hash
+    cfg.vqvae_checkpoint = str(Path(cfg.vqvae_checkpoint).absolute())
+
+
+def keep_network(cfg: DictConfig) -> None:
+    """Take the network of `vqvae_checkpoint`, except its likelihood, for a decoder to be trained.
+
+    Raises:
+        InputError: If the checkpoint cannot be loaded, or an override asks for another network.
+    """
+    if cfg.get("vqvae_checkpoint") is None:  # configs of older runs lack the key
+        return
+    for override in shlex.split(cfg.command or ""):
+        key = override.lstrip("+").partition("=")[0]
+        likelihood = key.startswith("model.net.likelihood")
+        if key in ("quantizer", "model") or (key.startswith("model.net.") and not likelihood):
+            raise InputError(
+                f"{override} has no effect with vqvae_checkpoint={cfg.vqvae_checkpoint}, whose "
+                "network is kept: remove one of the two."
+            )
+    kept = load(cfg.vqvae_checkpoint, "vqvae", cfg.trust)
+    keep_hash(cfg, hash_weights(kept.net))
+    settings = {**kept.config["model"]["net"], "likelihood": cfg.model.net.likelihood}
+    cfg.model.net = OmegaConf.create(settings)
 
 
 def check_fingerprint(cfg: DictConfig, images: PixelDataModule) -> None:
@@ -121,19 +155,18 @@ def keep_fingerprint(cfg: DictConfig, images: PixelDataModule) -> None:
 
 
 def complete_config(cfg: DictConfig, data: StageDataModule) -> None:
-    """Fill in what the data decide: fingerprint, sizes, and for a prior the VQ-VAE's hash.
+    """Fill in what the data decide: their fingerprint, and sizes of the network.
 
     Raises:
         InputError: If the config has other sizes.
     """
     if isinstance(data, CodesDataModule):
         keep_fingerprint(cfg, data.images)
-        cfg.vqvae_hash = data.vqvae_hash
-        cfg.vqvae_checkpoint = str(Path(cfg.vqvae_checkpoint).absolute())
         set_sizes(cfg, data)
     else:
         assert isinstance(data, PixelDataModule)
         keep_fingerprint(cfg, data)
+        keep_network(cfg)
         set_size(cfg, "channels", data.image_shape[0])
 
 
@@ -170,7 +203,10 @@ def set_size(cfg: DictConfig, name: str, value: int) -> None:
 def build_task(cfg: DictConfig) -> Any:
     """Build the untrained `VQVAETask` or `PriorTask`, with the initial weights of the seed."""
     pl.seed_everything(derive_seed(cfg.seed, "init") % 2**32, workers=True, verbose=False)
-    return build(cfg.model)
+    task = build(cfg.model)
+    if cfg.kind == "vqvae" and cfg.get("vqvae_checkpoint"):
+        task.keep_codes(load(cfg.vqvae_checkpoint, "vqvae", cfg.trust).net)
+    return task
 
 
 def survey_stage(cfg: DictConfig, task: Any, data: StageDataModule) -> Survey:

@@ -1,7 +1,7 @@
 """Stage 1: train a VQ-VAE."""
 
 import copy
-from typing import Any, cast
+from typing import Any, Self, cast
 
 import torch
 import torch.nn.functional as F
@@ -68,6 +68,7 @@ class VQVAETask(WatchedTask):
     """
 
     pixel_variance: Tensor
+    codes_kept = False
 
     def __init__(
         self,
@@ -91,6 +92,31 @@ class VQVAETask(WatchedTask):
         self.code_counts: Tensor | None = None  # hits of each code, as last logged
         self.latent_usage: LatentUsage | None = None
         self.squared_error = MeanSquaredError()
+
+    def keep_codes(self, source: VQVAE) -> None:
+        """Copy the weights of `source` and train only the decoder and the likelihood.
+
+        The last layer of the decoder keeps its initial weights if the likelihoods differ in their
+        number of outputs. Codes stay those of `source`, so a prior on them stays valid.
+        """
+        self.codes_kept = True
+        own, given = self.net.state_dict(), source.state_dict()
+        fits = {k: v for k, v in given.items() if k in own and own[k].shape == v.shape}
+        extra = {k: v for k, v in given.items() if "extra_state" in k or ".pool" in k}
+        self.net.load_state_dict({**own, **fits, **extra})
+        self.net.encoder.requires_grad_(False)
+        cast(nn.Module, self.net.quantizer).requires_grad_(False)
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> Self:
+        """Set the mode; kept codes stay in evaluation mode, so that the quantizer never learns."""
+        super().train(mode)
+        if self.codes_kept:
+            self.net.encoder.eval()
+            # A continuous bottleneck learns nothing, and its decoder trains on samples.
+            quantizer = cast(nn.Module, self.net.quantizer)
+            quantizer.train(mode and self.net.quantizer.num_codes == 0)
+        return self
 
     def setup(self, stage: str) -> None:
         """Read the variance of the training pixels and the size of the grid from the data."""
