@@ -1,5 +1,6 @@
 """vqvae-evaluate: evaluate finished checkpoints on a held-out split."""
 
+import copy
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -8,13 +9,14 @@ import pytorch_lightning as pl
 import torch
 from omegaconf import DictConfig
 
-from vqvae_lightning.checkpoints import load, load_pair
+from vqvae_lightning.checkpoints import hash_weights, load, load_pair
 from vqvae_lightning.configs import build, build_parts, to_plain
 from vqvae_lightning.data import CodesDataModule
 from vqvae_lightning.data.images import PixelDataModule
 from vqvae_lightning.devices import choose_devices
 from vqvae_lightning.errors import InputError, Key, check_positive, check_range, prefix_keys
-from vqvae_lightning.evaluation.classifier import measure_with_classifier, train_classifier
+from vqvae_lightning.evaluation.classifier import measure_with_classifier
+from vqvae_lightning.evaluation.classifier_cache import fetch_classifier
 from vqvae_lightning.evaluation.drawing import draw_images, find_nearest_images
 from vqvae_lightning.evaluation.likelihood import measure_likelihood
 from vqvae_lightning.evaluation.reconstruction import decode_images, measure_reconstruction
@@ -52,6 +54,8 @@ def check_evaluation(cfg: DictConfig) -> None:
     if cfg.num_samples < 2:
         raise InputError(Key("num_samples"), f"={cfg.num_samples} must be at least 2.")
     check_range("temperature", cfg.temperature, 0)
+    if cfg.get("classifier_seed") is not None:
+        check_range("classifier_seed", cfg.classifier_seed, 0)
 
 
 def build_classifier(cfg: DictConfig, images: PixelDataModule) -> ClassifierTask | None:
@@ -185,6 +189,7 @@ def _evaluate(cfg: DictConfig, images: PixelDataModule | None, watch: Stopwatch)
     arrays: dict[str, Any] = {"histogram": codes.histogram(), "codes": shown_codes, "images": shown}
     with replace_file(run.codes) as partial, partial.open("wb") as file:
         np.savez(file, **{k: v.numpy() for k, v in arrays.items()})
+    classifier = None
     if prior is not None:
         labels = None
         if prior.num_classes:
@@ -204,10 +209,23 @@ def _evaluate(cfg: DictConfig, images: PixelDataModule | None, watch: Stopwatch)
         ).images
         nearest = find_nearest_images(images, drawn[:10])
         save_png(arrange_pairs(drawn[:10], nearest), run.nearest_picture)
-        task = build_classifier(cfg, images)
+        judged = images
+        if cfg.get("classifier_seed") is not None:  # configs of older runs lack these keys
+            judged = copy.copy(images)
+            judged.seed = cfg.classifier_seed
+            torch.manual_seed(derive_seed(cfg.classifier_seed, "judge"))
+        task = build_classifier(cfg, judged)
         if task is not None:
-            steps = {**options, "max_steps": cfg.classifier_steps}
-            judge = train_classifier(task, images, steps, cfg.classifier_batch_size)
+            judge = fetch_classifier(
+                task,
+                judged,
+                to_plain(cfg.classifier),
+                {**options, "max_steps": cfg.classifier_steps},
+                cfg.classifier_batch_size,
+                cfg.get("classifier_cache"),
+                device,
+            )
+            classifier = hash_weights(judge)
             metrics |= measure_with_classifier(judge, codes, cfg.split, drawn, labels, device)
     named = {f"{cfg.split}/{name}": value for name, value in metrics.items()}
     pictures = [run.reconstructions_picture, run.nearest_picture]
@@ -229,5 +247,6 @@ def _evaluate(cfg: DictConfig, images: PixelDataModule | None, watch: Stopwatch)
         vqvae_checkpoint=str(vqvae_path),
         prior_checkpoint=cfg.prior_checkpoint,
         data_fingerprint=images.fingerprint,
+        classifier=classifier,
         class_names=images.class_names,
     )
