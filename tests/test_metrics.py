@@ -42,3 +42,17 @@ def test_an_empty_histogram_is_zero_and_not_nan():
     usage.update(torch.empty(0, dtype=torch.long))
     assert all(torch.isfinite(value).all() for value in usage.compute().values())
     assert usage.compute()["perplexity"] == 0
+
+
+def test_each_codebook_has_its_own_perplexity():
+    # One histogram of all rows would give 2 codebooks of 8 equally used codes a perplexity of 16.
+    usage = CodebookUsage(8, codes_per_position=2)
+    codes = torch.stack([torch.arange(40) % 8, torch.arange(40) % 2], -1)
+    for part in codes.split(8):
+        usage.update(part.view(2, 2, 2, 2))
+    result = usage.compute()
+    assert result["perplexity"] == pytest.approx((8 + 2) / 2)
+    assert result["entropy_bits"] == pytest.approx((3 + 1) / 2)
+    assert result["use"] == pytest.approx(10 / 16)
+    assert result["dead_codes"] == 6
+    assert result["counts"].tolist() == [5] * 8 + [20] * 2 + [0] * 6

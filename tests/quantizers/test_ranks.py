@@ -44,16 +44,23 @@ def run(quantizer, choose):
 
 
 QUANTIZERS = {
-    f"{make.__name__} {init}": (make, init)
+    f"{make.__name__} {init}": (make, {"init": init})
     for make in (EMAQuantizer, LossQuantizer)
     for init in ("kmeans", "data", "uniform")
+} | {
+    f"{arrangement} {init}": (
+        EMAQuantizer,
+        {"init": init, "codes_per_position": 2, "arrangement": arrangement},
+    )
+    for arrangement in ("product", "residual")
+    for init in ("kmeans", "data")
 }
 
 
 def build(case):
-    make, init = QUANTIZERS[case]
+    make, options = QUANTIZERS[case]
     torch.manual_seed(0)
-    return make(24, 4, init=init, warmup_steps=2, decay=0.7, revive_below=0.5, revive_every=2)
+    return make(24, 4, warmup_steps=2, decay=0.7, revive_below=0.5, revive_every=2, **options)
 
 
 def encode(folder):

@@ -40,9 +40,10 @@ class CollapseWarning(Callback):
         if "val/codebook_use" in metrics:
             data: PixelDataModule = trainer.datamodule  # type: ignore[attr-defined]
             rows, columns = pl_module.net.compute_grid(*data.image_shape[1:])
-            total = quantizer.num_codes
+            books = quantizer.codes_per_position
+            total = quantizer.num_codes * books
             # Few validation images cannot use all codes of a large codebook.
-            seen = len(data.datasets["val"]) * rows * columns
+            seen = len(data.datasets["val"]) * rows * columns * books
             use = float(metrics["val/codebook_use"]) * total / min(total, seen)
             what = f"{total} codes are in use"
         elif "val/active_dims" in metrics:
@@ -98,8 +99,8 @@ class CodebookDrift(Callback):
                 "called, or updated, on some ranks only?"
             )
         if self._last is not None and quantizer.initialised:
-            moved = (rows - self._last.to(rows)).norm(dim=1).mean()
-            pl_module.log("val/codebook_drift", moved / rows.norm(dim=1).mean())
+            moved = (rows - self._last.to(rows)).norm(dim=-1).mean()
+            pl_module.log("val/codebook_drift", moved / rows.norm(dim=-1).mean())
         self._last = rows if quantizer.initialised else None
 
     def state_dict(self) -> dict[str, Any]:

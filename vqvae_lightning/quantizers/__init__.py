@@ -4,6 +4,7 @@ This folder needs torch only. Start with `protocol`, the interface of every bott
 
 - `protocol`: what a bottleneck takes and returns.
 - `codebook`: what the EMA and loss codebooks share: look-up, warm-up, revival of dead codes.
+- `arrangements`: several codes per position, as product or residual codes.
 - `ema`: the EMA rule, which moves the codebook by moving averages.
 - `loss`: the codebook that learns by gradient.
 - `lookup`: the search for the nearest codebook row.

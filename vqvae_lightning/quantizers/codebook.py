@@ -2,7 +2,7 @@
 
 from abc import abstractmethod
 from collections.abc import Callable
-from typing import Any, Literal, Self, cast
+from typing import Any, Literal, Self
 
 import torch
 import torch.nn.functional as F
@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from vqvae_lightning.distributed import all_reduce, get_rank_and_world
 from vqvae_lightning.errors import InputError, Key, check_positive, check_range
+from vqvae_lightning.quantizers.arrangements import ARRANGEMENTS
 from vqvae_lightning.quantizers.gradients import ESTIMATORS
-from vqvae_lightning.quantizers.lookup import find_nearest_codes
 from vqvae_lightning.quantizers.protocol import QuantizerOutput
 from vqvae_lightning.quantizers.rows import (
     count_rows_before,
@@ -36,11 +36,15 @@ class VectorQuantizer(nn.Module):
     vectors. Without both measures, most of K=512 codes are never used (Dhariwal et al. 2020,
     arXiv:2005.00341, section 3.1).
 
+    A position has one code, or Q codes from Q codebooks, each of K rows with D' channels. Each
+    codebook has its own counts, dead codes and revival. The vectors that become rows are drawn
+    once, and each codebook takes its own part of them.
+
     `forward` only collects statistics. All collectives and random draws happen in `update`, once
     per optimizer step, so that `forward` compiles as one graph.
 
     Args:
-        num_codes: Rows of the codebook (K), at least 2.
+        num_codes: Rows of the codebook, or of each codebook (K), at least 2.
         code_dim: Channels of `z` (D).
         commitment: Weight of the commitment term (beta in van den Oord et al. 2017, equation 3).
         estimator: Gradient estimator for `z`, `straight_through` or `rotation` (arXiv:2410.06424).
@@ -56,6 +60,10 @@ class VectorQuantizer(nn.Module):
         revive_every: Optimizer steps between two revivals.
         revive_until: Share of the training after which no code is revived, so that the codes are
             stable when a prior learns them.
+        codes_per_position: Codes per position and number of codebooks (Q).
+        arrangement: What each of several codebooks quantizes: its group of the channels
+            (`product`, `ProductCodes`) or the residual of the earlier ones (`residual`,
+            `ResidualCodes`). It has no effect on one codebook.
 
     Raises:
         InputError: If a value is outside its range.
@@ -63,7 +71,6 @@ class VectorQuantizer(nn.Module):
 
     codebook: Tensor
     counts: Tensor
-    codes_per_position = 1
 
     def __init__(
         self,
@@ -78,6 +85,8 @@ class VectorQuantizer(nn.Module):
         revive_below: float = 0.03,
         revive_every: int = 20,
         revive_until: float = 0.9,
+        codes_per_position: int = 1,
+        arrangement: Literal["product", "residual"] = "product",
     ) -> None:
         super().__init__()
         if check_positive("num_codes", num_codes) < 2:
@@ -92,6 +101,14 @@ class VectorQuantizer(nn.Module):
             raise InputError(
                 Key("estimator"), f"={estimator} must be one of {', '.join(ESTIMATORS)}."
             )
+        if arrangement not in ARRANGEMENTS:
+            raise InputError(
+                Key("arrangement"), f"={arrangement} must be one of {', '.join(ARRANGEMENTS)}."
+            )
+        self.codes_per_position = check_positive("codes_per_position", codes_per_position)
+        self.arrangement = ARRANGEMENTS[arrangement](codes_per_position, code_dim)
+        # One codebook has no dimension for Q, so that its checkpoints stay those of a plain VQ-VAE.
+        self.sizes = (codes_per_position, num_codes) if codes_per_position > 1 else (num_codes,)
         self.num_codes = num_codes
         self.code_dim = self.encoder_channels = code_dim
         self.estimator = estimator
@@ -103,14 +120,14 @@ class VectorQuantizer(nn.Module):
         self.revive_every = check_positive("revive_every", revive_every)
         self.revive_until = check_range("revive_until", revive_until, 0, 1)
         self.weights = {"commitment": check_range("commitment", commitment, 0)}
-        self.register_buffer("counts", torch.ones(num_codes))
+        self.register_buffer("counts", torch.ones(self.sizes))
         # Python numbers, because reading them from a GPU tensor would wait for the GPU.
         # `get_extra_state` saves them.
         self.steps = 0
         self.initialised = init == "uniform" and warmup_steps == 0
         # Hits since the last update. Not a buffer, because DistributedDataParallel would overwrite
         # it with rank 0's. No checkpoint is saved between a batch and its update.
-        self.new_counts = torch.zeros(num_codes)
+        self.new_counts = torch.zeros(self.sizes)
         self._newest: Tensor | None = None
         # Vectors for the first codebook and the random key of each, equal on all ranks. They are
         # not buffers, because their size changes and checkpoints after the warm-up omit them.
@@ -119,50 +136,64 @@ class VectorQuantizer(nn.Module):
     @property
     def pool_rows(self) -> int:
         """Largest number of encoder vectors kept for the first codebook."""
-        return PER_CODE[self.init] * self.num_codes
+        rows = PER_CODE[self.init] * self.num_codes
+        # Each residual stage needs other vectors: those that are rows of the first stage have a
+        # residual of zero. K-means leaves residuals.
+        return rows * self.arrangement.stages if self.init == "data" else rows
 
     def draw_first_rows(self) -> Tensor:
-        """Draw random rows (K, D) in [-1/K, 1/K], as van den Oord's code does (sonnet v1)."""
-        rows = torch.empty(self.num_codes, self.code_dim).uniform_(-1, 1) / self.num_codes
+        """Draw random rows ([Q,] K, D') in [-1/K, 1/K], as van den Oord's code (sonnet v1)."""
+        rows = torch.empty(*self.sizes, self.arrangement.row_dim).uniform_(-1, 1) / self.num_codes
         return self.scale(rows)
 
     def scale(self, rows: Tensor) -> Tensor:
-        """Scale rows (..., D) to unit length if `normalize` is set; otherwise return them as is."""
-        return F.normalize(rows, dim=-1) if self.normalize else rows
+        """Scale codebook rows (..., D') to unit length if `normalize` asks for it."""
+        unit = self.normalize and self.arrangement.rows_have_unit_length
+        return F.normalize(rows, dim=-1) if unit else rows
 
     def table(self) -> Tensor:
-        """Return the rows (K, D) that the look-up compares with and the decoder receives."""
+        """Return the rows ([Q,] K, D') that the look-up compares with and the decoder receives."""
         return self.codebook
 
     def forward(self, z: Tensor) -> QuantizerOutput:
         """Quantize `z` (B, D, H, W); during the warm-up of a training run, return it unchanged."""
         with torch.autocast(z.device.type, enabled=False):
             rows = self._to_rows(z)
-            flat = rows.detach().reshape(-1, self.code_dim)
             if self.training:
-                self._newest = flat
+                self._newest = rows.detach().reshape(-1, self.code_dim)
             if self.training and not self.initialised:
                 # A zero that depends on the codebook: without a gradient for every parameter,
                 # DistributedDataParallel stops with an error.
                 return QuantizerOutput(rows.movedim(-1, 1), None, self.codebook.sum() * 0, {})
-            table = self.table()
-            codes = find_nearest_codes(flat, table.detach())
-            chosen = F.embedding(codes, table).view_as(rows)
-            terms = self.compute_losses(rows, chosen)
+            table = self._stack(self.table())
+            parts, codes = self.arrangement.assign(rows, table.detach())
+            places = self._number(codes)
+            chosen = F.embedding(places, table.flatten(0, 1))
+            terms = self.compute_losses(parts, chosen)
+            flat = parts.detach().reshape(-1, self.arrangement.row_dim)
             if self.training:
-                self.observe(flat, codes)
+                self.observe(flat, places.flatten())
             loss = torch.stack([self.weights[name] * term for name, term in terms.items()]).sum()
-            passed = ESTIMATORS[self.estimator].apply(rows, chosen.detach())
-        vectors = cast(Tensor, passed).movedim(-1, 1)
-        return QuantizerOutput(vectors, codes.view(rows.shape[:-1]), loss, terms)
+            estimator = ESTIMATORS[self.estimator]
+            vectors = self.arrangement.estimate(estimator, rows, parts, chosen.detach())
+        return QuantizerOutput(vectors.movedim(-1, 1), self._unstack(codes), loss, terms)
 
     @abstractmethod
-    def compute_losses(self, rows: Tensor, chosen: Tensor) -> dict[str, Tensor]:
-        """Compute unweighted terms from vectors and their rows, both (B, H, W, D) float32."""
+    def compute_losses(self, parts: Tensor, chosen: Tensor) -> dict[str, Tensor]:
+        """Compute unweighted terms from parts and their rows, both (B, H, W, Q, D') float32.
 
-    def observe(self, flat: Tensor, codes: Tensor) -> None:
-        """Add the vectors (N, D) and codes (N,) of one training batch to the statistics."""
-        self.new_counts.scatter_add_(0, codes, torch.ones_like(codes, dtype=self.new_counts.dtype))
+        Each term is the mean over all elements, so that its weight does not depend on Q.
+        """
+
+    def observe(self, parts: Tensor, places: Tensor) -> None:
+        """Add one training batch to the statistics.
+
+        Args:
+            parts: (N, D') from all codebooks.
+            places: (N,) row of each part, counted over all codebooks, below Q K.
+        """
+        ones = torch.ones_like(places, dtype=self.new_counts.dtype)
+        self.new_counts.view(-1).scatter_add_(0, places, ones)
 
     @abstractmethod
     def learn(self) -> None:
@@ -170,18 +201,22 @@ class VectorQuantizer(nn.Module):
 
     @abstractmethod
     def set_rows(self, rows: Tensor, where: Tensor, count: Tensor) -> None:
-        """Replace rows in the mask `where` (K,) by those of `rows` (K, D), with `count` hits."""
+        """Replace rows in the mask `where` ([Q,] K) by those of `rows` ([Q,] K, D').
+
+        Their number of hits becomes `count`, () or one number per codebook ([Q,] 1).
+        """
 
     def encode(self, z: Tensor) -> Tensor:
-        """Return the codes (B, H, W) of `z` (B, D, H, W); never learns, even in training mode."""
+        """Return the codes (B, H, W[, Q]) of `z` (B, D, H, W); never learns, even in training."""
         with torch.no_grad(), torch.autocast(z.device.type, enabled=False):
-            rows = self._to_rows(z)
-            flat = rows.reshape(-1, self.code_dim)
-            return find_nearest_codes(flat, self.table()).view(rows.shape[:-1])
+            _, codes = self.arrangement.assign(self._to_rows(z), self._stack(self.table()))
+        return self._unstack(codes)
 
     def decode(self, codes: Tensor) -> Tensor:
-        """Return the codebook rows (B, D, H, W) of `codes` (B, H, W)."""
-        return F.embedding(codes, self.table()).movedim(-1, 1)
+        """Return the vectors (B, D, H, W) of `codes` (B, H, W), or (B, H, W, Q) with Q > 1."""
+        stacked = codes[..., None] if self.codes_per_position == 1 else codes
+        chosen = F.embedding(self._number(stacked), self._stack(self.table()).flatten(0, 1))
+        return self.arrangement.join(chosen).movedim(-1, 1)
 
     @torch.no_grad()
     def update(self, progress: float = 0.0) -> dict[str, float]:
@@ -214,7 +249,9 @@ class VectorQuantizer(nn.Module):
         if progress >= self.revive_until:
             return {"revived_codes": 0.0}
         fresh = repeat_rows(draw_over_ranks(newest, self.num_codes, generator), self.num_codes)
-        share = self.counts.mean()
+        parts = self.arrangement.split(fresh, self._stack(self.table()))
+        fresh = parts.movedim(-2, 0).reshape(self.codebook.shape)
+        share = self.counts.mean(-1, keepdim=True)
         dead = self.counts < self.revive_below * share
         self.set_rows(fresh, dead, share)
         return {"revived_codes": float(dead.sum())}
@@ -248,7 +285,11 @@ class VectorQuantizer(nn.Module):
 
     def extra_repr(self) -> str:
         """Describe the size and the initialisation for `print(net)`."""
-        return f"num_codes={self.num_codes}, code_dim={self.code_dim}, init={self.init}"
+        several = f"codes_per_position={self.codes_per_position}, "
+        return (
+            f"num_codes={self.num_codes}, code_dim={self.code_dim}, "
+            f"{several if self.codes_per_position > 1 else ''}init={self.init}"
+        )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Apply `to`, `cuda` and `double` to the tensors that are not buffers too."""
@@ -274,7 +315,23 @@ class VectorQuantizer(nn.Module):
                 f"the codebook is {self.codebook.dtype}, too coarse for moving averages and for "
                 "exact codes; set trainer.precision to 32-true, bf16-mixed or 16-mixed."
             )
-        return self.scale(z.to(self.codebook.dtype).movedim(1, -1))
+        rows = z.to(self.codebook.dtype).movedim(1, -1)
+        return self.arrangement.normalize(rows) if self.normalize else rows
+
+    def _stack(self, table: Tensor) -> Tensor:
+        """View rows ([Q,] K, D') as (Q, K, D'), also for one codebook."""
+        return table.view(self.codes_per_position, *table.shape[-2:])
+
+    def _unstack(self, codes: Tensor) -> Tensor:
+        """Remove the last dimension of codes (..., Q) if there is one codebook."""
+        return codes.squeeze(-1) if self.codes_per_position == 1 else codes
+
+    def _number(self, codes: Tensor) -> Tensor:
+        """Return the row of each code (..., Q), counted over all codebooks."""
+        if self.codes_per_position == 1:
+            return codes
+        books = torch.arange(self.codes_per_position, device=codes.device)
+        return codes + books * self.num_codes
 
     def _make_generator(self) -> torch.Generator:
         # The seed depends on the step only, because a quantizer does not know the run's seed. Every
@@ -301,15 +358,22 @@ class VectorQuantizer(nn.Module):
         self._pool_keys = keys[kept]
 
     def _initialise(self, generator: torch.Generator) -> None:
-        rows = self._pool
+        pool = self._pool
         self._pool, self._pool_keys = self._make_empty_pool()
         if self.init != "uniform":
-            if self.init == "kmeans" and len(rows) > self.num_codes:
-                rows = kmeans(rows, self.num_codes, generator)
+            clustered = self.init == "kmeans" and len(pool) > self.num_codes
+
+            def choose(vectors: Tensor, own: slice) -> Tensor:
+                if clustered:
+                    return kmeans(vectors, self.num_codes, generator)
+                repeated = repeat_rows(vectors, self.arrangement.stages * self.num_codes)
+                return repeated[..., own, :]
+
+            rows = self.arrangement.choose_rows(pool, choose).view(self.codebook.shape)
+            if clustered:
                 if get_rank_and_world()[0] > 0:
                     rows.zero_()
                 all_reduce(rows)  # takes rank 0's: on a GPU sums differ in their last bits
-            rows = repeat_rows(rows, self.num_codes)
-            everywhere = torch.ones(self.num_codes, dtype=torch.bool, device=rows.device)
+            everywhere = torch.ones(self.sizes, dtype=torch.bool, device=rows.device)
             self.set_rows(rows, everywhere, rows.new_ones(()))
         self.initialised = True

@@ -24,7 +24,7 @@ class EMAQuantizer(VectorQuantizer):
     where it is. Counts that start at zero throw unused rows far away and collapse the codebook.
 
     Args:
-        num_codes: Rows of the codebook (K in the paper).
+        num_codes: Rows of the codebook, or of each codebook (K in the paper).
         code_dim: Channels of `z` (D).
         epsilon: Number of vectors added to each count, in the division only (Laplace smoothing).
         **options: Arguments of `VectorQuantizer`.
@@ -43,36 +43,36 @@ class EMAQuantizer(VectorQuantizer):
         rows = self.draw_first_rows()
         self.register_buffer("codebook", rows)
         self.register_buffer("sums", rows.clone())
-        self.new_sums = torch.zeros(num_codes, code_dim)
+        self.new_sums = torch.zeros_like(rows)
 
-    def compute_losses(self, rows: Tensor, chosen: Tensor) -> dict[str, Tensor]:
+    def compute_losses(self, parts: Tensor, chosen: Tensor) -> dict[str, Tensor]:
         """Compute the commitment |z - sg[e]|^2 as the mean over all elements."""
-        return {"commitment": F.mse_loss(rows, chosen.detach())}
+        return {"commitment": F.mse_loss(parts, chosen.detach())}
 
-    def observe(self, flat: Tensor, codes: Tensor) -> None:
+    def observe(self, parts: Tensor, places: Tensor) -> None:
         """Add one batch to the hits and to the sums of vectors per code."""
-        super().observe(flat, codes)
-        self.new_sums.index_add_(0, codes, flat)
+        super().observe(parts, places)
+        self.new_sums.view(-1, parts.shape[1]).index_add_(0, places, parts)
 
     def learn(self) -> None:
         """Apply equations 6 to 8 of appendix A.1 to the statistics of all ranks."""
-        fresh = all_reduce(torch.cat([self.new_counts[:, None], self.new_sums], dim=1))
-        self.counts.lerp_(fresh[:, 0], 1 - self.decay)
-        self.sums.lerp_(fresh[:, 1:], 1 - self.decay)
+        fresh = all_reduce(torch.cat([self.new_counts[..., None], self.new_sums], dim=-1))
+        self.counts.lerp_(fresh[..., 0], 1 - self.decay)
+        self.sums.lerp_(fresh[..., 1:], 1 - self.decay)
         self.new_counts.zero_()
         self.new_sums.zero_()
-        total = self.counts.sum()
+        total = self.counts.sum(-1, keepdim=True)
         share = (self.counts + self.epsilon) / (total + self.num_codes * self.epsilon)
-        rows = self.scale(self.sums / (share * total)[:, None])
+        rows = self.scale(self.sums / (share * total)[..., None])
         # Only rows with hits: smoothing would shrink the others as their counts decay.
-        self.codebook.copy_(torch.where(fresh[:, :1] > 0, rows, self.codebook))
+        self.codebook.copy_(torch.where(fresh[..., :1] > 0, rows, self.codebook))
 
     def set_rows(self, rows: Tensor, where: Tensor, count: Tensor) -> None:
         """Replace rows, and set counts and sums to match so that the next update keeps them."""
         rows = self.scale(rows)
-        self.codebook.copy_(torch.where(where[:, None], rows, self.codebook))
+        self.codebook.copy_(torch.where(where[..., None], rows, self.codebook))
         self.counts.copy_(torch.where(where, count, self.counts))
-        self.sums.copy_(torch.where(where[:, None], rows * count, self.sums))
+        self.sums.copy_(torch.where(where[..., None], rows * count[..., None], self.sums))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         super()._apply(fn, recurse)

@@ -23,11 +23,11 @@ def find_nearest_codes(vectors: Tensor, codebook: Tensor) -> Tensor:
     matrices.
 
     Args:
-        vectors: (N, D).
-        codebook: (K, D).
+        vectors: (N, D), or (Q, N, D) for Q codebooks that are searched together.
+        codebook: (K, D), or (Q, K, D).
 
     Returns:
-        (N,) int64 in [0, K); the lowest code where several are at the same distance.
+        (N,) or (Q, N) int64 in [0, K); the lowest code where several are at the same distance.
     """
     return torch.ops.vqvae_lightning.nearest_codes(vectors.detach(), codebook.detach())  # type: ignore[no-any-return]
 
@@ -42,47 +42,54 @@ def limit_scores(device: torch.device) -> int:
 
 
 def _nearest_codes(vectors: Tensor, codebook: Tensor) -> Tensor:
+    if vectors.ndim == 2:
+        return _nearest_codes(vectors[None], codebook[None])[0]
+    books, total, _ = vectors.shape
     # float32 even under autocast: in bfloat16, near-equal distances tie and 1 to 3 % of the codes
     # change. TF32 and oneDNN's bfloat16 products change 0.4 % of them.
     with torch.autocast(vectors.device.type, enabled=False), exact_products():
-        centre = codebook.float().mean(0)
+        centre = codebook.float().mean(1, keepdim=True)
         table = codebook.float() - centre
-        bias = table.square().sum(1).mul_(-0.5)
-        padding = -len(table) % CHUNK  # never chosen
+        bias = table.square().sum(2, keepdim=True).mul_(-0.5).transpose(1, 2)
+        padding = -table.shape[1] % CHUNK  # never chosen
         table = F.pad(table, (0, 0, 0, padding))
         bias = F.pad(bias, (0, padding), value=-torch.inf)
-        budget = limit_scores(vectors.device)
+        budget = limit_scores(vectors.device) // books
         # With few vectors, the buffer has room for more columns.
-        columns = max(COLUMNS, budget // max(1, len(vectors)) // CHUNK * CHUNK)
-        tiles = list(zip(table.split(columns), bias.split(columns), strict=True))
-        width = min(len(table), columns)
-        height = max(1, min(len(vectors), budget // width))
-        buffer = table.new_empty(height * width)
-        numbers = torch.arange(height, device=vectors.device)
-        codes = torch.empty(len(vectors), dtype=torch.int64, device=vectors.device)
-        for rows, out in zip(vectors.split(height), codes.split(height), strict=True):
+        columns = max(COLUMNS, budget // max(1, total) // CHUNK * CHUNK)
+        tiles = list(zip(table.split(columns, 1), bias.split(columns, 2), strict=True))
+        width = min(table.shape[1], columns)
+        height = max(1, min(total, budget // width))
+        buffer = table.new_empty(books * height * width)
+        numbers = torch.arange(books * height, device=vectors.device)
+        codes = torch.empty(books, total, dtype=torch.int64, device=vectors.device)
+        for rows, out in zip(vectors.split(height, 1), codes.split(height, 1), strict=True):
             centred = rows.float() - centre
-            each = numbers[: len(rows)]
+            each = numbers[: out.numel()]
             best: Tensor | None = None
             for number, (tile, offset) in enumerate(tiles):
-                scores = buffer[: len(rows) * len(tile)].view(len(rows), len(tile))
-                torch.addmm(offset, centred, tile.t(), out=scores)
+                scores = buffer[: len(each) * tile.shape[1]].view(*out.shape, tile.shape[1])
+                if books == 1:  # the product of a batch of one rounds differently
+                    torch.addmm(offset[0], centred[0], tile[0].t(), out=scores[0])
+                else:
+                    torch.baddbmm(offset, centred, tile.transpose(1, 2), out=scores)
                 # First the maximum of each chunk, then the index within the best chunk: torch
                 # vectorises `amax` but not `argmax`.
-                chunks = scores.view(len(rows), len(tile) // CHUNK, CHUNK)
+                chunks = scores.view(len(each), tile.shape[1] // CHUNK, CHUNK)
                 tops = chunks.amax(2)
                 which = tops.argmax(1)
                 found = which * CHUNK + chunks[each, which].argmax(1)
                 top = tops[each, which]
                 if best is None:
                     best = top
-                    out.copy_(found)
+                    out.copy_(found.view(out.shape))
                 else:
                     better = top > best
                     best = torch.where(better, top, best)
-                    out.copy_(torch.where(better, found + number * columns, out))
+                    found = torch.where(better, found + number * columns, out.flatten())
+                    out.copy_(found.view(out.shape))
         # Vectors that are not finite match the padding. Their loss stops the run.
-        return codes.clamp_(max=len(codebook) - 1)
+        return codes.clamp_(max=codebook.shape[1] - 1)
 
 
 # A custom operator, which `torch.compile` does not trace into. `torch.library.custom_op` would
@@ -92,6 +99,6 @@ _operators.define("nearest_codes(Tensor vectors, Tensor codebook) -> Tensor")
 _operators.impl("nearest_codes", _nearest_codes, "CompositeExplicitAutograd")
 torch.library.register_fake(
     "vqvae_lightning::nearest_codes",
-    lambda vectors, codebook: vectors.new_empty(vectors.shape[0], dtype=torch.int64),
+    lambda vectors, codebook: vectors.new_empty(vectors.shape[:-1], dtype=torch.int64),
     lib=_operators,
 )

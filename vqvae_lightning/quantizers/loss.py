@@ -20,7 +20,7 @@ class LossQuantizer(VectorQuantizer):
     serve only to find dead codes.
 
     Args:
-        num_codes: Rows of the codebook (K in the paper).
+        num_codes: Rows of the codebook, or of each codebook (K in the paper).
         code_dim: Channels of `z` (D).
         codebook: Weight of the codebook term; 1 in the paper.
         **options: Arguments of `VectorQuantizer`.
@@ -36,15 +36,15 @@ class LossQuantizer(VectorQuantizer):
         self.weights["codebook"] = check_range("codebook", codebook, 0)
         self.codebook = nn.Parameter(self.draw_first_rows())
 
-    def compute_losses(self, rows: Tensor, chosen: Tensor) -> dict[str, Tensor]:
+    def compute_losses(self, parts: Tensor, chosen: Tensor) -> dict[str, Tensor]:
         """Compute |sg[z] - e|^2 and |z - sg[e]|^2, each as the mean over all elements."""
         return {
-            "codebook": F.mse_loss(chosen, rows.detach()),
-            "commitment": F.mse_loss(rows, chosen.detach()),
+            "codebook": F.mse_loss(chosen, parts.detach()),
+            "commitment": F.mse_loss(parts, chosen.detach()),
         }
 
     def table(self) -> Tensor:
-        """Return the rows (K, D), rescaled because the optimizer changes their length."""
+        """Return the rows ([Q,] K, D'), rescaled because the optimizer changes their length."""
         return self.scale(self.codebook)
 
     def learn(self) -> None:
@@ -54,5 +54,5 @@ class LossQuantizer(VectorQuantizer):
 
     def set_rows(self, rows: Tensor, where: Tensor, count: Tensor) -> None:
         """Replace rows and set their counts."""
-        self.codebook.copy_(torch.where(where[:, None], rows, self.codebook))
+        self.codebook.copy_(torch.where(where[..., None], rows, self.codebook))
         self.counts.copy_(torch.where(where, count, self.counts))

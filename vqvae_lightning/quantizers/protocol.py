@@ -36,7 +36,7 @@ class Quantizer(Protocol):
     num_codes: int
     """Rows of the codebook, or of each codebook; 0 for a continuous bottleneck."""
     codes_per_position: int
-    """1 for most quantizers, more for residual ones, 0 for a continuous bottleneck."""
+    """1 for most quantizers, more for product and residual codes, 0 for a continuous bottleneck."""
     code_dim: int
     """Channels of the decoder's input."""
     encoder_channels: int
@@ -48,10 +48,10 @@ class Quantizer(Protocol):
         """Quantize `z` (B, encoder_channels, H, W); in training mode, collect statistics too."""
 
     def encode(self, z: Tensor) -> Tensor:
-        """Return the codes (B, H, W) of `z`; never learns, even in training mode."""
+        """Return the codes (B, H, W[, Q]) of `z`; never learns, even in training mode."""
 
     def decode(self, codes: Tensor) -> Tensor:
-        """Return the vectors (B, D, H, W) of `codes`."""
+        """Return the vectors (B, D, H, W) of `codes` (B, H, W[, Q])."""
 
     def update(self, progress: float) -> dict[str, float]:
         """Learn from the batches since the last call; call this once after each optimizer step.

@@ -10,19 +10,25 @@ KMEANS_STEPS = 10
 
 
 def kmeans(vectors: Tensor, num_codes: int, generator: torch.Generator) -> Tensor:
-    """Cluster `vectors` (N, D) into K centres (K, D) by Lloyd's algorithm from K random vectors.
+    """Cluster `vectors` (..., N, D) into K centres (..., K, D) by Lloyd's algorithm.
 
-    A centre without vectors is moved onto a random vector. The result depends only on the vectors
-    and the state of the generator.
+    It starts from K random vectors. A centre without vectors is moved onto a random vector. The
+    result depends only on the vectors and the state of the generator. The sets of a batch are
+    clustered independently, each as if it were alone; all use the same random numbers.
     """
-    centres = vectors[draw_rows(len(vectors), num_codes, generator)].clone()
+    centres = vectors[..., draw_rows(vectors.shape[-2], num_codes, generator), :].clone()
+    sets = vectors.shape[:-2].numel()
+    first = torch.arange(sets, device=vectors.device)[:, None] * num_codes  # row of each set
     for _ in range(KMEANS_STEPS):
         codes = find_nearest_codes(vectors, centres)
-        counts = torch.zeros(num_codes, dtype=torch.int64, device=codes.device)
-        counts.scatter_add_(0, codes, torch.ones_like(codes))
-        sums = torch.zeros_like(centres).index_add_(0, codes, vectors)
-        fresh = vectors[draw_rows(len(vectors), num_codes, generator)]
-        centres = torch.where((counts > 0)[:, None], sums / counts.clamp(min=1)[:, None], fresh)
+        places = (codes.view(sets, -1) + first).flatten()
+        counts = torch.zeros(centres.shape[:-1], dtype=torch.int64, device=codes.device)
+        counts.view(-1).scatter_add_(0, places, torch.ones_like(places))
+        sums = torch.zeros_like(centres)
+        sums.view(-1, sums.shape[-1]).index_add_(0, places, vectors.flatten(0, -2))
+        fresh = vectors[..., draw_rows(vectors.shape[-2], num_codes, generator), :]
+        means = sums / counts.clamp(min=1)[..., None]
+        centres = torch.where((counts > 0)[..., None], means, fresh)
     return centres
 
 
@@ -82,5 +88,5 @@ def count_rows_before(part: Tensor) -> tuple[int, int]:
 
 
 def repeat_rows(rows: Tensor, count: int) -> Tensor:
-    """Return `count` rows by cycling through `rows` (n, D)."""
-    return rows[torch.arange(count, device=rows.device) % len(rows)]
+    """Return `count` rows (..., count, D) by cycling through `rows` (..., n, D)."""
+    return rows[..., torch.arange(count, device=rows.device) % rows.shape[-2], :]

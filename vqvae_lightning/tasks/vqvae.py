@@ -87,8 +87,8 @@ class VQVAETask(WatchedTask):
         self.since_logged: dict[str, float] = {}
         self.register_buffer("pixel_variance", torch.ones(()), persistent=False)
         quantizer = net.quantizer
-        rows = quantizer.num_codes * quantizer.codes_per_position
-        self.codebook_usage = CodebookUsage(rows) if rows else None
+        books = quantizer.num_codes, quantizer.codes_per_position
+        self.codebook_usage = CodebookUsage(*books) if quantizer.num_codes else None
         self.code_counts: Tensor | None = None  # hits of each code, as last logged
         self.latent_usage: LatentUsage | None = None
         self.squared_error = MeanSquaredError()
@@ -222,11 +222,7 @@ class VQVAETask(WatchedTask):
     def _count_use(self, quantized: QuantizerOutput) -> None:
         """Add a batch to the use of the codebook or of the latents."""
         if self.codebook_usage is not None and quantized.codes is not None:
-            codes = quantized.codes
-            if codes.ndim > 3:  # several codebooks, each with its own codes
-                steps = torch.arange(codes.shape[-1], device=codes.device)
-                codes = codes + steps * self.net.quantizer.num_codes
-            self.codebook_usage.update(codes)
+            self.codebook_usage.update(quantized.codes)
         if self.latent_usage is not None and quantized.posterior is not None:
             self.latent_usage.update(*quantized.posterior)
 
