@@ -36,6 +36,7 @@ from vqvae_lightning.randomness import derive_seed
 from vqvae_lightning.runs.folder import RunFolder
 from vqvae_lightning.runs.results import read_result, write_config, write_result
 from vqvae_lightning.runs.stopwatch import Stopwatch, time_stage
+from vqvae_lightning.stages.chosen_run import choose_checkpoints
 from vqvae_lightning.stages.inputs import build_codes, load_checkpoint_images, load_images
 from vqvae_lightning.tasks import ClassifierTask
 from vqvae_lightning.tasks.optimization import check_optimizer
@@ -92,7 +93,9 @@ def load_subject(cfg: DictConfig, images: PixelDataModule | None = None) -> Subj
     prior = None
     if cfg.prior_checkpoint is None:
         if cfg.vqvae_checkpoint is None:
-            raise InputError("give vqvae_checkpoint=PATH, prior_checkpoint=PATH, or both.")
+            raise InputError(
+                "give run=PATH, vqvae_checkpoint=PATH, prior_checkpoint=PATH, or both of these."
+            )
         vqvae = load(cfg.vqvae_checkpoint, "vqvae", cfg.trust)
         vqvae_path = Path(cfg.vqvae_checkpoint)
     else:
@@ -164,6 +167,7 @@ def evaluate(cfg: DictConfig, images: PixelDataModule | None = None) -> dict[str
 def _evaluate(cfg: DictConfig, images: PixelDataModule | None, watch: Stopwatch) -> dict[str, Any]:
     folder, run = Path(cfg.folder), RunFolder(cfg.folder)
     check_evaluation(cfg)
+    choose_checkpoints(cfg)
     pl.seed_everything(derive_seed(cfg.seed, "judge") % 2**32, workers=True, verbose=False)
     found = load_subject(cfg, images)
     codes, prior, vqvae_path = found
