@@ -143,4 +143,4 @@ def _load(net: "Classifier", path: Path, recipe: str) -> "Classifier":
 
 
 def _say(line: str) -> None:
-    console.print(line, highlight=False, soft_wrap=True)
+    console.print(line, highlight=False, markup=False, soft_wrap=True)

@@ -44,7 +44,7 @@ def choose_checkpoints(cfg: DictConfig) -> None:
     for name in others:
         if not found[name].is_file():
             text = f"run={cfg.run} has no {name} yet: the {first} alone is evaluated."
-            console.print(text, highlight=False, soft_wrap=True)
+            console.print(text, highlight=False, markup=False, soft_wrap=True)
             del found[name]
     for name, path in found.items():
         key = KEYS[name]

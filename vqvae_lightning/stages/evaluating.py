@@ -11,6 +11,7 @@ from omegaconf import DictConfig
 
 from vqvae_lightning.checkpoints import hash_weights, load, load_pair
 from vqvae_lightning.configs import build, build_parts, to_plain
+from vqvae_lightning.console import console
 from vqvae_lightning.data import CodesDataModule
 from vqvae_lightning.data.images import PixelDataModule
 from vqvae_lightning.devices import choose_devices
@@ -18,7 +19,9 @@ from vqvae_lightning.errors import InputError, Key, check_positive, check_range,
 from vqvae_lightning.evaluation.classifier import measure_with_classifier
 from vqvae_lightning.evaluation.classifier_cache import fetch_classifier
 from vqvae_lightning.evaluation.drawing import draw_images, find_nearest_images
+from vqvae_lightning.evaluation.features import find_efficientnet
 from vqvae_lightning.evaluation.likelihood import measure_likelihood
+from vqvae_lightning.evaluation.perceptual import measure_perceptually
 from vqvae_lightning.evaluation.reconstruction import decode_images, measure_reconstruction
 from vqvae_lightning.files import replace_file
 from vqvae_lightning.jobs.launched_ranks import detect_launcher
@@ -175,6 +178,9 @@ def _evaluate(cfg: DictConfig, images: PixelDataModule | None, watch: Stopwatch)
     if prior is not None:
         with torch.random.fork_rng(devices=[]):
             build_classifier(cfg, images)  # raises before anything is measured
+    net, missing = find_efficientnet(images) if cfg.get("perceptual") else (None, None)
+    if missing is not None:
+        console.print(missing, highlight=False, markup=False, soft_wrap=True)
     name_run(cfg, "evaluation")
     with start_ranks(cfg, folder, "vqvae_lightning.commands.worker"):
         metrics = measure(cfg, found)
@@ -193,7 +199,7 @@ def _evaluate(cfg: DictConfig, images: PixelDataModule | None, watch: Stopwatch)
     arrays: dict[str, Any] = {"histogram": codes.histogram(), "codes": shown_codes, "images": shown}
     with replace_file(run.codes) as partial, partial.open("wb") as file:
         np.savez(file, **{k: v.numpy() for k, v in arrays.items()})
-    classifier = None
+    classifier, drawn = None, None
     if prior is not None:
         labels = None
         if prior.num_classes:
@@ -231,6 +237,8 @@ def _evaluate(cfg: DictConfig, images: PixelDataModule | None, watch: Stopwatch)
             )
             classifier = hash_weights(judge)
             metrics |= measure_with_classifier(judge, codes, cfg.split, drawn, labels, device)
+    if net is not None:
+        metrics |= measure_perceptually(net, codes, cfg.split, drawn, device)
     named = {f"{cfg.split}/{name}": value for name, value in metrics.items()}
     pictures = [run.reconstructions_picture, run.nearest_picture]
     log_result(
@@ -252,5 +260,6 @@ def _evaluate(cfg: DictConfig, images: PixelDataModule | None, watch: Stopwatch)
         prior_checkpoint=cfg.prior_checkpoint,
         data_fingerprint=images.fingerprint,
         classifier=classifier,
+        missing=missing,
         class_names=images.class_names,
     )
