@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
+from torch import nn
 
 from vqvae_lightning.data import CodesDataModule, ImageDataModule
 from vqvae_lightning.data.sources import Split, Splits
@@ -17,6 +18,20 @@ from vqvae_lightning.quantizers import EMAQuantizer
 CPU = torch.device("cpu")
 SIZES = {"train": 60, "val": 21, "test": 70}
 NUM_CODES = 16
+
+
+class TinyFeatures(nn.Module):
+    """Two maps and three features of an image."""
+
+    num_features = 3
+
+    def forward(self, levels):
+        return self.compute_features(levels)[1]
+
+    def compute_features(self, levels):
+        images = levels.float() / 255
+        maps = [images, images.square()[:, :, ::2, ::2]]
+        return maps, torch.cat([images.mean((2, 3)), images.std((2, 3))], 1)[:, [0, 1, 3]]
 
 
 def make_images(split):

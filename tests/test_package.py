@@ -145,6 +145,7 @@ def test_the_wheel_runs_the_pipeline_outside_the_checkout(tmp_path):
         "data/bundled/fashion_mnist_mini.npz",
         "data/bundled/LICENSE-fashion-mnist",
         "report/template.html",
+        "report/comparison.html",
         "report/sweep.html",
         "report/style.css",
     ):

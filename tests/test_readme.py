@@ -7,12 +7,14 @@ import shutil
 import sys
 from pathlib import Path
 
+import evaluated
 import numpy as np
 import pytest
 from conftest import COMMANDS, TINY_VQVAE, compose
 from PIL import Image
 
 from vqvae_lightning.commands import pipeline, report, shards
+from vqvae_lightning.stages import evaluating
 from vqvae_lightning.units import UNITS
 
 ROOT = Path(__file__).parents[1]
@@ -115,8 +117,10 @@ def test_each_documented_command_runs(name, given, starter, work, command, tmp_p
         (tmp_path / path.name).symlink_to(path)
     if name == "vqvae-report":
         monkeypatch.setattr(sys, "argv", [name, *[str(tmp_path / part) for part in given]])
+        monkeypatch.chdir(tmp_path)
         report.main()
-        assert (work / "runs/study/report.html").is_file()
+        written = "runs/study/report.html" if len(given) == 1 else "comparison.html"
+        assert (tmp_path / written).is_file()
         return
     stage = "prior" if any(a.startswith("prior_checkpoint=") for a in given) else "vqvae"
     run = work / "runs/pipeline/2026-01-31_12-00-00"
@@ -146,8 +150,10 @@ def logged_in(folder):
 
 
 def test_every_documented_name_is_logged_and_every_logged_name_is_documented(
-    work, toy, command, tmp_path
+    work, toy, command, tmp_path, monkeypatch
 ):
+    net = evaluated.TinyFeatures()
+    monkeypatch.setattr(evaluating, "find_efficientnet", lambda images: (net, None))
     run = work / "runs/pipeline/2026-01-31_12-00-00"
     tiny = [option for option in TINY_VQVAE if "quantizer" not in option]
     kinds = (
@@ -165,6 +171,7 @@ def test_every_documented_name_is_logged_and_every_logged_name_is_documented(
     prior, vqvae = (run / stage / "checkpoints/best.ckpt" for stage in ("prior", "vqvae"))
     # Training images, because `perplexity_batch32` needs full batches of 32.
     whole = (f"prior_checkpoint={prior}", "split=train", "num_samples=6", "classifier_steps=2")
+    whole += ("perceptual=true",)
     assert command("vqvae-evaluate", *whole, folder=tmp_path / "evaluation").status == 0
     again = f"vqvae_checkpoint={vqvae}"
     assert command("vqvae-reconstruct", again, folder=tmp_path / "reconstructed").status == 0

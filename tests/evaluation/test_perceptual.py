@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import scipy.linalg
 import torch
-from evaluated import CPU
+from evaluated import CPU, TinyFeatures
 from torch import nn
 
 from vqvae_lightning.errors import InputError
@@ -16,20 +16,6 @@ from vqvae_lightning.networks import efficientnet
 from vqvae_lightning.networks.efficientnet import EfficientNetLite0
 from vqvae_lightning.pixels import to_uint8
 from vqvae_lightning.runs.results import read_result
-
-
-class Tiny(nn.Module):
-    """Two maps and three features of an image."""
-
-    num_features = 3
-
-    def forward(self, levels):
-        return self.compute_features(levels)[1]
-
-    def compute_features(self, levels):
-        images = levels.float() / 255
-        maps = [images, images.square()[:, :, ::2, ::2]]
-        return maps, torch.cat([images.mean((2, 3)), images.std((2, 3))], 1)[:, [0, 1, 3]]
 
 
 def compute_frechet(one, other):
@@ -58,8 +44,8 @@ def test_metrics_are_those_of_the_features(tmp_path, monkeypatch):
     grid = torch.from_numpy(np.array(codes.datasets["test"].data).astype(np.int64))
     decoded = to_uint8(codes.vqvae.decode(grid)).detach()
     samples = (images[:20].float() * 0.9 + 5 * torch.randn(20, 3, 16, 20)).clamp(0, 255).byte()
-    found = perceptual.measure_perceptually(Tiny(), codes, "test", samples, CPU)
-    net = Tiny()
+    found = perceptual.measure_perceptually(TinyFeatures(), codes, "test", samples, CPU)
+    net = TinyFeatures()
     real, other, drawn = (net(part).double().numpy() for part in (images, decoded, samples))
     distances = 0
     for one, two in zip(
@@ -82,7 +68,7 @@ def test_metrics_are_those_of_the_features(tmp_path, monkeypatch):
     assert set(found) == set(expected)
     for name, value in expected.items():
         assert found[name] == pytest.approx(value, rel=2e-3), name
-    without = perceptual.measure_perceptually(Tiny(), codes, "test", None, CPU)
+    without = perceptual.measure_perceptually(TinyFeatures(), codes, "test", None, CPU)
     assert set(without) == {name for name in expected if name.startswith("reconstruction")}
 
 

@@ -110,7 +110,7 @@ def _read_job(folder: Path, sweep: Path) -> Job:
     if run.is_begun:
         stored: Any = read_config(run.config)
         command = shlex.split(stored["command"] or "")[1:]
-        config = dict(_flatten_config(stored, stored["folder"]))
+        config = dict(flatten_config(stored, stored["folder"]))
     result, failure = read_result(folder), read_failure(folder)
     if failure is not None and not command:
         command = failure.overrides
@@ -163,12 +163,12 @@ def _parse_overrides(words: list[str]) -> Iterator[tuple[str, Any]]:
             yield key, read["value"]
 
 
-def _flatten_config(node: Any, folder: str, path: str = "") -> Iterator[tuple[str, Any]]:
+def flatten_config(node: Any, folder: str, path: str = "") -> Iterator[tuple[str, Any]]:
     """List the full keys and values of a config, with `folder` written as FOLDER."""
     if isinstance(node, dict):
         for key, child in node.items():
             if path or key not in OWN_KEYS:
-                yield from _flatten_config(child, folder, f"{path}.{key}" if path else str(key))
+                yield from flatten_config(child, folder, f"{path}.{key}" if path else str(key))
     elif isinstance(node, str):
         yield path, node.replace(folder, "FOLDER")
     else:

@@ -28,6 +28,8 @@ COMPARED = (
     "total_bits_per_dim",
     "sample_accuracy",
     "sample_fid",
+    "reconstruction_efficientnet_distance",
+    "sample_efficientnet_frechet",
 )
 """Test metrics in the page's table; `jobs.csv` contains all metrics."""
 CURVES = ("nmse", "perplexity", "codebook_use", "nats_per_code", "accuracy")
