@@ -261,8 +261,9 @@ def _describe_codes(
     assert isinstance(net, VQVAE)
     rows, columns = net.compute_grid(*shape[1:])
     seen = net.encoder.receptive_field
-    grid = f"{rows}x{columns} %s, each sees {seen}x{seen} pixels"
     quantizer = net.quantizer
+    several = f"x{quantizer.codes_per_position}" if quantizer.codes_per_position > 1 else ""
+    grid = f"{rows}x{columns}{several} %s, each sees {seen}x{seen} pixels"
     if not quantizer.num_codes:
         return grid % f"vectors of {quantizer.code_dim}", []
     positions = rows * columns
