@@ -326,8 +326,8 @@ MUTATIONS = (
         ),
         (
             "mean for a sum",
-            'reduction="none").sum((1, 2))',
-            'reduction="none").mean((1, 2))',
+            "-nats.sum(tuple(",
+            "-nats.mean(tuple(",
             "test_score_is_the_sum_of_log_probabilities",
         ),
     ),

@@ -1,9 +1,10 @@
 """Codebook usage equals that of the whole histogram."""
 
+import numpy as np
 import pytest
 import torch
 
-from vqvae_lightning.metrics import CodebookUsage
+from vqvae_lightning.metrics import CodebookUsage, look_up_codes, unigram_log_probabilities
 
 
 def test_perplexity_is_that_of_all_batches_together():
@@ -56,3 +57,16 @@ def test_each_codebook_has_its_own_perplexity():
     assert result["use"] == pytest.approx(10 / 16)
     assert result["dead_codes"] == 6
     assert result["counts"].tolist() == [5] * 8 + [20] * 2 + [0] * 6
+
+
+def test_each_codebook_has_its_own_unigram_model():
+    counts = np.array([[7, 0, 3], [0, 0, 11]])
+    shares = np.array([[8, 1, 4], [1, 1, 12]]) / np.array([[13], [14]])
+    found = unigram_log_probabilities(torch.tensor(counts))
+    torch.testing.assert_close(found, torch.tensor(np.log(shares)).float())
+    torch.testing.assert_close(unigram_log_probabilities(torch.tensor(counts[0])), found[0])
+    codes = np.random.default_rng(0).integers(0, 3, (4, 2, 5, 2))
+    expected = np.stack([shares[q][codes[..., q]] for q in range(2)], -1)
+    np.testing.assert_allclose(look_up_codes(found, torch.tensor(codes)).exp(), expected, rtol=1e-6)
+    alone = look_up_codes(found[0], torch.tensor(codes[..., 0])).exp()
+    np.testing.assert_allclose(alone, expected[..., 0], rtol=1e-6)

@@ -17,9 +17,27 @@ def entropy_nats(counts: Tensor) -> Tensor:
 
 
 def unigram_log_probabilities(counts: Tensor) -> Tensor:
-    """Compute log p (K,) in nats of each code from `counts` (K,), with one added to each count."""
+    """Compute log p in nats of each code from `counts`, with one added to each count.
+
+    Both are (K,), or (Q, K) for the histograms of Q codebooks.
+    """
     smoothed = counts.float() + 1
-    return torch.log(smoothed / smoothed.sum())
+    return torch.log(smoothed / smoothed.sum(-1, keepdim=True))
+
+
+def look_up_codes(values: Tensor, codes: Tensor) -> Tensor:
+    """Look up the value of each code in a table per codebook.
+
+    Args:
+        values: Values (K,), or (Q, K) for several codes per position.
+        codes: Codes (B, H, W), or (B, H, W, Q).
+
+    Returns:
+        Values of the same shape as `codes`.
+    """
+    if values.ndim == 1:
+        return values[codes]
+    return values[torch.arange(len(values), device=codes.device), codes]
 
 
 class CodebookUsage(Metric):

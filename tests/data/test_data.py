@@ -357,6 +357,55 @@ def test_stored_codes_are_the_encoders_in_order(codes):
     assert counts.sum() == 96 * 3 * 2
 
 
+def test_several_codes_per_position_are_stored_and_counted_per_codebook(codes, tmp_path):
+    class Pair(torch.nn.Module):
+        """Two quantizers with codebooks of their own, on the same vectors."""
+
+        num_codes, codes_per_position, code_dim, encoder_channels = 300, 2, 4, 4
+
+        def __init__(self):
+            super().__init__()
+            options = {"init": "uniform", "warmup_steps": 0}
+            self.parts = torch.nn.ModuleList(EMAQuantizer(300, 4, **options) for _ in range(2))
+
+        def encode(self, z):
+            return torch.stack([part.encode(z) for part in self.parts], -1)
+
+    data = codes()
+    net = VQVAE(Pair(), 3, hidden=8, residual_hidden=4).eval()
+
+    def make():
+        return CodesDataModule(data.images, net, "pair", str(tmp_path), 8)
+
+    pair = make()
+    pair.encode(torch.device("cpu"))
+    pair.setup()
+    assert json.loads((pair.folder / "header.json").read_text())["codes_per_position"] == 2
+    assert (pair.grid, pair.code_shape) == ((3, 2), (3, 2, 2))
+    with torch.no_grad():
+        expected = net.encode(from_uint8(data.images.datasets["train"].data)).numpy()
+    stored = np.asarray(pair.datasets["train"].data)
+    assert stored.dtype == np.uint16
+    assert np.array_equal(stored, expected)
+    assert not np.array_equal(stored[..., 0], stored[..., 1])
+    counts = [np.bincount(expected[..., q].ravel(), minlength=300) for q in range(2)]
+    assert np.array_equal(pair.histogram(), np.stack(counts))
+    header = pair.folder / "header.json"
+    header.write_text(header.read_text().replace('"codes_per_position": 2,', ""))
+    with pytest.raises(InputError, match="codes_per_position=1, this run has 2"):
+        make().setup()
+
+
+def test_codes_stored_without_their_number_per_position_are_one_each(codes):
+    data = codes()
+    data.encode(torch.device("cpu"))
+    header = data.folder / "header.json"
+    header.write_text(header.read_text().replace('"codes_per_position": 1,', ""))
+    assert "codes_per_position" not in header.read_text()
+    data.setup()
+    assert data.histogram().shape == (300,)
+
+
 def test_a_batch_of_one_row_is_a_batch(codes):
     # numpy treats a tensor of one element as a number, so a last batch of one grid lost an axis.
     data = codes()

@@ -76,21 +76,22 @@ def test_layers_needed_is_the_smallest_number_without_a_blind_spot():
 
 
 def naive(prior, shape, labels=None, context=None, known=None, guidance=1.0, **options):
-    """Sample by definition, running the whole network for every position."""
-    uniform = torch.rand(shape, generator=seeded(), dtype=torch.float64)
-    codes = torch.zeros(shape, dtype=torch.long)
-    given = torch.zeros(shape, dtype=torch.bool) if known is None else known >= 0
+    """Sample by definition, running the whole network for every code."""
+    several = (prior.codes_per_position,) if prior.codes_per_position > 1 else ()
+    uniform = torch.rand(*shape, *several, generator=seeded(), dtype=torch.float64)
+    codes = torch.zeros(*shape, *several, dtype=torch.long)
+    given = torch.zeros_like(codes, dtype=torch.bool) if known is None else known >= 0
     codes[given] = known[given] if known is not None else 0
     with torch.no_grad():
-        for row, column in itertools.product(range(shape[1]), range(shape[2])):
-            logits = prior(codes, labels, context)[:, :, row, column]
+        for place in itertools.product(*map(range, codes.shape[1:])):
+            one, scores = (slice(None), *place), (slice(None), slice(None), *place)
+            logits = prior(codes, labels, context)[scores]
             if guidance != 1:
                 nulls = torch.full_like(labels, prior.num_classes)
-                without = prior(codes, nulls, context)[:, :, row, column]
+                without = prior(codes, nulls, context)[scores]
                 logits = without + guidance * (logits - without)
-            drawn = choose_codes(compute_distribution(logits, **options), uniform[:, row, column])
-            before = codes[:, row, column]
-            codes[:, row, column] = torch.where(given[:, row, column], before, drawn)
+            drawn = choose_codes(compute_distribution(logits, **options), uniform[one])
+            codes[one] = torch.where(given[one], codes[one], drawn)
     return codes
 
 
@@ -102,7 +103,8 @@ def trained(prior, steps=30, **conditions):
     """Train a prior for some steps on grids with structure, far from its initial state."""
     optimizer = torch.optim.AdamW(prior.parameters(), lr=1e-2)
     prior.train()
-    size = (16, prior.height, prior.width)
+    several = (prior.codes_per_position,) if prior.codes_per_position > 1 else ()
+    size = (16, prior.height, prior.width, *several)
     for _ in range(steps):
         codes = (torch.randint(0, 2, size).cumsum(2) + torch.randint(0, 2, size)) % prior.num_codes
         given = {name: value[torch.arange(16) % len(value)] for name, value in conditions.items()}
@@ -144,6 +146,108 @@ def test_sample_equals_full_reevaluation_with_every_option_together(learnt, guid
     assert torch.equal(drawn, naive(prior, (5, 4, 5), **given))
     if completing:
         assert torch.equal(drawn[known >= 0], known[known >= 0])
+
+
+@pytest.mark.parametrize("each", [2, 3])
+@pytest.mark.parametrize(("height", "width", "kernel"), [(3, 4, 3), (4, 3, 5)])
+@pytest.mark.parametrize(
+    "options", [{}, {"temperature": 0}, {"temperature": 0.7, "top_k": 3}, {"top_p": 0.6}]
+)
+def test_several_codes_equal_full_reevaluation(each, height, width, kernel, options):
+    kernels = {"first_kernel": kernel, "kernel": kernel}
+    prior = trained(make(height, width, codes_per_position=each, **kernels))
+    shape = (5, height, width)
+    drawn = sample(prior, shape, generator=seeded(), batch_size=2, **options)
+    assert drawn.shape == (*shape, each)
+    assert torch.equal(drawn, naive(prior, shape, **options))
+
+
+@pytest.mark.parametrize("each", [2, 3])
+@pytest.mark.parametrize("guidance", [0.0, 1.0, 3.0])
+@pytest.mark.parametrize("completing", [False, True])
+def test_several_codes_equal_full_reevaluation_with_every_option_together(
+    each, guidance, completing
+):
+    conditions = {"num_classes": 3, "context_channels": 2, "null_label_rate": 0.3}
+    prior = make(3, 4, codes_per_position=each, first_kernel=5, **conditions)
+    labels, context = torch.arange(5) % 3, torch.randn(5, 2, 2, 3)
+    prior = trained(prior, labels=labels, context=context)
+    known = None
+    if completing:  # whole positions, a part of a position, and everything
+        total = 12 * each
+        known = torch.randint(0, 5, (5, 3, 4, each))
+        count = torch.tensor([4 * each, 4 * each + 1, 6 * each - 1, 8 * each, total])
+        known.view(5, total)[torch.arange(total) >= count[:, None]] = -1
+    options = {"temperature": 0.8, "top_k": 4, "top_p": 0.9}
+    given = {"labels": labels, "context": context, "known": known, "guidance": guidance, **options}
+    expected = naive(prior, (5, 3, 4), **given)
+    batches = list(sample_batches(prior, (5, 3, 4), generator=seeded(), batch_size=3, **given))
+    drawn = torch.cat([batch.codes for batch in batches])
+    assert torch.equal(drawn, expected)
+    (part,) = sample_batches(prior, (5, 3, 4), generator=seeded(), only=slice(1, 4), **given)
+    assert torch.equal(part.codes, expected[1:4])
+    if completing:
+        assert torch.equal(drawn[known >= 0], known[known >= 0])
+        assert torch.cat([batch.nats for batch in batches])[4] == 0
+
+
+@pytest.mark.parametrize("each", [2, 3])
+@pytest.mark.parametrize(("height", "width"), [(3, 4), (4, 2)])
+def test_every_code_sees_all_earlier_codes_and_no_later_one(each, height, width):
+    prior = make(height, width, codes_per_position=each).double()
+    size = (1, height, width, each)
+    embedded = torch.randn(*size, CHANNELS, dtype=torch.float64, requires_grad=True)
+    prior.embedding.forward = lambda codes: embedded
+    logits = prior(torch.zeros(size, dtype=torch.long))
+    assert logits.shape == (1, 5, height, width, each)
+    for place, score_of in enumerate(logits[0].sum(0).flatten()):
+        (gradient,) = torch.autograd.grad(score_of, embedded, retain_graph=True)
+        seen = gradient[0].abs().sum(-1).flatten() > 0
+        assert not seen[place:].any(), "a later code has an effect"
+        assert seen[:place].all(), "an earlier code has no effect"
+
+
+def test_each_code_of_a_position_has_a_network_on_its_earlier_codes():
+    each, codes = 3, torch.randint(0, 5, (2, 3, 4, 3))
+    prior = make(3, 4, codes_per_position=each)
+    features = []
+    prior.head.register_forward_pre_hook(lambda head, inputs: features.append(inputs[0]))
+    with torch.no_grad():
+        logits = prior(codes)
+        state = prior.state_dict()
+        tables = state["embedding.weight"].view(each, 5, CHANNELS)
+        position = features[0].relu().movedim(1, -1)
+        for number in range(each):
+            rows = slice(number * CHANNELS, (number + 1) * CHANNELS)
+            hidden = position @ state["head.from_features.weight"][rows, :, 0, 0].T
+            hidden += state["head.from_features.bias"][rows]
+            earlier = sum(tables[q][codes[..., q]] for q in range(number))
+            if number:
+                before = slice(rows.start - CHANNELS, rows.stop - CHANNELS)
+                hidden += earlier @ state["head.from_earlier.weight"][before, :, 0, 0].T
+            outputs = slice(number * 5, (number + 1) * 5)
+            expected = hidden.relu() @ state["head.out.weight"][outputs, :, 0, 0].T
+            expected += state["head.out.bias"][outputs]
+            torch.testing.assert_close(logits[..., number].movedim(1, -1), expected)
+
+
+def test_one_code_per_position_keeps_the_weights_of_older_checkpoints():
+    shapes = {name: tuple(value.shape) for name, value in make(2, 2).state_dict().items()}
+    others = {name: shape for name, shape in shapes.items() if not name.startswith("layers.")}
+    assert others == {
+        "embedding.weight": (5, CHANNELS),
+        "head.1.weight": (CHANNELS, CHANNELS, 1, 1),
+        "head.1.bias": (CHANNELS,),
+        "head.3.weight": (5, CHANNELS, 1, 1),
+        "head.3.bias": (5,),
+    }
+    assert make(2, 2, codes_per_position=1)(torch.zeros(1, 2, 2, dtype=torch.long)).ndim == 4
+
+
+def test_codes_of_another_number_per_position_are_refused():
+    for each, size in ((1, (1, 2, 2, 2)), (2, (1, 2, 2)), (2, (1, 2, 2, 3))):
+        with pytest.raises(InputError, match=f"codes_per_position={each}"):
+            make(2, 2, codes_per_position=each)(torch.zeros(size, dtype=torch.long))
 
 
 def test_guidance_zero_and_one_are_the_two_models():
@@ -263,18 +367,25 @@ def test_a_batch_takes_no_more_than_its_share_of_memory(monkeypatch):
     assert fit_batch_size(prior, 8, 8, torch.device("cpu"), guided=True) <= alone // 2 + 1
     assert fit_batch_size(prior, 8, 8, torch.device("cpu"), processes=2) <= alone // 2 + 1
     assert fit_batch_size(prior, 200, 200, torch.device("cpu")) == 1
+    several = make(8, 8, codes_per_position=100)
+    assert 1 < fit_batch_size(several, 8, 8, torch.device("cpu")) < alone
 
 
-def test_likelihoods_of_all_grids_sum_to_one_and_samples_follow_them():
-    prior = make(2, 2, num_codes=3)
+@pytest.mark.parametrize("size", [(2, 2), (1, 2, 2)])
+def test_likelihoods_of_all_grids_sum_to_one_and_samples_follow_them(size):
+    height, width, *each = size
+    prior = make(height, width, num_codes=3, codes_per_position=each[0] if each else 1)
     with torch.no_grad():
         for parameter in prior.parameters():
             parameter.mul_(2)  # far from uniform
-        grids = torch.tensor(list(itertools.product(range(3), repeat=4))).view(-1, 2, 2)
+        grids = torch.tensor(list(itertools.product(range(3), repeat=4))).view(-1, *size)
         mass = score(prior, grids).exp()
     assert mass.sum().item() == pytest.approx(1, abs=1e-5)
     drawn = sample(
-        prior, (20_000, 2, 2), generator=torch.Generator().manual_seed(0), batch_size=5000
+        prior,
+        (20_000, height, width),
+        generator=torch.Generator().manual_seed(0),
+        batch_size=5000,
     )
     number = (drawn.flatten(1) * torch.tensor([27, 9, 3, 1])).sum(1)
     counts = number.bincount(minlength=81).double()
@@ -286,6 +397,19 @@ def test_likelihoods_of_all_grids_sum_to_one_and_samples_follow_them():
     statistic = ((pooled - wanted) ** 2 / wanted).sum().item()
     degrees = len(wanted) - 1
     assert statistic < degrees + 4 * (2 * degrees) ** 0.5
+
+
+@pytest.mark.parametrize("label", [None, 0, 1])
+def test_likelihoods_of_all_grids_of_several_codes_sum_to_one(label):
+    prior = make(2, 2, num_codes=3, codes_per_position=2, num_classes=0 if label is None else 2)
+    with torch.no_grad():
+        for parameter in prior.parameters():
+            parameter.mul_(2)
+        grids = torch.tensor(list(itertools.product(range(3), repeat=8))).view(-1, 2, 2, 2)
+        labels = None if label is None else torch.full((len(grids),), label)
+        mass = score(prior, grids, labels).double().exp()
+    assert mass.sum().item() == pytest.approx(1, abs=1e-5)
+    assert mass.max() > 10 / len(grids)
 
 
 def test_a_sample_does_not_depend_on_its_batch():
@@ -355,6 +479,19 @@ def test_sampling_in_training_mode_is_refused():
 def test_bad_sampling_options_are_named(options, message):
     with pytest.raises(InputError, match=message):
         sample(make(2, 2), (1, 2, 2), **options)
+
+
+@pytest.mark.parametrize(
+    ("known", "message"),
+    [
+        ([[[[0, 1], [-1, 2]]]], "raster order"),
+        ([[[[-1, 1], [-1, -1]]]], "raster order"),
+        ([[[0, -1]]], r"shape \(1, 1, 2\) must have shape \(1, 1, 2, 2\)"),
+    ],
+)
+def test_known_codes_come_first_also_within_a_position(known, message):
+    with pytest.raises(InputError, match=message):
+        sample(make(1, 2, codes_per_position=2), (1, 1, 2), known=torch.tensor(known))
 
 
 def test_a_conditional_prior_needs_labels():

@@ -3,6 +3,7 @@
 import json
 import math
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -113,11 +114,38 @@ def test_a_prior_learns_their_codes(quantizer, command, toy):
     assert (outcome.folder / "samples.png").is_file()
 
 
-@pytest.mark.parametrize("quantizer", ["residual_vq", "none", "gaussian"])
-def test_a_prior_without_one_code_per_position_is_refused_before_training(quantizer, command, toy):
+def test_a_prior_learns_several_codes_per_position(command, toy, tmp_path):
+    options = ("experiment=smoke", "quantizer=residual_vq")
+    sizes = [f"model.net.quantizer.options.{o}" for o in ("codebook_size=16", "num_quantizers=2")]
+    outcome = command("vqvae-pipeline", *options, *sizes, *toy)
+    assert outcome.status == 0, outcome.err
+    assert "3x2x2 codes of 16" in outcome.out
+    report = (outcome.folder / "report.html").read_text()
+    assert "codebook 1" in report
+    assert "codebook 2" in report
+    metrics = json.loads((outcome.folder / "result.json").read_text())["metrics"]
+    # 3 * 2 * 2 codes of log2 16 bits for 12 * 8 * 3 values
+    assert metrics["test/uniform_bits_per_dim"]["value"] == pytest.approx(12 * 4 / 288)
+    with np.load(outcome.folder / "evaluation" / "codes.npz") as arrays:
+        assert arrays["histogram"].shape == (2, 16)
+        assert arrays["histogram"].sum(1).tolist() == [96 * 6, 96 * 6]
+        assert arrays["codes"].shape[1:] == (3, 2, 2)
+    prior = f"prior_checkpoint={outcome.folder}/prior/checkpoints/best.ckpt"
+    keep = ("complete=test", "num_samples=4", "completions=2", "keep_rows=0.34")
+    completed = command("vqvae-sample", prior, *keep, folder=tmp_path / "completed")
+    assert completed.status == 0, completed.err
+    with np.load(completed.folder / "samples.npz") as arrays:
+        assert arrays["codes"].shape == (8, 3, 2, 2)
+        assert (arrays["codes"][:4, 0] == arrays["codes"][4:, 0]).all()
+    drawn = json.loads((completed.folder / "result.json").read_text())["metrics"]
+    assert 0 < drawn["entropy_nats_per_code"]["value"] <= math.log(16)
+
+
+@pytest.mark.parametrize("quantizer", ["none", "gaussian"])
+def test_a_prior_on_a_continuous_bottleneck_is_refused_before_training(quantizer, command, toy):
     outcome = command("vqvae-pipeline", f"quantizer={quantizer}", *toy, "trainer=debug")
     assert outcome.status == 1
-    assert "one code per position" in outcome.err
+    assert "is continuous" in outcome.err
     assert not (outcome.folder / "vqvae" / "checkpoints").exists()
 
 

@@ -24,30 +24,30 @@ SPLITS = ("train", "val", "test")
 
 
 def require_codes(quantizer: Quantizer) -> None:
-    """Refuse a quantizer whose codes the prior cannot model.
+    """Refuse a bottleneck without codes.
 
     Raises:
-        InputError: If it has no codes, or several per position.
+        InputError: If it is continuous.
     """
-    count = quantizer.codes_per_position
-    if count != 1:
+    if not quantizer.codes_per_position:
         name = getattr(quantizer, "name", type(quantizer).__name__)
         raise InputError(
-            f"a prior and an evaluation need one code per position, but quantizer {name} has "
-            f"{count or 'none'}: train it with vqvae-train alone, or choose another, such as "
-            "quantizer=ema, loss, fsq."
+            f"a prior and an evaluation need codes, but quantizer {name} is continuous and has "
+            "none: train it with vqvae-train alone, or choose another, such as quantizer=ema, "
+            "loss, fsq."
         )
 
 
 class CodesDataModule(StageDataModule):
     """The codes of a data set under a trained VQ-VAE.
 
-    All splits are encoded once and stored in `folder`/<VQ-VAE hash>-<data fingerprint>. Each split
-    has its labels and its codes, in the smallest integer type that holds them; a header describes
-    them. Codes are written batch by batch and memory-mapped when read, because they may not fit in
-    memory: 1.3 million images of 32x32 codes take 2.6 GB. The folder is written under a temporary
-    name and then renamed, so that an interrupted run leaves no incomplete codes. If two runs encode
-    at the same time, the first to finish wins. The ranks of a run share the encoding.
+    An image has codes (h, w), or (h, w, Q) with Q codes per position. All splits are encoded once
+    and stored in `folder`/<VQ-VAE hash>-<data fingerprint>. Each split has its labels and its
+    codes, in the smallest integer type that holds them; a header describes them. Codes are written
+    batch by batch and memory-mapped when read, because they may not fit in memory: 1.3 million
+    images of 32x32 codes take 2.6 GB. The folder is written under a temporary name and then
+    renamed, so that an interrupted run leaves no incomplete codes. If two runs encode at the same
+    time, the first to finish wins. The ranks of a run share the encoding.
 
     Args:
         images: Images to encode; their evaluation batch size, seed and splits are used.
@@ -57,7 +57,7 @@ class CodesDataModule(StageDataModule):
         batch_size: Grids of codes per optimizer step, over all ranks together.
 
     Attributes:
-        grid: Rows and columns of codes per image.
+        grid: Rows and columns of the positions that have codes.
     """
 
     datasets: dict[str, ArrayDataset]
@@ -93,6 +93,16 @@ class CodesDataModule(StageDataModule):
         return self.vqvae.quantizer.num_codes
 
     @property
+    def codes_per_position(self) -> int:
+        """Number of codes at each position (Q)."""
+        return self.vqvae.quantizer.codes_per_position
+
+    @property
+    def code_shape(self) -> tuple[int, ...]:
+        """Shape of an image's codes: (h, w), or (h, w, Q) with several codes per position."""
+        return (*self.grid, self.codes_per_position) if self.codes_per_position > 1 else self.grid
+
+    @property
     def integer(self) -> np.dtype[Any]:
         """The smallest integer type that holds the codes."""
         return np.min_scalar_type(self.num_codes - 1)
@@ -102,6 +112,7 @@ class CodesDataModule(StageDataModule):
         """What the stored codes are made from, and their format."""
         return {
             "num_codes": self.num_codes,
+            "codes_per_position": self.codes_per_position,
             "integer": self.integer.name,
             "grid": list(self.grid),
             "images": {split: len(self.images.datasets[split]) for split in SPLITS},
@@ -159,6 +170,7 @@ class CodesDataModule(StageDataModule):
             raise InputError(
                 f"{self.folder}/header.json is not a header: delete the folder to encode again."
             )
+        found = {"codes_per_position": 1, **found}  # older headers lack the key
         for key, value in self.header.items():
             if found.get(key) != value:
                 raise InputError(
@@ -166,7 +178,7 @@ class CodesDataModule(StageDataModule):
                     f"has {value}: delete the folder to encode them again."
                 )
         for split, array in arrays.items():
-            shape = (self.header["images"][split], *self.grid)
+            shape = (self.header["images"][split], *self.code_shape)
             if array.shape != shape or array.dtype != self.integer:
                 raise InputError(
                     f"{self.folder}/{split}.npy has shape {array.shape} of {array.dtype}, not "
@@ -175,13 +187,28 @@ class CodesDataModule(StageDataModule):
             self.datasets[split] = ArrayDataset(array, labels[split])
 
     def histogram(self) -> Tensor:
-        """Number of times that each code occurs in the training split, (K,) int64."""
+        """Count how often each code occurs in the training split, as `count_codes` does."""
         rows = self.datasets["train"].data
-        counts = torch.zeros(self.num_codes, dtype=torch.int64)
+        counts = self.count_codes(torch.zeros(0, *self.code_shape, dtype=torch.int64))
         for start in range(0, len(rows), 8192):  # all rows as int64 may not fit in memory
-            part = torch.from_numpy(rows[start : start + 8192].astype(np.int64))
-            counts += part.flatten().bincount(minlength=self.num_codes)
+            counts += self.count_codes(
+                torch.from_numpy(rows[start : start + 8192].astype(np.int64))
+            )
         return counts
+
+    def count_codes(self, codes: Tensor) -> Tensor:
+        """Count how often each code occurs in `codes` (B, h, w) or (B, h, w, Q) int64.
+
+        Returns:
+            Counts (K,) int64, or (Q, K) for several codes per position.
+        """
+        each, size = self.codes_per_position, self.num_codes
+        if each == 1:
+            return codes.flatten().bincount(minlength=size)
+        numbers = (
+            codes + torch.arange(each, device=codes.device) * size
+        )  # no two codebooks share a number
+        return numbers.flatten().bincount(minlength=each * size).view(each, size)
 
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
         """Convert codes to int64, on the device."""
@@ -228,7 +255,7 @@ class CodesDataModule(StageDataModule):
         """Join the parts of all ranks, write the header and rename the folder."""
         for split, total in self.header["images"].items():
             arrays: list[tuple[str, np.dtype[Any], tuple[int, ...]]] = [
-                (split, self.integer, (total, *self.grid))
+                (split, self.integer, (total, *self.code_shape))
             ]
             if self.images.num_classes:
                 arrays.append((f"{split}_labels", np.dtype(np.int64), (total,)))

@@ -27,9 +27,9 @@ class Samples(NamedTuple):
     images: Tensor
     """(N, C, H, W) uint8."""
     codes: Tensor
-    """(N, h, w) int64."""
+    """(N, h, w) int64, or (N, h, w, Q) with several codes per position."""
     nats: Tensor
-    """(N,) entropy of the distributions drawn from, summed over the drawn positions."""
+    """(N,) entropy of the distributions drawn from, summed over the drawn codes."""
 
 
 def draw_images(

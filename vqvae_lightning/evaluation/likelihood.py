@@ -13,7 +13,7 @@ from vqvae_lightning.evaluation.reconstruction import pair_images_with_codes
 from vqvae_lightning.likelihoods import PixelDistribution
 from vqvae_lightning.likelihoods.logistic import discretised_logistic, fit_log_scale
 from vqvae_lightning.likelihoods.protocol import to_levels
-from vqvae_lightning.metrics import unigram_log_probabilities
+from vqvae_lightning.metrics import look_up_codes, unigram_log_probabilities
 from vqvae_lightning.networks.pixelcnn import PixelCNN
 from vqvae_lightning.networks.sampling import score
 
@@ -40,7 +40,7 @@ def measure_likelihood(
         device: Device to compute on.
     """
     dims = math.prod(codes.images.image_shape)
-    positions = math.prod(codes.grid)
+    per_image = math.prod(codes.code_shape)
     unigram = unigram_log_probabilities(codes.histogram()).to(device)
     by_position = _compute_position_log_probabilities(codes).to(device)
     score_pixels = _build_pixel_score(codes, device)
@@ -52,16 +52,16 @@ def measure_likelihood(
     for levels, labels, grid in pair_images_with_codes(codes, split, device, "scoring"):
         output = codes.vqvae.decode_output(grid)
         sums["pixels"] -= score_pixels(output, levels).double().sum().cpu()
-        sums["unigram"] -= unigram[grid].double().sum().cpu()
-        chosen = by_position.expand(len(grid), -1, -1, -1).gather(1, grid[:, None])
+        sums["unigram"] -= look_up_codes(unigram, grid).double().sum().cpu()
+        chosen = by_position.expand(len(grid), *by_position.shape[1:]).gather(1, grid[:, None])
         sums["position"] -= chosen.double().sum().cpu()
         if prior is not None:
             own = labels if prior.num_classes else None
             sums["prior"] -= score(prior, grid, own).double().sum().cpu()
     summed = {name: float(all_reduce(value)) for name, value in sums.items()}
-    per_code = {name: value / (total * positions) for name, value in summed.items()}
+    per_code = {name: value / (total * per_image) for name, value in summed.items()}
     pixels = summed["pixels"] / (LN2 * total * dims)
-    rate = positions / (LN2 * dims)
+    rate = per_image / (LN2 * dims)
     metrics = {
         "unigram_nats_per_code": per_code["unigram"],
         "position_nats_per_code": per_code["position"],
@@ -106,14 +106,14 @@ def _fit_scale(codes: CodesDataModule, device: torch.device) -> Tensor:
 
 
 def _compute_position_log_probabilities(codes: CodesDataModule) -> Tensor:
-    """Compute log p (1, K, h, w) of each code at each position.
+    """Compute log p (1, K, h, w), or (1, K, h, w, Q), of each code at each position.
 
     p is the histogram of the training codes, with one added to each count.
     """
-    counts = torch.zeros(math.prod(codes.grid), codes.num_codes)
+    counts = torch.zeros(math.prod(codes.code_shape), codes.num_codes)
     for batch in codes.batches("train"):
         flat = batch.data.long().flatten(1).t()
         counts.scatter_add_(1, flat, torch.ones_like(flat, dtype=torch.float32))
     counts = all_reduce(counts) + 1
     shares = torch.log(counts / counts.sum(1, keepdim=True))
-    return shares.t().reshape(1, codes.num_codes, *codes.grid)
+    return shares.t().reshape(1, codes.num_codes, *codes.code_shape)

@@ -30,14 +30,15 @@ def measure_reconstruction(
     Errors are measured on images in [0, 1] that are rounded to uint8, except for `mse_unrounded`.
     `perplexity` is that of the histogram of the whole split. `perplexity_batch32`, the mean over
     batches of 32 images, is lower and serves only to compare with older work. `dead_codes` counts
-    the codes that never occur in the training split.
+    the codes that never occur in the training split. With several codes per position, perplexities
+    and the entropy are means over the codebooks, as in `CodebookUsage`.
     """
     squared, unrounded = MeanSquaredError().to(device), MeanSquaredError().to(device)
     ssim = StructuralSimilarityIndexMeasure(data_range=1.0).to(device)
     psnr = PeakSignalNoiseRatio(data_range=1.0, dim=(1, 2, 3), reduction="elementwise_mean").to(
         device
     )
-    usage = CodebookUsage(codes.num_codes).to(device)
+    usage = CodebookUsage(codes.num_codes, codes.codes_per_position).to(device)
     psnr_sum = torch.zeros((), dtype=torch.float64)
     for levels, _, grid in pair_images_with_codes(codes, split, device, "reconstructing"):
         decoded = codes.vqvae.decode(grid).float()
@@ -50,13 +51,9 @@ def measure_reconstruction(
     error, used = float(squared.compute()), usage.compute()
     stored = codes.datasets[split].data
     batch_perplexities = [
-        entropy_nats(
-            torch.from_numpy(stored[start : start + 32].astype("int64"))
-            .flatten()
-            .bincount(minlength=codes.num_codes)
+        _compute_perplexity(
+            codes.count_codes(torch.from_numpy(stored[start : start + 32].astype("int64")))
         )
-        .exp()
-        .item()
         for start in range(0, len(stored) - 31, 32)
     ]
     return {
@@ -78,9 +75,15 @@ def measure_reconstruction(
     }
 
 
+def _compute_perplexity(counts: Tensor) -> float:
+    """Compute the perplexity of `counts` (K,), or the mean of those of counts (Q, K)."""
+    each = [entropy_nats(part).exp().item() for part in counts.view(-1, counts.shape[-1])]
+    return sum(each) / len(each)
+
+
 @torch.inference_mode()
 def decode_images(vqvae: "VQVAE", codes: Tensor) -> Tensor:
-    """Decode codes (N, h, w), in batches, to images (N, C, H, W) uint8 on the CPU."""
+    """Decode codes (N, h, w[, Q]), in batches, to images (N, C, H, W) uint8 on the CPU."""
     return torch.cat([to_uint8(vqvae.decode(part)).cpu() for part in codes.split(256)])
 
 
@@ -104,7 +107,7 @@ def pair_images_with_codes(
         limit: Number of rows at the start of the split to use.
 
     Yields:
-        Images (B, C, H, W) uint8, labels (B,) or None, and codes (B, h, w) int64.
+        Images (B, C, H, W) uint8, labels (B,) or None, and codes (B, h, w[, Q]) int64.
     """
     codes.vqvae.to(device)
     stored, loader = codes.datasets[split], codes.images.batches(split)

@@ -98,10 +98,53 @@ class GatedLayer(nn.Module):
         return for_vertical, for_horizontal
 
 
+class CodesHead(nn.Module):
+    """Scores the codes of a position in order: p(c_q | earlier positions, c_1, ..., c_(q-1)).
+
+    The factorisation is that of RQ-Transformer (Lee et al. 2022, arXiv:2203.01941, section 3.2).
+    Each code has a network with one hidden layer, whose inputs are the features of the position and
+    the sum of the embeddings of the position's earlier codes. Grouped 1x1 convolutions run these
+    networks for all codes at once, so training is a single pass.
+
+    Args:
+        channels: Channels of the features, of the embeddings and of each hidden layer (C).
+        num_codes: Number of codes (K).
+        codes_per_position: Number of codes of a position (Q), at least 2.
+    """
+
+    def __init__(self, channels: int, num_codes: int, codes_per_position: int) -> None:
+        super().__init__()
+        self.codes_per_position = codes_per_position
+        total, later = codes_per_position * channels, (codes_per_position - 1) * channels
+        self.from_features = nn.Conv2d(channels, total, 1)
+        # The first code has no earlier one, and the features' convolution has the bias.
+        self.from_earlier = nn.Conv2d(later, later, 1, groups=codes_per_position - 1, bias=False)
+        self.out = nn.Conv2d(total, codes_per_position * num_codes, 1, groups=codes_per_position)
+
+    def forward(self, features: Tensor, embedded: Tensor) -> Tensor:
+        """Compute logits (B, K, H, W, Q).
+
+        Args:
+            features: Features (B, C, H, W) of each position, which depend on earlier ones only.
+            embedded: Embeddings (B, H, W, Q, C) of all codes.
+        """
+        earlier = embedded[..., :-1, :].cumsum(-2).flatten(-2).movedim(-1, 1)
+        first, others = self.from_features(F.relu(features)).tensor_split(
+            [features.shape[1]], dim=1
+        )
+        hidden = torch.cat([first, others + self.from_earlier(earlier)], dim=1)
+        logits: Tensor = self.out(F.relu(hidden)).unflatten(1, (self.codes_per_position, -1))
+        return logits.movedim(1, -1)
+
+
 class PixelCNN(nn.Module):
     """Gated PixelCNN (arXiv:1606.05328): p(codes | label, context) as a product over positions.
 
-    Codes enter through an embedding, so their numbering has no meaning to the model.
+    Codes enter through an embedding, so their numbering has no meaning to the model. With several
+    codes per position (Q), each codebook has its own embedding table, and the input at a position
+    is the sum of its Q embeddings. The sum loses nothing against a concatenation, because a linear
+    map of concatenated embeddings is a sum of embeddings with other tables. `CodesHead` then scores
+    the codes of a position one after the other.
 
     Args:
         num_codes: Number of codes (K).
@@ -118,6 +161,7 @@ class PixelCNN(nn.Module):
         first_kernel: Kernel of the first layer, odd.
         kernel: Kernel of the other layers, odd.
         dropout: Share of gate outputs dropped in training.
+        codes_per_position: Number of codes at each position (Q), each from a codebook of K rows.
 
     Raises:
         InputError: If a value is outside its range.
@@ -136,6 +180,7 @@ class PixelCNN(nn.Module):
         first_kernel: int = 7,
         kernel: int = 3,
         dropout: float = 0.1,
+        codes_per_position: int = 1,
     ) -> None:
         super().__init__()
         for name, value in (
@@ -144,6 +189,7 @@ class PixelCNN(nn.Module):
             ("width", width),
             ("channels", channels),
             ("layers", layers),
+            ("codes_per_position", codes_per_position),
         ):
             check_positive(name, value)
         for name, value in (("first_kernel", first_kernel), ("kernel", kernel)):
@@ -154,12 +200,14 @@ class PixelCNN(nn.Module):
         check_range("null_label_rate", null_label_rate, 0, 1)
         check_range("dropout", dropout, 0, 1)
         self.num_codes = num_codes
+        self.codes_per_position = codes_per_position
         self.height, self.width = height, width
         self.num_classes = num_classes
         self.context_channels = context_channels
         self.null_label_rate = null_label_rate
         labels = num_classes + 1 if num_classes and null_label_rate else num_classes
-        self.embedding = nn.Embedding(num_codes, channels)
+        # The tables of the codebooks follow each other.
+        self.embedding = nn.Embedding(codes_per_position * num_codes, channels)
         self.layers = nn.ModuleList(
             GatedLayer(
                 channels,
@@ -172,11 +220,15 @@ class PixelCNN(nn.Module):
             )
             for i in range(layers)
         )
-        self.head = nn.Sequential(
-            nn.ReLU(),
-            nn.Conv2d(channels, channels, 1),
-            nn.ReLU(),
-            nn.Conv2d(channels, num_codes, 1),
+        self.head: nn.Module = (
+            nn.Sequential(
+                nn.ReLU(),
+                nn.Conv2d(channels, channels, 1),
+                nn.ReLU(),
+                nn.Conv2d(channels, num_codes, 1),
+            )
+            if codes_per_position == 1
+            else CodesHead(channels, num_codes, codes_per_position)
         )
 
     @property
@@ -194,24 +246,49 @@ class PixelCNN(nn.Module):
     ) -> Tensor:
         """Compute logits (B, K, H, W) of each code given the earlier ones.
 
+        Several codes per position have logits (B, K, H, W, Q), given the codes of all earlier
+        positions and the earlier codes of the same position.
+
         Args:
-            codes: Codes (B, H, W) int64.
+            codes: Codes (B, H, W) int64, or (B, H, W, Q).
             labels: Labels (B,) int64 for a conditional model, `num_classes` for "no class".
             context: Context (B, context_channels, h, w) for a model that takes one. It is enlarged
                 to (H, W).
+
+        Raises:
+            InputError: If a condition does not fit, or the codes have another number of axes.
         """
         self.check_conditions(labels, context)
+        each = self.codes_per_position
+        if codes.shape[3:] != ((each,) if each > 1 else ()):
+            raise InputError(
+                f"codes of shape {tuple(codes.shape)} do not fit this prior, which has "
+                f"codes_per_position={each}."
+            )
         if self.training and labels is not None and self.null_label_rate:
             drawn = draw_for_batch(partial(torch.rand, device=labels.device), len(labels))
             nulls = drawn < self.null_label_rate
             labels = labels.masked_fill(nulls, self.num_classes)
         context = enlarge(context, codes.shape[1], codes.shape[2])
-        vertical = horizontal = self.embedding(codes).movedim(-1, 1)
+        embedded = self.embed(codes)
+        whole = embedded if each == 1 else embedded.sum(-2)
+        vertical = horizontal = whole.movedim(-1, 1)
         total: Tensor | float = 0.0
         for layer in self.layers:
             vertical, horizontal, skip = layer(vertical, horizontal, labels, context)
             total = total + skip
-        return self.head(total)  # type: ignore[no-any-return]
+        logits: Tensor = self.head(total) if each == 1 else self.head(total, embedded)
+        return logits
+
+    def embed(self, codes: Tensor) -> Tensor:
+        """Embed codes (..., Q), each with the table of its codebook, as (..., Q, channels).
+
+        With one code per position, the codes have no last axis Q.
+        """
+        if self.codes_per_position > 1:
+            total = self.codes_per_position * self.num_codes
+            codes = codes + torch.arange(0, total, self.num_codes, device=codes.device)
+        return self.embedding(codes)  # type: ignore[no-any-return]
 
     def check_conditions(self, labels: Tensor | None, context: Tensor | None) -> None:
         """Check that labels and context are given exactly if the model takes them.

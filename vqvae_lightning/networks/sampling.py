@@ -9,7 +9,7 @@ from torch import Tensor
 
 from vqvae_lightning.devices import measure_available_memory
 from vqvae_lightning.errors import InputError, Key, check_positive, check_range
-from vqvae_lightning.networks.pixelcnn import GatedLayer, PixelCNN, enlarge, gate
+from vqvae_lightning.networks.pixelcnn import CodesHead, GatedLayer, PixelCNN, enlarge, gate
 
 LARGEST_BATCH = 256  # larger batches are no faster
 MEMORY_SHARE = 0.25  # of the free memory that the caches of a batch may take
@@ -19,9 +19,9 @@ class Drawn(NamedTuple):
     """A batch of samples."""
 
     codes: Tensor
-    """(B, H, W) int64."""
+    """(B, H, W) int64, or (B, H, W, Q) with Q = codes_per_position > 1."""
     nats: Tensor
-    """(B,) entropies of the distributions drawn from, summed over the drawn positions.
+    """(B,) entropies of the distributions drawn from, summed over the drawn codes.
 
     Their mean estimates the entropy of the samples. Without options such as a temperature, that is
     the expected -log p of a sample.
@@ -31,7 +31,10 @@ class Drawn(NamedTuple):
 def sample(
     prior: PixelCNN, shape: tuple[int, int, int], labels: Tensor | None = None, **options: Any
 ) -> Tensor:
-    """Draw codes (number of images, rows, columns) int64; arguments as for `sample_batches`."""
+    """Draw codes (number of images, rows, columns) int64; arguments as for `sample_batches`.
+
+    A prior with several codes per position draws (number of images, rows, columns, Q).
+    """
     return torch.cat([batch.codes for batch in sample_batches(prior, shape, labels, **options)])
 
 
@@ -51,7 +54,7 @@ def sample_batches(
     batch_size: int | None = None,
     only: slice | None = None,
 ) -> Iterator[Drawn]:
-    """Draw codes in raster order, batch by batch.
+    """Draw codes in raster order, batch by batch, and the codes of a position in their order.
 
     The vertical stack runs once per row and the horizontal one once per code, so all positions
     together cost about one forward pass (Ramachandran et al. 2017, arXiv:1704.06001). One uniform
@@ -74,7 +77,9 @@ def sample_batches(
         generator: CPU generator of the uniform numbers, None for torch's default generator.
         context: Context (number of images, context_channels, h, w) for a prior with context.
         known: Codes (number of images, rows, columns) int64 to complete, -1 where a code is drawn.
-            In each image the known codes come first in raster order.
+            In each image the known codes come first in raster order. With several codes per
+            position, the shape is (number of images, rows, columns, Q). The first codes of a
+            position may then be known without the others.
         batch_size: Images per batch. None for as many as fit into a quarter of the free memory, at
             most 256.
         only: Slice of the images to draw. They are the same as when all images are drawn.
@@ -99,12 +104,14 @@ def sample_batches(
         if part is not None and len(part) != count:
             raise InputError(f"{len(part)} {name} for {count} images: there must be one per image.")
     if known is not None:
-        check_known(known, shape, prior.num_codes)
+        each = prior.codes_per_position
+        check_known(known, (*shape, each) if each > 1 else shape, prior.num_codes)
     check_guidance(guidance, prior.num_classes, prior.null_label_rate)
     if batch_size is None:
         batch_size = fit_batch_size(prior, height, width, device, guidance not in (0, 1))
     check_positive("batch_size", batch_size)
-    uniform = torch.rand(count, height, width, generator=generator, dtype=torch.float64)
+    size = (count, height, width, prior.codes_per_position)
+    uniform = torch.rand(size, generator=generator, dtype=torch.float64)
     options = {"temperature": temperature, "top_k": keep, "top_p": top_p}
     first, end, _ = (only or slice(None)).indices(count)
     for start in range(first, end, batch_size):
@@ -139,12 +146,12 @@ def check_guidance(guidance: float, num_classes: int, null_label_rate: float) ->
         )
 
 
-def check_known(known: Tensor, shape: tuple[int, int, int], num_codes: int) -> None:
+def check_known(known: Tensor, shape: tuple[int, ...], num_codes: int) -> None:
     """Check the codes to complete.
 
     Raises:
-        InputError: If their shape is wrong, a value is not a code, or a known code comes after a
-            position to draw.
+        InputError: If their shape is wrong, a value is not a code, or a known code comes after one
+            to draw.
     """
     if known.shape != shape:
         raise InputError(f"known codes of shape {tuple(known.shape)} must have shape {shape}.")
@@ -184,6 +191,7 @@ def fit_batch_size(
     if prior.context_channels:
         floats += layers * 4 * channels * height * width
     floats = floats * (2 if guided else 1) + 16 * prior.num_codes  # for sorting in float64
+    floats += 4 * height * width * prior.codes_per_position  # a code and its uniform number
     return max(1, min(LARGEST_BATCH, int(MEMORY_SHARE * free) // (4 * floats)))
 
 
@@ -237,8 +245,8 @@ def _draw_batch(
     guidance: float,
     options: dict[str, Any],
 ) -> Drawn:
-    """Draw one batch with the uniform numbers `uniform` (B, H, W)."""
-    batch, height, width = uniform.shape
+    """Draw one batch with the uniform numbers `uniform` (B, H, W, Q)."""
+    batch, height, width, each = uniform.shape
     guided = guidance not in (0, 1)
     if guidance != 1:
         assert labels is not None
@@ -249,19 +257,23 @@ def _draw_batch(
     if context is not None:
         context = context.repeat(times, 1, 1, 1)
     run = _Incremental(prior, times * batch, height, width, labels, context)
-    codes = torch.empty(batch, height, width, dtype=torch.int64, device=uniform.device)
+    codes = torch.empty(uniform.shape, dtype=torch.int64, device=uniform.device)
     nats = torch.zeros(batch, dtype=torch.float64, device=uniform.device)
+    if known is not None:
+        known = known.reshape(codes.shape)
     given = torch.zeros_like(codes, dtype=torch.bool) if known is None else known >= 0
-    finished = given.all(2).all(0).tolist()  # rows in which nothing is drawn
+    finished = given.flatten(2).all(2).all(0).tolist()  # rows in which nothing is drawn
     for row in range(height):
         run.start_row(row)
         for column in range(width):
-            place = (slice(None), row, column)
             if finished[row]:
                 assert known is not None
-                chosen = known[place]
+                codes[:, row, column] = known[:, row, column]
             else:
-                logits = run.compute_logits(column)
+                run.start_position(column)
+            for number in range(0 if finished[row] else each):
+                place = (slice(None), row, column, number)
+                logits = run.compute_logits(number)
                 if guided:
                     conditional, unconditional = logits.chunk(2)
                     logits = unconditional + guidance * (conditional - unconditional)
@@ -272,9 +284,49 @@ def _draw_batch(
                     chosen = torch.where(given[place], known[place], chosen)
                     entropy = entropy.masked_fill(given[place], 0)
                 nats += entropy
-            codes[place] = chosen
-            run.store(row, column, chosen.repeat(times))
-    return Drawn(codes, nats.float())
+                codes[place] = chosen
+                if number + 1 < each:
+                    run.store_code(number, chosen.repeat(times))
+            run.store(row, column, codes[:, row, column].repeat(times, 1))
+    return Drawn(codes[..., 0] if each == 1 else codes, nats.float())
+
+
+class _CodeHead(NamedTuple):
+    """Weights that turn the features of a position into logits of one of its codes."""
+
+    bias: Tensor
+    from_features: Tensor
+    from_earlier: Tensor | None
+    """Weight of the sum of the embeddings of the position's earlier codes, if there are any."""
+    out_bias: Tensor
+    out: Tensor
+
+    def compute_logits(self, features: Tensor, earlier: Tensor | None) -> Tensor:
+        """Compute logits (B, K) from features (B, C), after their ReLU, and that sum (B, C)."""
+        hidden = torch.addmm(self.bias, features, self.from_features)
+        if self.from_earlier is not None:
+            assert earlier is not None
+            hidden.addmm_(earlier, self.from_earlier)
+        return torch.addmm(self.out_bias, hidden.relu_(), self.out)
+
+
+def _split_head(prior: PixelCNN) -> list[_CodeHead]:
+    """Split a prior's head into the parts for each code of a position."""
+    head, each = prior.head, prior.codes_per_position
+    earlier: tuple[Tensor, ...] = ()
+    if isinstance(head, CodesHead):
+        hidden, out = head.from_features, head.out
+        earlier = head.from_earlier.weight[:, :, 0, 0].chunk(each - 1)
+    else:
+        hidden, out = (cast(list[torch.nn.Conv2d], head)[number] for number in (1, 3))
+    parts = (
+        cast(Tensor, hidden.bias).chunk(each),
+        _to_matrix(hidden).chunk(each, 1),
+        [None, *(weight.t() for weight in earlier)],
+        cast(Tensor, out.bias).chunk(each),
+        _to_matrix(out).chunk(each, 1),
+    )
+    return [_CodeHead(*weights) for weights in zip(*parts, strict=True)]
 
 
 class _Incremental:
@@ -303,8 +355,8 @@ class _Incremental:
         self.skip_bias = torch.stack([cast(Tensor, layer.skip.bias) for layer in layers]).sum(0)
         gated = self.skip.new_empty(batch, len(layers), len(self.skip_bias))
         self.gated, self.all_gated = gated.unbind(1), gated.flatten(1)
-        self.hidden, self.out = (cast(torch.nn.Conv2d, prior.head[number]) for number in (1, 3))
-        self.hidden_matrix, self.out_matrix = _to_matrix(self.hidden), _to_matrix(self.out)
+        self.heads = _split_head(prior)
+        self.earlier: Tensor | None = None
 
     def start_row(self, row: int) -> None:
         """Run the vertical stack over a row, once all codes above it are known."""
@@ -313,8 +365,8 @@ class _Incremental:
             if number + 1 < len(self.stacks):
                 self.stacks[number + 1].store_row(row, above)
 
-    def compute_logits(self, column: int) -> Tensor:
-        """Compute logits (B, K) at this column, once all codes to its left are known."""
+    def start_position(self, column: int) -> None:
+        """Run the horizontal stack at this column, once all codes to its left are known."""
         entering: Tensor | None = None
         for number, (stack, gated) in enumerate(zip(self.stacks, self.gated, strict=True)):
             stack.compute_gate(column, gated)
@@ -322,14 +374,26 @@ class _Incremental:
                 after = self.stacks[number + 1].places[column]
                 stack.add_residual(gated, entering, after)
                 entering = after
-        total = torch.addmm(self.skip_bias, self.all_gated, self.skip).relu_()
-        hidden = torch.addmm(cast(Tensor, self.hidden.bias), total, self.hidden_matrix).relu_()
-        return torch.addmm(cast(Tensor, self.out.bias), hidden, self.out_matrix)
+        self.features = torch.addmm(self.skip_bias, self.all_gated, self.skip).relu_()
+        self.earlier = None
+
+    def compute_logits(self, number: int) -> Tensor:
+        """Compute logits (B, K) of code `number` of the position, once the earlier ones are known.
+
+        Those are stored with `store_code`.
+        """
+        return self.heads[number].compute_logits(self.features, self.earlier)
+
+    def store_code(self, number: int, codes: Tensor) -> None:
+        """Store code `number` (B,) of the position, on which its later codes depend."""
+        embedded = self.prior.embedding(codes + number * self.prior.num_codes)
+        self.earlier = embedded if self.earlier is None else self.earlier + embedded
 
     def store(self, row: int, column: int, codes: Tensor) -> None:
-        """Store the codes (B,) of a position, and at the end of a row the whole row."""
-        first = self.stacks[0]
-        first.places[column].copy_(self.prior.embedding(codes))
+        """Store the codes (B, Q) of a position, and at the end of a row the whole row."""
+        first, embed = self.stacks[0], self.prior.embed
+        several = self.prior.codes_per_position > 1
+        first.places[column].copy_(embed(codes).sum(1) if several else embed(codes[:, 0]))
         if column + 1 == self.width:
             first.store_row(row, first.left[:, first.reach :])
 
@@ -419,7 +483,7 @@ class _Stack:
 
 
 def _to_matrix(convolution: torch.nn.Conv2d) -> Tensor:
-    """Return the weight of a 1x1 convolution as a matrix (channels in, channels out)."""
+    """Return the weight of a 1x1 convolution as a matrix (channels in of a group, channels out)."""
     return convolution.weight[:, :, 0, 0].t()
 
 
@@ -430,7 +494,7 @@ def score(
 
     Args:
         prior: Prior in evaluation mode.
-        codes: Codes (B, H, W) int64.
+        codes: Codes (B, H, W) int64, or (B, H, W, Q).
         labels: Labels (B,) int64 for a conditional prior.
         context: Context (B, context_channels, h, w) for a prior with context.
 
@@ -438,4 +502,5 @@ def score(
         Log-likelihoods (B,) float32.
     """
     logits = prior(codes, labels, context)
-    return -F.cross_entropy(logits.float(), codes, reduction="none").sum((1, 2))
+    nats = F.cross_entropy(logits.float(), codes, reduction="none")
+    return -nats.sum(tuple(range(1, codes.ndim)))

@@ -164,37 +164,59 @@ def plot_prior(curves: Curves, split: str, metrics: dict[str, Any]) -> str:
 
 
 def plot_histogram(counts: Array) -> str:
-    """Plot the share of each code in the training split, the most used first."""
+    """Plot the share of each code in the training split, the most used first.
+
+    Args:
+        counts: Histogram (K,), or (Q, K) for Q codebooks, which each get a line.
+    """
+    histograms = np.atleast_2d(counts)
 
     def paint(axes: list[Axes]) -> None:
-        share = np.sort(counts)[::-1] / counts.sum()
-        axes[0].fill_between(np.arange(len(share)), share * 100, step="mid", color=TRAIN)
-        axes[0].axhline(100 / len(share), color=EXTRA, ls="--", label="equal use")
-        title = f"Use of the {len(share)} codes, most used first"
-        axes[0].set(
-            title=title, xlabel="rank", ylabel="% of codes", xlim=(0, len(share)), ylim=(0, None)
-        )
+        size = histograms.shape[1]
+        for number, histogram in enumerate(histograms):
+            share = np.sort(histogram)[::-1] / histogram.sum() * 100
+            if len(histograms) == 1:
+                axes[0].fill_between(np.arange(size), share, step="mid", color=TRAIN)
+            else:
+                style = {"color": COLOURS[number % len(COLOURS)], "ls": DASHES[number % 4]}
+                label = f"codebook {number + 1}"
+                axes[0].plot(share, drawstyle="steps-mid", label=label, **style)
+        axes[0].axhline(100 / size, color=EXTRA, ls="--", label="equal use")
+        title = f"Use of the {size} codes, most used first"
+        axes[0].set(title=title, xlabel="rank", ylabel="% of codes", xlim=(0, size), ylim=(0, None))
         axes[0].legend()
 
     return draw_svg((9, 2.4), 1, paint)
 
 
 def plot_code_maps(images: Array, codes: Array, counts: Array, columns: int = 10) -> str:
-    """Show images (N, C, H, W) uint8 above their codes (N, h, w), coloured by frequency."""
-    rank = np.empty(len(counts), dtype=int)
-    rank[np.argsort(-counts)] = np.arange(len(counts))
+    """Show images above their codes, coloured by frequency.
+
+    Args:
+        images: Images (N, C, H, W) uint8.
+        codes: Codes (N, h, w), or (N, h, w, Q), of which each codebook gets a row.
+        counts: Histogram (K,), or (Q, K), of the training codes.
+        columns: Largest number of images.
+    """
+    histograms = np.atleast_2d(counts)
+    maps = codes.reshape(*codes.shape[:3], len(histograms))
+    # Twice sorted: the rank of each code, 0 for the most frequent of its codebook.
+    ranks = np.argsort(np.argsort(-histograms, axis=1), axis=1)
     shown = min(columns, len(images))
 
     def paint(axes: list[Axes]) -> None:
         for column in range(shown):
             picture = images[column].transpose(1, 2, 0)
             axes[column].imshow(picture.squeeze(), cmap="gray", vmin=0, vmax=255)
-            below = rank[codes[column]]
-            axes[shown + column].imshow(below, cmap="viridis", vmin=0, vmax=len(counts) - 1)
+            for number, rank in enumerate(ranks):
+                below = axes[(number + 1) * shown + column]
+                colours = rank[maps[column, :, :, number]]
+                below.imshow(colours, cmap="viridis", vmin=0, vmax=len(rank) - 1)
         for one in axes:
             one.set_axis_off()
 
-    return draw_svg((9, 1.95), shown, paint, rows=2)
+    rows = 1 + len(histograms)
+    return draw_svg((9, 0.975 * rows), shown, paint, rows=rows)
 
 
 def plot_rate(metrics: dict[str, Any], split: str) -> str:

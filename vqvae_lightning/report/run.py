@@ -50,7 +50,7 @@ def write_report(folder: Path) -> Path:
         pictures={name: inline_png(path) for name, path in pictures.items()},
         progress=[inline_png(path) for path in _pick_evenly(run.stage("prior").pictures, 4)],
         losses=Markup(plots.plot_losses(curves["vqvae"])),
-        usage=Markup(plots.plot_usage(curves["vqvae"], len(histogram))),
+        usage=Markup(plots.plot_usage(curves["vqvae"], histogram.shape[-1])),
         prior=Markup(plots.plot_prior(curves["prior"], split, result["metrics"])),
         histogram=Markup(plots.plot_histogram(histogram)),
         code_maps=Markup(plots.plot_code_maps(images, codes, histogram)),

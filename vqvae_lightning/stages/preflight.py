@@ -250,14 +250,15 @@ def _describe_codes(
         assert isinstance(data, CodesDataModule)
         rows, columns = data.grid
         layers, needed = len(net.layers), net.layers_needed
-        text = f"{rows}x{columns} codes of {net.num_codes}, covered by {needed} of {layers} layers"
+        size = "x".join(map(str, data.code_shape))
+        text = f"{size} codes of {net.num_codes}, covered by {needed} of {layers} layers"
         if needed <= layers:
             return text, []
         warning = (
             f"with model.net.layers={layers} the receptive field does not cover the "
             f"{rows}x{columns} codes; {needed} layers cover them."
         )
-        return f"{rows}x{columns} codes of {net.num_codes}, not covered", [warning]
+        return f"{size} codes of {net.num_codes}, not covered", [warning]
     assert isinstance(net, VQVAE)
     rows, columns = net.compute_grid(*shape[1:])
     seen = net.encoder.receptive_field
@@ -300,7 +301,7 @@ def _measure_activations(net: nn.Module, data: StageDataModule, precision: str) 
     if isinstance(net, PixelCNN):
         assert isinstance(data, CodesDataModule)
         labels = [torch.zeros(PROBED, dtype=torch.long)] if net.num_classes else []
-        inputs = (torch.zeros(PROBED, *data.grid, dtype=torch.long), *labels)
+        inputs = (torch.zeros(PROBED, *data.code_shape, dtype=torch.long), *labels)
     else:
         inputs = (torch.zeros(PROBED, *_get_images(data).image_shape),)
     with (
@@ -338,7 +339,7 @@ def _count_logit_bytes(net: nn.Module, data: StageDataModule) -> int:
     if not isinstance(net, PixelCNN):
         return 0
     assert isinstance(data, CodesDataModule)
-    return 2 * 4 * net.num_codes * math.prod(data.grid)
+    return 2 * 4 * net.num_codes * math.prod(data.code_shape)
 
 
 def _check_device(trainer: DictConfig, ranks: int) -> str:

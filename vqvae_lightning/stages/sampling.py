@@ -132,7 +132,7 @@ def _draw_samples(cfg: DictConfig, watch: Stopwatch) -> dict[str, Any]:
     else:
         originals, labels = load_originals(cfg, prior, vqvae)
         known = encode_kept(vqvae.net.to(devices[0]), originals, cfg.keep_rows)
-        known = known.repeat(cfg.completions, 1, 1)
+        known = known.repeat(cfg.completions, *[1] * (known.ndim - 1))
         labels = None if labels is None else labels.repeat(cfg.completions)
         count = len(known)
     write_config(cfg, folder)
@@ -164,10 +164,10 @@ def _draw_samples(cfg: DictConfig, watch: Stopwatch) -> dict[str, Any]:
         np.savez_compressed(file, **{k: v.numpy() for k, v in arrays.items()})
     if done < count:
         raise Interrupted(f"Interrupted: {done} of {count} samples are in {run.samples}.")
-    positions = samples.codes[0].numel() if known is None else int((known[0] < 0).sum())
+    per_image = samples.codes[0].numel() if known is None else int((known[0] < 0).sum())
     return write_result(
         folder,
-        {"images": float(count), "entropy_nats_per_code": float(samples.nats.mean()) / positions},
+        {"images": float(count), "entropy_nats_per_code": float(samples.nats.mean()) / per_image},
         seed=cfg.seed,
         commit=cfg.commit,
         seconds=watch.seconds,
@@ -197,7 +197,10 @@ def load_originals(cfg: DictConfig, prior: PixelCNN, vqvae: Loaded) -> tuple[Ten
 
 
 def encode_kept(vqvae: VQVAE, images: Tensor, keep_rows: float) -> Tensor:
-    """Encode images (N, C, H, W) uint8 to codes (N, h, w), with -1 below the rows to keep."""
+    """Encode images (N, C, H, W) uint8 to codes (N, h, w), with -1 below the rows to keep.
+
+    A quantizer with several codes per position gives codes (N, h, w, Q).
+    """
     device = next(vqvae.parameters()).device
     with torch.inference_mode():
         parts = [vqvae.encode(from_uint8(part.to(device))).cpu() for part in images.split(256)]

@@ -178,6 +178,9 @@ def set_sizes(cfg: DictConfig, codes: CodesDataModule) -> None:
     """
     height, width = codes.grid
     set_size(cfg, "num_codes", codes.num_codes)
+    # Configs of older runs lack the key, and their priors have one code per position.
+    if "codes_per_position" in cfg.model.net or codes.codes_per_position != 1:
+        set_size(cfg, "codes_per_position", codes.codes_per_position)
     set_size(cfg, "height", height)
     set_size(cfg, "width", width)
     if cfg.model.net.num_classes != 0:  # 0 asks for a prior that ignores the classes

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from vqvae_lightning.data.codes import CodesDataModule
 from vqvae_lightning.data.images import Batch
 from vqvae_lightning.errors import check_range
-from vqvae_lightning.metrics import unigram_log_probabilities
+from vqvae_lightning.metrics import look_up_codes, unigram_log_probabilities
 from vqvae_lightning.networks.pixelcnn import PixelCNN
 from vqvae_lightning.tasks.compilation import compile_once
 from vqvae_lightning.tasks.divergence import WatchedTask
@@ -25,8 +25,8 @@ def compute_loss(logits: Tensor, codes: Tensor, label_smoothing: float) -> Tenso
     """Compute the training loss, the mean cross-entropy of the codes in nats.
 
     Args:
-        logits: (B, K, h, w) scores of each code.
-        codes: (B, h, w) targets.
+        logits: (B, K, h, w) scores of each code, or (B, K, h, w, Q).
+        codes: (B, h, w) targets, or (B, h, w, Q).
         label_smoothing: Share of the target that is spread over all codes (Szegedy et al. 2015,
             arXiv:1512.00567, section 7).
     """
@@ -37,8 +37,9 @@ class PriorTask(WatchedTask):
     """Trains a PixelCNN by maximum likelihood (van den Oord et al. 2016, arXiv:1606.05328).
 
     Each validation also logs the nats per code of two baselines: the uniform model, log K, and the
-    unigram model, which is the histogram of the training codes with one added to each count. A
-    prior that beats the unigram model has learnt how codes depend on each other.
+    unigram model, which is the histogram of the training codes with one added to each count. With
+    several codes per position, each codebook has its own histogram, and nats per code are the mean
+    over all codes. A prior that beats the unigram model has learnt how codes depend on each other.
 
     Args:
         net: Network to train.
@@ -70,14 +71,17 @@ class PriorTask(WatchedTask):
         self.schedule = schedule
         self.label_smoothing = check_range("label_smoothing", label_smoothing, 0, 1)
         self.codes_per_dim = 0.0
-        self.register_buffer("unigram", torch.zeros(net.num_codes), persistent=False)
+        each = net.codes_per_position
+        shape = (each, net.num_codes) if each > 1 else (net.num_codes,)
+        self.register_buffer("unigram", torch.zeros(shape), persistent=False)
 
     def setup(self, stage: str) -> None:
         """Compute the unigram model from the training codes."""
         data: CodesDataModule = self.trainer.datamodule  # type: ignore[attr-defined]
         compile_once(self.parts_to_compile)
         self.unigram.copy_(unigram_log_probabilities(data.histogram()))
-        self.codes_per_dim = math.prod(data.grid) / math.prod(data.images.image_shape)
+        codes = math.prod(data.grid) * self.net.codes_per_position
+        self.codes_per_dim = codes / math.prod(data.images.image_shape)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Return the loss of a batch of codes; log every `trainer.log_every_n_steps`."""
@@ -143,7 +147,7 @@ class PriorTask(WatchedTask):
                 f"{split}/bits_per_code": bits,
                 f"{split}/prior_bits_per_dim": bits * self.codes_per_dim,
                 f"{split}/accuracy": (logits.argmax(1) == codes).float().mean(),
-                f"{split}/unigram_nats_per_code": -self.unigram[codes].mean(),
+                f"{split}/unigram_nats_per_code": -look_up_codes(self.unigram, codes).mean(),
                 f"{split}/uniform_nats_per_code": math.log(self.net.num_codes),
             },
             **options,
