@@ -557,7 +557,7 @@ MUTATIONS = (
         ),
         (
             "position nats of the unigram",
-            "chosen = by_position.expand(len(grid), -1, -1, -1).gather(1, grid[:, None])",
+            "chosen = by_position.expand(len(grid), *by_position.shape[1:]).gather(1, grid[:, None])",
             "chosen = unigram[grid]",
             BITS,
         ),
