@@ -557,8 +557,8 @@ MUTATIONS = (
         ),
         (
             "position nats of the unigram",
-            "chosen = by_position.expand(len(grid), *by_position.shape[1:]).gather(1, grid[:, None])",
-            "chosen = unigram[grid]",
+            "by_position.expand(len(grid), *by_position.shape[1:]).gather(1, grid[:, None])",
+            "unigram[grid]",
             BITS,
         ),
         ("nats printed as bits", '"bits_per_code": nats / LN2', '"bits_per_code": nats', BITS),
