@@ -496,17 +496,17 @@ MUTATIONS = (
     *mutations_of(
         "evaluation/reconstruction.py",
         EVALUATION,
-        ("constant ssim", "cast(Tensor, ssim.compute()).item()", "0.9", ERRORS),
+        ("constant ssim", "cast(Tensor, self.ssim.compute()).item()", "0.9", ERRORS),
         (
             "psnr per image of the mean error",
-            "float(all_reduce(psnr_sum)) / len(codes.datasets[split])",
+            "psnr_sum / images",
             "-10 * math.log10(error)",
             ERRORS,
         ),
         (
             "nmse over the variance of another scale",
-            "error / codes.images.pixel_variance",
-            "error / (4 * codes.images.pixel_variance)",
+            "error / pixel_variance",
+            "error / (4 * pixel_variance)",
             ERRORS,
         ),
         (
@@ -545,8 +545,8 @@ MUTATIONS = (
         EVALUATION,
         (
             "scale fitted on test images",
-            'pair_images_with_codes(codes, "val", device, "fitting the scale", limit)',
-            'pair_images_with_codes(codes, "test", device, "fitting the scale", limit)',
+            'pair_images_with_codes(codes, "val", device, step, limit)',
+            'pair_images_with_codes(codes, "test", device, step, limit)',
             BITS,
         ),
         (

@@ -98,7 +98,8 @@ def at_toy_size(name, given):
         if "trainer=ddp" in own and "--dry-run" not in small:
             small += ["trainer.accelerator=cpu", "trainer.devices=2"]
         small.append("dataset.batch_size=8")
-        if "prior" not in own:
+        # A decoder on kept codes has the sizes of the finished one.
+        if "prior" not in own and "vqvae_checkpoint=best.ckpt" not in own:
             small.append("model.net.hidden=8")
         if "prior" in own or name == "vqvae-pipeline":
             place = "prior." if name == "vqvae-pipeline" else ""
@@ -173,6 +174,12 @@ def test_every_documented_name_is_logged_and_every_logged_name_is_documented(
     whole = (f"prior_checkpoint={prior}", "split=train", "num_samples=6", "classifier_steps=2")
     whole += ("perceptual=true",)
     assert command("vqvae-evaluate", *whole, folder=tmp_path / "evaluation").status == 0
+    outcome = command(
+        "vqvae-train", *toy, *tiny, "likelihood=logistic", folder=tmp_path / "likelihood"
+    )
+    assert outcome.status == 0, outcome.err
+    bounded = (f"vqvae_checkpoint={tmp_path}/1/checkpoints/best.ckpt", "importance_samples=2")
+    assert command("vqvae-evaluate", *bounded, folder=tmp_path / "bounded").status == 0
     again = f"vqvae_checkpoint={vqvae}"
     assert command("vqvae-reconstruct", again, folder=tmp_path / "reconstructed").status == 0
     logged = logged_in(run) | logged_in(tmp_path)

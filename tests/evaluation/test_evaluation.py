@@ -211,8 +211,13 @@ def test_a_scale_fitted_on_test_images_would_differ(codes, measured):
 def test_the_scale_is_fitted_on_the_first_values_up_to_a_limit(codes, monkeypatch):
     monkeypatch.setattr(likelihood, "SCALE_VALUES", 9 * DIMS - 1)
     images, _, decoded = read_arrays(codes, "val")
-    found = likelihood._fit_scale(codes, CPU).exp().numpy()
-    np.testing.assert_allclose(found, fit_scale(images[:9], decoded[:9]), rtol=5e-3)
+    scale = fit_scale(images[:9], decoded[:9])
+    found = likelihood.measure_likelihood(codes, None, "test", CPU)["reconstruction_bits_per_dim"]
+    images, _, decoded = read_arrays(codes, "test")
+    expected = -compute_log_mass(images, decoded, scale).mean() / np.log(2)
+    assert found == pytest.approx(expected, rel=1e-5)
+    other = -compute_log_mass(images, decoded, scale * 1.01).mean() / np.log(2)
+    assert found != pytest.approx(other, rel=1e-5)
 
 
 def test_without_a_prior_its_metrics_are_left_out(codes, measured):

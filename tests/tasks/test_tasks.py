@@ -429,7 +429,7 @@ def test_a_schedulers_signal_stops_every_phase(number, toy, tmp_path, command, m
     before = signal.getsignal(number)
     smoke = ("experiment=smoke", "evaluation.num_samples=12", "sampling.num_samples=6", *toy)
     with monkeypatch.context() as patch:
-        patch.setattr(evaluating, "train_classifier", stopped)
+        patch.setattr(evaluating, "fetch_classifier", stopped)
         outcome = command("vqvae-pipeline", *smoke)
     assert outcome.status == 75
     assert f"Stopped by {signal.Signals(number).name}" in outcome.err

@@ -1,7 +1,7 @@
 """Measure likelihoods on a split, in nats per code and bits/dim."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import Tensor
@@ -10,7 +10,7 @@ from vqvae_lightning.data.codes import CodesDataModule
 from vqvae_lightning.data.images import SplitName
 from vqvae_lightning.distributed import all_reduce, gather
 from vqvae_lightning.evaluation.reconstruction import pair_images_with_codes
-from vqvae_lightning.likelihoods import PixelDistribution
+from vqvae_lightning.likelihoods import Likelihood, PixelDistribution
 from vqvae_lightning.likelihoods.logistic import discretised_logistic, fit_log_scale
 from vqvae_lightning.likelihoods.protocol import to_levels
 from vqvae_lightning.metrics import look_up_codes, unigram_log_probabilities
@@ -19,6 +19,7 @@ from vqvae_lightning.networks.sampling import score
 
 SCALE_VALUES = 2**23  # number of pixel values that the decoder's scale is fitted to
 LN2 = math.log(2)
+PixelScore = Callable[[Tensor, Tensor], Tensor]
 
 
 @torch.inference_mode()
@@ -43,7 +44,15 @@ def measure_likelihood(
     per_image = math.prod(codes.code_shape)
     unigram = unigram_log_probabilities(codes.histogram()).to(device)
     by_position = _compute_position_log_probabilities(codes).to(device)
-    score_pixels = _build_pixel_score(codes, device)
+
+    def decode_validation(limit: int) -> Iterator[tuple[Tensor, Tensor]]:
+        step = "fitting the scale"
+        for levels, _, grid in pair_images_with_codes(codes, "val", device, step, limit):
+            yield levels, codes.vqvae.decode_output(grid)
+
+    score_pixels = build_pixel_score(
+        codes.vqvae.likelihood, codes.images.image_shape, decode_validation
+    )
     sums = {
         name: torch.zeros((), dtype=torch.float64)
         for name in ("pixels", "unigram", "position", "prior")
@@ -77,32 +86,36 @@ def measure_likelihood(
     return metrics
 
 
-def _build_pixel_score(
-    codes: CodesDataModule, device: torch.device
-) -> Callable[[Tensor, Tensor], Tensor]:
-    """Build the function that maps decoder outputs and levels to log p(x | z), in nats."""
-    likelihood = codes.vqvae.likelihood
+def build_pixel_score(
+    likelihood: Likelihood,
+    image_shape: tuple[int, int, int],
+    decode_validation: Callable[[int], Iterable[tuple[Tensor, Tensor]]],
+) -> PixelScore:
+    """Build the function that maps decoder outputs and levels to log p(x | z), in nats.
+
+    Args:
+        likelihood: Likelihood that the decoder was trained with. Without a distribution, a
+            discretised logistic is fitted, with one scale per channel.
+        image_shape: Shape (C, H, W) of the images.
+        decode_validation: Function that maps a number of validation images to this rank's part of
+            them, in batches of levels (B, C, H, W) and decoder outputs (B, outputs, H, W).
+    """
     if isinstance(likelihood, PixelDistribution):
         return likelihood.log_prob
-    log_scale = _fit_scale(codes, device)
+    means, levels = [], []
+    for images, output in decode_validation(-(-SCALE_VALUES // math.prod(image_shape))):
+        means.append(to_levels(likelihood.mean(output)).cpu())
+        levels.append(images.cpu())
+        device = output.device
+    # Each rank fits to the images of all ranks, so that all find the same scale.
+    parts = [part for rank in gather((levels, means)) for part in zip(*rank, strict=True)]
+    every = [torch.cat(column).to(device) for column in zip(*parts, strict=True)]
+    log_scale = fit_log_scale(*every)
 
     def score_pixels(output: Tensor, levels: Tensor) -> Tensor:
         return discretised_logistic(levels, to_levels(likelihood.mean(output)), log_scale)
 
     return score_pixels
-
-
-def _fit_scale(codes: CodesDataModule, device: torch.device) -> Tensor:
-    """Fit the log scale of the decoder's distribution per channel, on validation images."""
-    limit = -(-SCALE_VALUES // math.prod(codes.images.image_shape))
-    means, levels = [], []
-    for images, _, grid in pair_images_with_codes(codes, "val", device, "fitting the scale", limit):
-        means.append(to_levels(codes.vqvae.decode(grid)).cpu())
-        levels.append(images.cpu())
-    # Each rank fits to the images of all ranks, so that all find the same scale.
-    parts = [part for rank in gather((levels, means)) for part in zip(*rank, strict=True)]
-    every = [torch.cat(column).to(device) for column in zip(*parts, strict=True)]
-    return fit_log_scale(*every)
 
 
 def _compute_position_log_probabilities(codes: CodesDataModule) -> Tensor:

@@ -21,6 +21,48 @@ if TYPE_CHECKING:
     from vqvae_lightning.networks.autoencoder import VQVAE
 
 
+class ReconstructionErrors:
+    """Errors of reconstructions over a split and all ranks.
+
+    All but `mse_unrounded` are measured on images in [0, 1] that are rounded to uint8.
+
+    Args:
+        device: Device of the images.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.squared = MeanSquaredError().to(device)
+        self.unrounded = MeanSquaredError().to(device)
+        self.ssim = StructuralSimilarityIndexMeasure(data_range=1.0).to(device)
+        self.psnr = PeakSignalNoiseRatio(
+            data_range=1.0, dim=(1, 2, 3), reduction="elementwise_mean"
+        ).to(device)
+        # Sum of the PSNR of the images, and their number.
+        self.psnr_sum = torch.zeros(2, dtype=torch.float64)
+
+    def update(self, levels: Tensor, decoded: Tensor) -> None:
+        """Add images (B, C, H, W) uint8 and their reconstructions in [-1, 1], float32."""
+        rounded, truth = to_uint8(decoded).float() / 255, levels.float() / 255
+        self.squared.update(rounded, truth)
+        self.unrounded.update(((decoded + 1) / 2).contiguous(), truth)
+        self.ssim.update(rounded, truth)
+        images = len(levels)
+        self.psnr_sum += torch.tensor([self.psnr(rounded, truth).item() * images, images])
+
+    def compute(self, pixel_variance: float) -> dict[str, float]:
+        """Compute the errors; `pixel_variance` is that of the training pixels in [0, 1]."""
+        error = float(self.squared.compute())
+        psnr_sum, images = all_reduce(self.psnr_sum).tolist()
+        return {
+            "mse": error,
+            "mse_unrounded": float(self.unrounded.compute()),
+            "nmse": error / pixel_variance,
+            "psnr_db": -10 * math.log10(error),
+            "psnr_per_image_db": psnr_sum / images,
+            "ssim": cast(Tensor, self.ssim.compute()).item(),
+        }
+
+
 @torch.inference_mode()
 def measure_reconstruction(
     codes: CodesDataModule, split: SplitName, device: torch.device
@@ -33,22 +75,12 @@ def measure_reconstruction(
     the codes that never occur in the training split. With several codes per position, perplexities
     and the entropy are means over the codebooks, as in `CodebookUsage`.
     """
-    squared, unrounded = MeanSquaredError().to(device), MeanSquaredError().to(device)
-    ssim = StructuralSimilarityIndexMeasure(data_range=1.0).to(device)
-    psnr = PeakSignalNoiseRatio(data_range=1.0, dim=(1, 2, 3), reduction="elementwise_mean").to(
-        device
-    )
+    errors = ReconstructionErrors(device)
     usage = CodebookUsage(codes.num_codes, codes.codes_per_position).to(device)
-    psnr_sum = torch.zeros((), dtype=torch.float64)
     for levels, _, grid in pair_images_with_codes(codes, split, device, "reconstructing"):
-        decoded = codes.vqvae.decode(grid).float()
-        rounded, truth = to_uint8(decoded).float() / 255, levels.float() / 255
-        squared.update(rounded, truth)
-        unrounded.update(((decoded + 1) / 2).contiguous(), truth)
-        ssim.update(rounded, truth)
-        psnr_sum += psnr(rounded, truth).item() * len(levels)
+        errors.update(levels, codes.vqvae.decode(grid).float())
         usage.update(grid)
-    error, used = float(squared.compute()), usage.compute()
+    used = usage.compute()
     stored = codes.datasets[split].data
     batch_perplexities = [
         _compute_perplexity(
@@ -57,12 +89,7 @@ def measure_reconstruction(
         for start in range(0, len(stored) - 31, 32)
     ]
     return {
-        "mse": error,
-        "mse_unrounded": float(unrounded.compute()),
-        "nmse": error / codes.images.pixel_variance,
-        "psnr_db": -10 * math.log10(error),
-        "psnr_per_image_db": float(all_reduce(psnr_sum)) / len(codes.datasets[split]),
-        "ssim": cast(Tensor, ssim.compute()).item(),
+        **errors.compute(codes.images.pixel_variance),
         "perplexity": float(used["perplexity"]),
         **(
             {"perplexity_batch32": sum(batch_perplexities) / len(batch_perplexities)}

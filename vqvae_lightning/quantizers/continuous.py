@@ -79,7 +79,7 @@ class GaussianBottleneck(ContinuousBottleneck):
     pixels (normalised beta, Higgins et al. 2017, section 4.2). Let M be the number of latent
     values, N the number of pixel values and var the variance of the pixels. The loss is then a
     negative evidence lower bound with a Gaussian likelihood of variance s^2 if
-    beta = 2 M s^2 / (N var).
+    beta = 2 M s^2 / (N var). With a likelihood of weight w, that is so if beta = w M / N.
 
     Args:
         code_dim: Latent channels (D). The encoder returns a mean and a log variance for each.
@@ -103,9 +103,8 @@ class GaussianBottleneck(ContinuousBottleneck):
         """Sample the Gaussian given by `z` (B, 2 D, H, W), or return its mean in evaluation."""
         # float32, because in float16 the exponential of a log variance above 11 is infinite.
         with torch.autocast(z.device.type, enabled=False):
-            mean, log_variance = z.float().chunk(2, dim=1)
-            log_variance = log_variance.clamp(-30, 20)
-            kl = (mean.square() + log_variance.exp() - log_variance - 1) / 2
+            mean, log_variance = self.split_posterior(z)
+            kl = self.compute_kl(mean, log_variance)
             vectors = mean
             if self.training:
                 vectors = mean + (log_variance / 2).exp() * self._draw_noise(mean)
@@ -114,6 +113,15 @@ class GaussianBottleneck(ContinuousBottleneck):
         terms = {"kl": by_channel.mean(), self.term: clamped}
         posterior = Posterior(mean.detach(), kl.detach())
         return QuantizerOutput(vectors, None, self.beta * clamped, terms, posterior)
+
+    def split_posterior(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """Split `z` (B, 2 D, H, W) into the mean and the log variance (B, D, H, W) of q(z | x)."""
+        mean, log_variance = z.float().chunk(2, dim=1)
+        return mean, log_variance.clamp(-30, 20)
+
+    def compute_kl(self, mean: Tensor, log_variance: Tensor) -> Tensor:
+        """Compute the KL divergence from the standard normal, in nats per latent value."""
+        return (mean.square() + log_variance.exp() - log_variance - 1) / 2
 
     def _draw_noise(self, mean: Tensor) -> Tensor:
         """Draw standard normal noise (B, D, H, W) for `mean`, with channels innermost in memory."""

@@ -16,6 +16,11 @@ from vqvae_lightning.data import CodesDataModule
 from vqvae_lightning.data.images import PixelDataModule
 from vqvae_lightning.devices import choose_devices
 from vqvae_lightning.errors import InputError, Key, check_positive, check_range, prefix_keys
+from vqvae_lightning.evaluation.bounds import (
+    measure_bounds,
+    reconstruct_preview,
+    require_posterior,
+)
 from vqvae_lightning.evaluation.classifier import measure_with_classifier
 from vqvae_lightning.evaluation.classifier_cache import fetch_classifier
 from vqvae_lightning.evaluation.drawing import draw_images, find_nearest_images
@@ -33,6 +38,7 @@ from vqvae_lightning.jobs.ranks import (
 )
 from vqvae_lightning.loggers.media import log_result
 from vqvae_lightning.loggers.wandb import name_run
+from vqvae_lightning.networks.autoencoder import VQVAE
 from vqvae_lightning.networks.pixelcnn import PixelCNN
 from vqvae_lightning.pictures import arrange_pairs, save_png
 from vqvae_lightning.randomness import derive_seed
@@ -55,6 +61,7 @@ def check_evaluation(cfg: DictConfig) -> None:
         raise InputError(Key("split"), f"={cfg.split} must be one of train, val, test.")
     for name in ("pictured", "num_samples", "classifier_steps", "classifier_batch_size"):
         check_positive(name, cfg[name])
+    check_positive("importance_samples", cfg.get("importance_samples", 1))  # missing in older runs
     if cfg.num_samples < 2:
         raise InputError(Key("num_samples"), f"={cfg.num_samples} must be at least 2.")
     check_range("temperature", cfg.temperature, 0)
@@ -79,7 +86,7 @@ def build_classifier(cfg: DictConfig, images: PixelDataModule) -> ClassifierTask
 
 
 class Subject(NamedTuple):
-    """What is evaluated, and on which data."""
+    """A VQ-VAE, and the prior and data that it is evaluated with."""
 
     codes: CodesDataModule
     """The data and their codes under the VQ-VAE; not set up yet."""
@@ -87,7 +94,17 @@ class Subject(NamedTuple):
     vqvae_path: Path
 
 
-def load_subject(cfg: DictConfig, images: PixelDataModule | None = None) -> Subject:
+class VariationalSubject(NamedTuple):
+    """A variational autoencoder, and the data that it is evaluated on."""
+
+    vqvae: VQVAE
+    images: PixelDataModule
+    vqvae_path: Path
+
+
+def load_subject(
+    cfg: DictConfig, images: PixelDataModule | None = None
+) -> Subject | VariationalSubject:
     """Load the checkpoints and the data that `cfg` names.
 
     Raises:
@@ -100,6 +117,7 @@ def load_subject(cfg: DictConfig, images: PixelDataModule | None = None) -> Subj
                 "give run=PATH, vqvae_checkpoint=PATH, prior_checkpoint=PATH, or both of these."
             )
         vqvae = load(cfg.vqvae_checkpoint, "vqvae", cfg.trust)
+        require_posterior(vqvae.net.quantizer)
         vqvae_path = Path(cfg.vqvae_checkpoint)
     else:
         loaded, vqvae = load_pair(cfg.prior_checkpoint, cfg.vqvae_checkpoint, cfg.trust)
@@ -117,10 +135,12 @@ def load_subject(cfg: DictConfig, images: PixelDataModule | None = None) -> Subj
             f"the data have {images.num_classes} classes and the prior {prior.num_classes}: choose "
             "the dataset that it was trained on."
         )
+    if vqvae.net.quantizer.num_codes == 0:
+        return VariationalSubject(vqvae.net, images, vqvae_path)
     return Subject(build_codes(images, vqvae.net, vqvae_path, cfg, 1), prior, vqvae_path)
 
 
-def measure(cfg: DictConfig, found: Subject) -> dict[str, float]:
+def measure(cfg: DictConfig, found: Subject | VariationalSubject) -> dict[str, float]:
     """Measure errors and likelihoods on the split.
 
     The ranks divide the split between them. Each rank returns the metrics of the whole split.
@@ -129,6 +149,10 @@ def measure(cfg: DictConfig, found: Subject) -> dict[str, float]:
     count = count_ranks(cfg.trainer)
     with prefix_keys("trainer"):
         device = choose_devices(cfg.trainer.accelerator, count)[get_local_rank()]
+    if isinstance(found, VariationalSubject):
+        return measure_bounds(
+            found.vqvae, found.images, cfg.split, cfg.importance_samples, cfg.seed, device
+        )
     found.codes.encode(device)
     found.codes.setup()
     if found.prior is not None:
@@ -140,7 +164,7 @@ def measure(cfg: DictConfig, found: Subject) -> dict[str, float]:
 
 
 def evaluate(cfg: DictConfig, images: PixelDataModule | None = None) -> dict[str, Any]:
-    """Evaluate a VQ-VAE, and its prior if there is one.
+    """Evaluate a VQ-VAE, and its prior if there is one, or a variational autoencoder.
 
     Several devices divide the split and the samples between them. The classifier is trained on one
     device, because it is small and has batch norm.
@@ -173,6 +197,8 @@ def _evaluate(cfg: DictConfig, images: PixelDataModule | None, watch: Stopwatch)
     choose_checkpoints(cfg)
     pl.seed_everything(derive_seed(cfg.seed, "judge") % 2**32, workers=True, verbose=False)
     found = load_subject(cfg, images)
+    if isinstance(found, VariationalSubject):
+        return _evaluate_bounds(cfg, found, watch)
     codes, prior, vqvae_path = found
     images = codes.images
     if prior is not None:
@@ -262,4 +288,33 @@ def _evaluate(cfg: DictConfig, images: PixelDataModule | None, watch: Stopwatch)
         classifier=classifier,
         missing=missing,
         class_names=images.class_names,
+    )
+
+
+def _evaluate_bounds(
+    cfg: DictConfig, found: VariationalSubject, watch: Stopwatch
+) -> dict[str, Any]:
+    """Evaluate a variational autoencoder, which has neither codes nor a prior over them."""
+    folder, run = Path(cfg.folder), RunFolder(cfg.folder)
+    name_run(cfg, "evaluation")
+    with start_ranks(cfg, folder, "vqvae_lightning.commands.worker"):
+        metrics = measure(cfg, found)
+    write_config(cfg, folder)
+    device = choose_devices(cfg.trainer.accelerator, 1)[0]
+    shown, decoded = reconstruct_preview(found.vqvae, found.images, cfg.split, cfg.pictured, device)
+    save_png(arrange_pairs(shown, decoded), run.reconstructions_picture)
+    named = {f"{cfg.split}/{name}": value for name, value in metrics.items()}
+    log_result(build_parts(cfg.logger or {}), to_plain(cfg), named, [run.reconstructions_picture])
+    return write_result(
+        folder,
+        named,
+        seed=cfg.seed,
+        commit=cfg.commit,
+        seconds=watch.seconds,
+        split=cfg.split,
+        images=len(found.images.datasets[cfg.split]),
+        importance_samples=cfg.importance_samples,
+        vqvae_checkpoint=str(found.vqvae_path),
+        data_fingerprint=found.images.fingerprint,
+        class_names=found.images.class_names,
     )
