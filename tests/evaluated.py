@@ -3,6 +3,7 @@
 from types import SimpleNamespace
 
 import numpy as np
+import scipy.linalg
 import torch
 from torch import nn
 
@@ -32,6 +33,26 @@ class TinyFeatures(nn.Module):
         images = levels.float() / 255
         maps = [images, images.square()[:, :, ::2, ::2]]
         return maps, torch.cat([images.mean((2, 3)), images.std((2, 3))], 1)[:, [0, 1, 3]]
+
+
+def compute_frechet(one, other):
+    """Fréchet distance (arXiv:1706.08500, equation 6) of features (N, D)."""
+    mean = one.mean(0) - other.mean(0)
+    covariances = np.cov(one, rowvar=False), np.cov(other, rowvar=False)
+    root = scipy.linalg.sqrtm(covariances[0] @ covariances[1])
+    return (mean**2).sum() + np.trace(covariances[0] + covariances[1] - 2 * root.real)
+
+
+def compute_coverage(points, centres, count=3):
+    """Share of points within the radius of a centre, from a search over all pairs."""
+    covered = 0
+    for point in points:
+        hits = []
+        for centre in centres:
+            near = sorted(np.sqrt(((centres - centre) ** 2).sum(1)))[count]
+            hits.append(np.sqrt(((point - centre) ** 2).sum()) <= near)
+        covered += any(hits)
+    return covered / len(points)
 
 
 def make_images(split):

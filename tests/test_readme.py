@@ -12,8 +12,10 @@ import numpy as np
 import pytest
 from conftest import COMMANDS, TINY_VQVAE, compose
 from PIL import Image
+from torchmetrics.functional.image.lpips import _NoTrainLpips
 
 from vqvae_lightning.commands import pipeline, report, shards
+from vqvae_lightning.evaluation import features
 from vqvae_lightning.stages import evaluating
 from vqvae_lightning.units import UNITS
 
@@ -153,8 +155,9 @@ def logged_in(folder):
 def test_every_documented_name_is_logged_and_every_logged_name_is_documented(
     work, toy, command, tmp_path, monkeypatch
 ):
-    net = evaluated.TinyFeatures()
-    monkeypatch.setattr(evaluating, "find_efficientnet", lambda images: (net, None))
+    net, lpips = evaluated.TinyFeatures(), _NoTrainLpips(net="alex", pnet_rand=True)
+    networks = features.Networks(net, net, lpips)
+    monkeypatch.setattr(evaluating, "load_networks", lambda *_: networks)
     run = work / "runs/pipeline/2026-01-31_12-00-00"
     tiny = [option for option in TINY_VQVAE if "quantizer" not in option]
     kinds = (
@@ -172,7 +175,6 @@ def test_every_documented_name_is_logged_and_every_logged_name_is_documented(
     prior, vqvae = (run / stage / "checkpoints/best.ckpt" for stage in ("prior", "vqvae"))
     # Training images, because `perplexity_batch32` needs full batches of 32.
     whole = (f"prior_checkpoint={prior}", "split=train", "num_samples=6", "classifier_steps=2")
-    whole += ("perceptual=true",)
     assert command("vqvae-evaluate", *whole, folder=tmp_path / "evaluation").status == 0
     outcome = command(
         "vqvae-train", *toy, *tiny, "likelihood=logistic", folder=tmp_path / "likelihood"

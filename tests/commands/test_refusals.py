@@ -97,6 +97,8 @@ PIPELINE = [
     ("prior.callbacks.last.every_n_steps=0", "prior.callbacks.last.every_n_steps=0", "at least"),
     ("prior.monitor=val/nmse", "prior.monitor=val/nmse", "val/nats_per_code (min)"),
     ("evaluation.split=all", "evaluation.split=all", "train, val, test"),
+    ("evaluation.weights.inception=no.pth", "evaluation.weights.inception=no.pth", "download"),
+    ("evaluation.weights.lpips=no.pth", "evaluation.weights.lpips=no.pth", "download"),
     ("evaluation.classifier_steps=0", "evaluation.classifier_steps=0", "at least 1"),
     ("evaluation.classifier.net.hidden=0", "evaluation.classifier.net.hidden=0", "at least 1"),
     ("evaluation.classifier.optimizer.lr=x", "evaluation.classifier.optimizer.lr=x", "0.001"),
@@ -133,6 +135,14 @@ def test_an_evaluation_checks_its_classifier_with_its_own_keys(toy, tmp_path):
     check_evaluation(cfg)
     with pytest.raises(InputError, match=r"^classifier\.optimizer\.lr=x"):
         build_classifier(cfg, load_images(cfg.dataset))
+
+
+@pytest.mark.parametrize("asked", ["perceptual=true", "weights.inception=any.pth"])
+def test_precision_needs_four_samples(asked, tmp_path):
+    check_evaluation(compose("evaluate", "num_samples=3", folder=tmp_path))
+    check_evaluation(compose("evaluate", "num_samples=4", asked, folder=tmp_path))
+    with pytest.raises(InputError, match=r"^num_samples=3 must be at least 4"):
+        check_evaluation(compose("evaluate", "num_samples=3", asked, folder=tmp_path))
 
 
 def test_a_prior_without_a_vqvae_asks_for_one(command):

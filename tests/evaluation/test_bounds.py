@@ -116,6 +116,7 @@ def test_the_command_bounds_a_vae_and_refuses_a_plain_autoencoder(toy, command, 
         "vqvae-evaluate",
         f"vqvae_checkpoint={tmp_path}/gaussian/checkpoints/best.ckpt",
         "importance_samples=2",
+        "perceptual=true",
         folder=tmp_path / "bounded",
     )
     assert bounded.status == 0, bounded.err
@@ -124,6 +125,8 @@ def test_the_command_bounds_a_vae_and_refuses_a_plain_autoencoder(toy, command, 
     found, expected = result["metrics"]["test/mse"]["value"], tested["test/mse"]["value"]
     assert found == pytest.approx(expected, rel=1e-4)
     assert "test/importance_bits_per_dim" in result["metrics"]
+    assert result["missing"] in bounded.out
+    assert "a variational autoencoder has no codes" in result["missing"]
     assert (tmp_path / "bounded/reconstructions.png").is_file()
     refused = command(
         "vqvae-evaluate",

@@ -5,9 +5,8 @@ import sys
 import evaluated
 import numpy as np
 import pytest
-import scipy.linalg
 import torch
-from evaluated import CPU, TinyFeatures
+from evaluated import CPU, TinyFeatures, compute_coverage, compute_frechet
 from torch import nn
 
 from vqvae_lightning.errors import InputError
@@ -16,24 +15,6 @@ from vqvae_lightning.networks import efficientnet
 from vqvae_lightning.networks.efficientnet import EfficientNetLite0
 from vqvae_lightning.pixels import to_uint8
 from vqvae_lightning.runs.results import read_result
-
-
-def compute_frechet(one, other):
-    mean = one.mean(0) - other.mean(0)
-    covariances = np.cov(one, rowvar=False), np.cov(other, rowvar=False)
-    root = scipy.linalg.sqrtm(covariances[0] @ covariances[1])
-    return (mean**2).sum() + np.trace(covariances[0] + covariances[1] - 2 * root.real)
-
-
-def compute_coverage(points, centres, count=3):
-    covered = 0
-    for point in points:
-        hits = []
-        for centre in centres:
-            near = sorted(np.sqrt(((centres - centre) ** 2).sum(1)))[count]
-            hits.append(np.sqrt(((point - centre) ** 2).sum()) <= near)
-        covered += any(hits)
-    return covered / len(points)
 
 
 def test_metrics_are_those_of_the_features(tmp_path, monkeypatch):

@@ -24,8 +24,10 @@ from vqvae_lightning.evaluation.bounds import (
 from vqvae_lightning.evaluation.classifier import measure_with_classifier
 from vqvae_lightning.evaluation.classifier_cache import fetch_classifier
 from vqvae_lightning.evaluation.drawing import draw_images, find_nearest_images
-from vqvae_lightning.evaluation.features import find_efficientnet
+from vqvae_lightning.evaluation.features import PUBLISHED, load_networks
+from vqvae_lightning.evaluation.inception import measure_with_inception
 from vqvae_lightning.evaluation.likelihood import measure_likelihood
+from vqvae_lightning.evaluation.lpips import measure_lpips
 from vqvae_lightning.evaluation.perceptual import measure_perceptually
 from vqvae_lightning.evaluation.reconstruction import decode_images, measure_reconstruction
 from vqvae_lightning.files import replace_file
@@ -64,6 +66,13 @@ def check_evaluation(cfg: DictConfig) -> None:
     check_positive("importance_samples", cfg.get("importance_samples", 1))  # missing in older runs
     if cfg.num_samples < 2:
         raise InputError(Key("num_samples"), f"={cfg.num_samples} must be at least 2.")
+    # Configs of older runs lack some of the keys.
+    if cfg.num_samples < 4 and (
+        cfg.get("perceptual") or (cfg.get("weights") or {}).get("inception")
+    ):
+        raise InputError(
+            Key("num_samples"), f"={cfg.num_samples} must be at least 4 for precision and recall."
+        )
     check_range("temperature", cfg.temperature, 0)
     if cfg.get("classifier_seed") is not None:
         check_range("classifier_seed", cfg.classifier_seed, 0)
@@ -204,9 +213,15 @@ def _evaluate(cfg: DictConfig, images: PixelDataModule | None, watch: Stopwatch)
     if prior is not None:
         with torch.random.fork_rng(devices=[]):
             build_classifier(cfg, images)  # raises before anything is measured
-    net, missing = find_efficientnet(images) if cfg.get("perceptual") else (None, None)
-    if missing is not None:
-        console.print(missing, highlight=False, markup=False, soft_wrap=True)
+    nets = load_networks(bool(cfg.get("perceptual")), cfg.get("weights") or {}, images)
+    if nets.missing is not None:
+        _say(nets.missing)
+    for key, found_hash in nets.hashes.items():
+        if found_hash != PUBLISHED[key].sha256:
+            _say(
+                f"warning: weights.{key}={cfg.weights[key]} is not {PUBLISHED[key].url}, so its "
+                "metrics do not compare with published values."
+            )
     name_run(cfg, "evaluation")
     with start_ranks(cfg, folder, "vqvae_lightning.commands.worker"):
         metrics = measure(cfg, found)
@@ -245,11 +260,13 @@ def _evaluate(cfg: DictConfig, images: PixelDataModule | None, watch: Stopwatch)
         ).images
         nearest = find_nearest_images(images, drawn[:10])
         save_png(arrange_pairs(drawn[:10], nearest), run.nearest_picture)
-        judged = images
+        judged, seed = images, cfg.seed
         if cfg.get("classifier_seed") is not None:  # configs of older runs lack these keys
-            judged = copy.copy(images)
-            judged.seed = cfg.classifier_seed
-            torch.manual_seed(derive_seed(cfg.classifier_seed, "judge"))
+            judged, seed = copy.copy(images), cfg.classifier_seed
+            judged.seed = seed
+        # Here, because the steps before draw more or fewer random numbers, for example to encode
+        # the images.
+        torch.manual_seed(derive_seed(seed, "judge"))
         task = build_classifier(cfg, judged)
         if task is not None:
             judge = fetch_classifier(
@@ -263,8 +280,12 @@ def _evaluate(cfg: DictConfig, images: PixelDataModule | None, watch: Stopwatch)
             )
             classifier = hash_weights(judge)
             metrics |= measure_with_classifier(judge, codes, cfg.split, drawn, labels, device)
-    if net is not None:
-        metrics |= measure_perceptually(net, codes, cfg.split, drawn, device)
+    if nets.efficientnet is not None:
+        metrics |= measure_perceptually(nets.efficientnet, codes, cfg.split, drawn, device)
+    if nets.inception is not None:
+        metrics |= measure_with_inception(nets.inception, codes, cfg.split, drawn, device)
+    if nets.lpips is not None:
+        metrics |= measure_lpips(nets.lpips, codes, cfg.split, device)
     named = {f"{cfg.split}/{name}": value for name, value in metrics.items()}
     pictures = [run.reconstructions_picture, run.nearest_picture]
     log_result(
@@ -286,7 +307,8 @@ def _evaluate(cfg: DictConfig, images: PixelDataModule | None, watch: Stopwatch)
         prior_checkpoint=cfg.prior_checkpoint,
         data_fingerprint=images.fingerprint,
         classifier=classifier,
-        missing=missing,
+        weights=dict(nets.hashes),
+        missing=nets.missing,
         class_names=images.class_names,
     )
 
@@ -296,6 +318,10 @@ def _evaluate_bounds(
 ) -> dict[str, Any]:
     """Evaluate a variational autoencoder, which has neither codes nor a prior over them."""
     folder, run = Path(cfg.folder), RunFolder(cfg.folder)
+    missing = None
+    if cfg.get("perceptual") or any((cfg.get("weights") or {}).values()):
+        missing = "perceptual metrics are left out: a variational autoencoder has no codes"
+        _say(missing)
     name_run(cfg, "evaluation")
     with start_ranks(cfg, folder, "vqvae_lightning.commands.worker"):
         metrics = measure(cfg, found)
@@ -316,5 +342,10 @@ def _evaluate_bounds(
         importance_samples=cfg.importance_samples,
         vqvae_checkpoint=str(found.vqvae_path),
         data_fingerprint=found.images.fingerprint,
+        missing=missing,
         class_names=found.images.class_names,
     )
+
+
+def _say(line: str) -> None:
+    console.print(line, highlight=False, markup=False, soft_wrap=True)

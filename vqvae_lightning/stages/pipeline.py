@@ -14,6 +14,7 @@ from vqvae_lightning.data import CodesDataModule
 from vqvae_lightning.data.codes import require_codes
 from vqvae_lightning.devices import choose_devices
 from vqvae_lightning.errors import prefix_keys, rename_keys
+from vqvae_lightning.evaluation.features import load_networks
 from vqvae_lightning.files import replace_file
 from vqvae_lightning.jobs.ranks import count_ranks
 from vqvae_lightning.report.run import write_report
@@ -134,6 +135,7 @@ def check_stages(
     with prefix_stage_keys(cfg, "evaluation"):
         check_evaluation(judge)
         build_classifier(judge, images)
+        load_networks(bool(judge.get("perceptual")), judge.get("weights") or {}, images)
         with prefix_keys("trainer"):
             choose_devices(judge.trainer.accelerator, count_ranks(judge.trainer))
     with prefix_stage_keys(cfg, "samples"):
