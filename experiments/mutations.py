@@ -348,6 +348,64 @@ MUTATIONS = (
         ),
     ),
     *mutations_of(
+        "likelihoods/mixture.py",
+        "likelihoods/test_distributions.py",
+        (
+            "components that do not sum to one",
+            "torch.logsumexp(logits.log_softmax(1) + mass, 1)",
+            "torch.logsumexp(logits + mass, 1)",
+            "test_the_probabilities_of_the_levels_sum_to_one",
+        ),
+    ),
+    *mutations_of(
+        "likelihoods/scaled.py",
+        "likelihoods/test_distributions.py",
+        (
+            "no noise of the dequantisation",
+            ".square() + 1 / 12",
+            ".square()",
+            "test_the_gaussians_loss_is_the_expected_density_of_noisy_levels",
+        ),
+    ),
+    *mutations_of(
+        "evaluation/bounds.py",
+        "evaluation/test_bounds.py",
+        (
+            "sum of the weights for their mean",
+            "torch.logsumexp(pixels + ratio, 1) - math.log(samples)",
+            "torch.logsumexp(pixels + ratio, 1)",
+            "test_many_draws_find_the_likelihood_and_few_bound_it",
+        ),
+        (
+            "weights without the density of the posterior",
+            "(eps.square() + log_variance - z.square()) / 2",
+            "-z.square() / 2",
+            "test_many_draws_find_the_likelihood_and_few_bound_it",
+        ),
+        (
+            "one stream for all images",
+            'derive_seed(seed, "bound", row)',
+            'derive_seed(seed, "bound", len(rows))',
+            "test_the_batch_size_changes_nothing_and_the_seed_does",
+        ),
+    ),
+    *mutations_of(
+        "tasks/vqvae.py",
+        "stages/test_kept_codes.py",
+        (
+            "kept codes that learn",
+            "        if self.codes_kept:",
+            "        if False:",
+            "test_only_the_decoder_learns_and_the_prior_stays_valid",
+        ),
+        (
+            "a decoder that starts from nothing",
+            "{**own, **fits, **extra}",
+            "{**own, **extra, **{k: v for k, v in fits.items() if 'decoder' not in k}}",
+            "test_the_decoder_starts_from_the_finished_one",
+        ),
+    ),
+    *mutations_of(
         "networks/classifier.py",
         EVALUATION,
         ("judge with dropout", "0.2, self.training)", "0.2, True)", JUDGE),

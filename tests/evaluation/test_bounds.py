@@ -66,8 +66,8 @@ def test_many_draws_find_the_likelihood_and_few_bound_it(likelihood):
     net, data = make_vae(likelihood), make_data()
     levels = data.datasets["test"].data
     exact = -integrate(net, levels).mean().item() / (64 * math.log(2))
-    many = measure_bounds(net, data, "test", 3000, 0, CPU)
-    assert many["importance_bits_per_dim"] == pytest.approx(exact, abs=2e-3)
+    many = measure_bounds(net, data, "test", 1000, 0, CPU)
+    assert many["importance_bits_per_dim"] == pytest.approx(exact, abs=4e-3)
     assert many["elbo_bits_per_dim"] > exact + 1e-3
     # One draw has no second to compete with: its weight is one estimate of the ELBO.
     one = measure_bounds(net, data, "test", 1, 0, CPU)
@@ -89,9 +89,9 @@ def test_the_evidence_bound_is_its_formula_by_quadrature():
         kl = (mean**2 + math.exp(log_variance) - log_variance - 1) / 2
         nats.append((pixels, kl))
     pixels, kl = np.mean(nats, 0) / (64 * math.log(2))
-    found = measure_bounds(net, data, "test", 2000, 0, CPU)
+    found = measure_bounds(net, data, "test", 800, 0, CPU)
     assert found["kl_bits_per_dim"] == pytest.approx(kl, rel=1e-5)
-    assert found["reconstruction_bits_per_dim"] == pytest.approx(pixels, abs=0.02)
+    assert found["reconstruction_bits_per_dim"] == pytest.approx(pixels, abs=0.03)
     total = found["reconstruction_bits_per_dim"] + found["kl_bits_per_dim"]
     assert found["elbo_bits_per_dim"] == pytest.approx(total)
 
