@@ -674,6 +674,42 @@ MUTATIONS = (
         ),
     ),
     *mutations_of(
+        "evaluation/inception.py",
+        "evaluation/test_weights.py",
+        (
+            "kernel distance of the reconstructions",
+            "measure_kernel_distance(truth, features)",
+            "measure_kernel_distance(truth, others)",
+            "test_distances_are_those_of_the_features",
+        ),
+        (
+            "other subsets in each run",
+            "        torch.manual_seed(0)\n",
+            "",
+            "test_the_kernel_distance_of_subsets_is_repeatable_and_unbiased",
+        ),
+    ),
+    *mutations_of(
+        "evaluation/lpips.py",
+        "evaluation/test_weights.py",
+        (
+            "images read as [-1, 1]",
+            "normalize=True)",
+            "normalize=False)",
+            "test_lpips_is_that_of_torchmetrics",
+        ),
+    ),
+    *mutations_of(
+        "stages/evaluating.py",
+        "evaluation/test_classifier_cache.py",
+        (
+            "classifier depends on the loaders before it",
+            '        torch.manual_seed(derive_seed(seed, "judge"))\n',
+            "",
+            "test_runs_share_the_classifier_of_their_data",
+        ),
+    ),
+    *mutations_of(
         "stages/evaluating.py",
         EVALUATION,
         (

@@ -217,7 +217,7 @@ def test_an_evaluation_measures_lpips_and_names_its_file(checkpoints, command, l
     assert not any("inception" in name for name in result["metrics"])
 
 
-@pytest.mark.slow  # a distance takes half a minute
+@pytest.mark.slow  # half a minute
 def test_inception_is_that_of_torchmetrics(tmp_path, monkeypatch):
     pytest.importorskip("torch_fidelity")
     path = str(tmp_path / "inception.pth")

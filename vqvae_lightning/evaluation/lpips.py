@@ -42,7 +42,7 @@ def measure_lpips(
 def _prepare(levels: Tensor) -> Tensor:
     """Convert images (B, 1 or 3, H, W) uint8 to RGB in [0, 1].
 
-    Images with a side below `SIDE` are enlarged, because AlexNet halves the resolution five times.
+    Images with a side below `SIDE` are enlarged, because AlexNet divides height and width by 16.
     """
     images = levels.expand(-1, 3, -1, -1).float() / 255
     height, width = images.shape[2:]
