@@ -290,6 +290,7 @@ def test_the_whole_network_compiles_as_one_graph(make, arrangement):
     quantizer = ready(make, arrangement, estimator="rotation")
     net = VQVAE(quantizer, channels=1, hidden=8, residual_hidden=4).train()
     reference = copy.deepcopy(net)
+    torch._dynamo.reset()  # the graphs of other tests count towards the limit of recompilations
     compiled = torch.compile(net, fullgraph=True, backend="aot_eager")
     for _ in range(2):
         images = torch.randn(2, 1, 8, 8)

@@ -278,7 +278,8 @@ def test_images_are_reconstructed_through_a_continuous_bottleneck(command, toy, 
     assert outcome.status == 0, outcome.err
     with np.load(outcome.folder / "reconstructions.npz") as arrays:
         assert set(arrays) == {"images", "reconstructions"}
-    refused = command("vqvae-evaluate", f"vqvae_checkpoint={path}", folder=tmp_path / "e")
+    options = ("--config-name=prior", f"vqvae_checkpoint={path}", *toy)
+    refused = command("vqvae-train", *options, folder=tmp_path / "e")
     assert refused.status == 1
     assert "is continuous" in refused.err
 

@@ -120,7 +120,7 @@ def _derive_kind(config: dict[str, Any]) -> str:
         "completions": "samples",
         "count": "reconstructions",
         "output": "shards",
-        "vqvae_checkpoint": "prior",
+        "batch_size": "prior",
     }
     return next((kind for key, kind in marks.items() if key in config), "vqvae")
 
