@@ -9,6 +9,7 @@ from nbclient import NotebookClient
 
 NOTEBOOK = Path(__file__).parents[2] / "experiments/walkthrough/walkthrough.ipynb"
 STATIONS = 14
+LARGEST = 3_000_000  # bytes, with the stored outputs
 
 
 @pytest.fixture
@@ -57,6 +58,12 @@ def test_each_station_is_there_once_and_in_order(notebook):
 def test_each_exercise_has_a_hidden_answer_with_code(notebook):
     exercises = re.findall(r"^\*\*\d+\.\*\* ", join_text(notebook), re.MULTILINE)
     assert len(list_answers(notebook)) == len(exercises) > 0
+
+
+def test_its_outputs_are_stored_without_errors(notebook):
+    check_stations(notebook.cells)
+    assert not find_errors(notebook.cells)
+    assert NOTEBOOK.stat().st_size < LARGEST
 
 
 @pytest.mark.slow
