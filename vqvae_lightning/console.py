@@ -139,3 +139,8 @@ def _format_position(task: Task) -> str:
     total = "?" if task.total is None else int(task.total) // (per_step or 1)
     done = int(task.completed) // (per_step or 1)
     return f"{'step ' if per_step else ''}{done}/{total}"
+
+
+def print_line(line: str) -> None:
+    """Print a line as it is: without markup, colours or line breaks of the console's width."""
+    console.print(line, highlight=False, markup=False, soft_wrap=True)

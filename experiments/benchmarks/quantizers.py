@@ -31,7 +31,7 @@ from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from statistics import median
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -69,19 +69,27 @@ class Shape(NamedTuple):
 SHAPES = [Shape(n, k, d) for n in (16384, 65536) for k in (512, 1024, 8192) for d in (64, 256)]
 
 
-def ours(codebook: Tensor) -> Step:
-    """Make a step of `EMAQuantizer`, called as the tasks call it."""
+def make_ours(tables: Tensor, code_dim: int, **options: Any) -> EMAQuantizer:
+    """Make a quantizer of `code_dim` channels whose rows are `tables` ([Q,] K, D')."""
     quantizer = EMAQuantizer(
-        *codebook.shape,
+        tables.shape[-2],
+        code_dim,
         epsilon=EPSILON,
         commitment=COMMITMENT,
         decay=DECAY,
         init="uniform",
         warmup_steps=0,
         revive_below=0,
-    ).to(codebook.device)
-    everywhere = torch.ones(len(codebook), dtype=torch.bool, device=codebook.device)
-    quantizer.set_rows(codebook, everywhere, codebook.new_ones(()))
+        **options,
+    ).to(tables.device)
+    everywhere = torch.ones(tables.shape[:-1], dtype=torch.bool, device=tables.device)
+    quantizer.set_rows(tables, everywhere, tables.new_ones(()))
+    return quantizer
+
+
+def ours(codebook: Tensor) -> Step:
+    """Make a step of `EMAQuantizer`, called as the tasks call it."""
+    quantizer = make_ours(codebook, codebook.shape[1])
 
     def step(z: Tensor) -> Tensor:
         out = quantizer(z)

@@ -16,23 +16,21 @@ so that they choose the same codes. Each round times every contestant once, in r
 
 import argparse
 import os
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import vector_quantize_pytorch as vqp
 from quantizers import (
     COMMITMENT,
     DECAY,
-    EPSILON,
     Shape,
     Step,
     describe_machine,
     make_input,
+    make_ours,
     time_interleaved,
 )
 from torch import Tensor
-
-from vqvae_lightning.quantizers import EMAQuantizer
 
 SHARED = {
     "decay": DECAY,
@@ -60,24 +58,6 @@ CASES = [
     Case("residual", 4, 512, 64),
     Case("residual", 4, 512, 256),
 ]
-
-
-def make_ours(tables: Tensor, code_dim: int, **options: Any) -> EMAQuantizer:
-    """Make a quantizer of `code_dim` channels whose rows are `tables` ([Q,] K, D')."""
-    quantizer = EMAQuantizer(
-        tables.shape[-2],
-        code_dim,
-        epsilon=EPSILON,
-        commitment=COMMITMENT,
-        decay=DECAY,
-        init="uniform",
-        warmup_steps=0,
-        revive_below=0,
-        **options,
-    ).to(tables.device)
-    everywhere = torch.ones(tables.shape[:-1], dtype=torch.bool, device=tables.device)
-    quantizer.set_rows(tables, everywhere, tables.new_ones(()))
-    return quantizer
 
 
 def ours(case: Case, tables: Tensor) -> Step:

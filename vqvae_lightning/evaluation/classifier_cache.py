@@ -18,7 +18,7 @@ import vqvae_lightning.networks.classifier
 import vqvae_lightning.tasks.classifier
 import vqvae_lightning.tasks.optimization
 from vqvae_lightning.checkpoints import hash_weights
-from vqvae_lightning.console import console
+from vqvae_lightning.console import print_line
 from vqvae_lightning.data.images import ImageDataModule, PixelDataModule
 from vqvae_lightning.errors import join_lines
 from vqvae_lightning.evaluation.classifier import train_classifier
@@ -77,9 +77,11 @@ def fetch_classifier(
         try:
             return _load(copy.deepcopy(task.net), path, recipe).to(device)
         except (OSError, RuntimeError, ValueError, LookupError, TypeError, EOFError) as error:
-            _say(f"classifier {path} is damaged, so it is trained again: {join_lines(error)}")
+            print_line(f"classifier {path} is damaged, so it is trained again: {join_lines(error)}")
         except pickle.UnpicklingError:
-            _say(f"classifier {path} is damaged, so it is trained again: it is not plain weights")
+            print_line(
+                f"classifier {path} is damaged, so it is trained again: it is not plain weights"
+            )
     net = train_classifier(task, images, trainer_options, batch_size)
     stored = {
         "recipe": recipe,
@@ -90,7 +92,7 @@ def fetch_classifier(
         with replace_file(path) as partial:
             torch.save(stored, partial)
     except OSError as error:
-        _say(f"warning: classifier_cache={folder} cannot be written to: {join_lines(error)}")
+        print_line(f"warning: classifier_cache={folder} cannot be written to: {join_lines(error)}")
     return net
 
 
@@ -140,7 +142,3 @@ def _load(net: "Classifier", path: Path, recipe: str) -> "Classifier":
     if hash_weights(net) != stored["hash"]:
         raise ValueError("its weights have changed")
     return net.eval().requires_grad_(False)
-
-
-def _say(line: str) -> None:
-    console.print(line, highlight=False, markup=False, soft_wrap=True)

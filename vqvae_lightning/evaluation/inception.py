@@ -1,16 +1,17 @@
 """Compare images in the features of Inception v3."""
 
 import warnings
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torchmetrics.image.kid import KernelInceptionDistance
 
-from vqvae_lightning.console import show_progress
 from vqvae_lightning.data.codes import CodesDataModule
 from vqvae_lightning.data.images import SplitName
 from vqvae_lightning.evaluation.perceptual import (
     BATCH,
+    compute_sample_features,
     measure_frechet_distance,
     measure_neighbours,
 )
@@ -56,12 +57,9 @@ def measure_with_inception(
     }
     if samples is None:
         return metrics
-    drawn = []
-    with show_progress("comparing with Inception", len(samples)) as advance:
-        for part in samples.split(BATCH):
-            drawn.append(_compute_features(net, part.to(device)))
-            advance(len(part))
-    features = torch.cat(drawn)
+    features = compute_sample_features(
+        partial(_compute_features, net), samples, device, "comparing with Inception"
+    )
     found = measure_neighbours(truth, features)
     return {
         **metrics,

@@ -1,5 +1,6 @@
 """Compare images in the features of EfficientNet-Lite0."""
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -61,12 +62,7 @@ def measure_perceptually(
     }
     if samples is None:
         return metrics
-    drawn = []
-    with show_progress("comparing features", len(samples)) as advance:
-        for part in samples.split(BATCH):
-            drawn.append(net(part.to(device)))
-            advance(len(part))
-    features = torch.cat(drawn)
+    features = compute_sample_features(net, samples, device, "comparing features")
     found = measure_neighbours(truth, features)
     return {
         **metrics,
@@ -74,6 +70,25 @@ def measure_perceptually(
         "sample_efficientnet_precision": found.precision,
         "sample_efficientnet_recall": found.recall,
     }
+
+
+def compute_sample_features(
+    net: Callable[[Tensor], Tensor], samples: Tensor, device: torch.device, step: str
+) -> Tensor:
+    """Compute the features (N, D) of samples (N, C, H, W) uint8, and show a progress bar.
+
+    Args:
+        net: Maps images (B, C, H, W) uint8 to features (B, D).
+        samples: Samples, on any device.
+        device: Device to compute on.
+        step: Name of the progress bar.
+    """
+    features = []
+    with show_progress(step, len(samples)) as advance:
+        for part in samples.split(BATCH):
+            features.append(net(part.to(device)))
+            advance(len(part))
+    return torch.cat(features)
 
 
 def compute_distances(maps: list[Tensor], other_maps: list[Tensor]) -> Tensor:

@@ -47,7 +47,8 @@ class ReconstructionErrors:
         self.unrounded.update(((decoded + 1) / 2).contiguous(), truth)
         self.ssim.update(rounded, truth)
         images = len(levels)
-        self.psnr_sum += torch.tensor([self.psnr(rounded, truth).item() * images, images])
+        psnr = self.psnr(rounded, truth).item()
+        self.psnr_sum += torch.tensor([psnr * images, images], dtype=torch.float64)
 
     def compute(self, pixel_variance: float) -> dict[str, float]:
         """Compute the errors; `pixel_variance` is that of the training pixels in [0, 1]."""

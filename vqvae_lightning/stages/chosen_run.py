@@ -3,7 +3,7 @@
 from omegaconf import DictConfig
 
 from vqvae_lightning.configs import read_config
-from vqvae_lightning.console import console
+from vqvae_lightning.console import print_line
 from vqvae_lightning.errors import InputError, Key
 from vqvae_lightning.runs.folder import RunFolder
 
@@ -43,8 +43,7 @@ def choose_checkpoints(cfg: DictConfig) -> None:
         raise InputError(given, f"={cfg.run} has no {found[first]} yet: finish its training first.")
     for name in others:
         if not found[name].is_file():
-            text = f"run={cfg.run} has no {name} yet: the {first} alone is evaluated."
-            console.print(text, highlight=False, markup=False, soft_wrap=True)
+            print_line(f"run={cfg.run} has no {name} yet: the {first} alone is evaluated.")
             del found[name]
     for name, path in found.items():
         key = KEYS[name]

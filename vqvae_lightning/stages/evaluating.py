@@ -11,7 +11,7 @@ from omegaconf import DictConfig
 
 from vqvae_lightning.checkpoints import hash_weights, load, load_pair
 from vqvae_lightning.configs import build, build_parts, to_plain
-from vqvae_lightning.console import console
+from vqvae_lightning.console import print_line
 from vqvae_lightning.data import CodesDataModule
 from vqvae_lightning.data.images import PixelDataModule
 from vqvae_lightning.devices import choose_devices
@@ -215,10 +215,10 @@ def _evaluate(cfg: DictConfig, images: PixelDataModule | None, watch: Stopwatch)
             build_classifier(cfg, images)  # raises before anything is measured
     nets = load_networks(bool(cfg.get("perceptual")), cfg.get("weights") or {}, images)
     if nets.missing is not None:
-        _say(nets.missing)
+        print_line(nets.missing)
     for key, found_hash in nets.hashes.items():
         if found_hash != PUBLISHED[key].sha256:
-            _say(
+            print_line(
                 f"warning: weights.{key}={cfg.weights[key]} is not {PUBLISHED[key].url}, so its "
                 "metrics do not compare with published values."
             )
@@ -321,7 +321,7 @@ def _evaluate_bounds(
     missing = None
     if cfg.get("perceptual") or any((cfg.get("weights") or {}).values()):
         missing = "perceptual metrics are left out: a variational autoencoder has no codes"
-        _say(missing)
+        print_line(missing)
     name_run(cfg, "evaluation")
     with start_ranks(cfg, folder, "vqvae_lightning.commands.worker"):
         metrics = measure(cfg, found)
@@ -345,7 +345,3 @@ def _evaluate_bounds(
         missing=missing,
         class_names=found.images.class_names,
     )
-
-
-def _say(line: str) -> None:
-    console.print(line, highlight=False, markup=False, soft_wrap=True)
