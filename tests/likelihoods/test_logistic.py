@@ -35,6 +35,35 @@ def test_values_and_gradients_are_finite_far_from_the_mean():
     assert torch.isfinite(log_scale.grad)
 
 
+def test_gradients_equal_those_of_the_formula_in_float64():
+    torch.manual_seed(0)
+    levels = torch.tensor([0.0, 1, 100, 254, 255])[:, None, None]
+    mean = torch.linspace(-20, 280, 31)[:, None].requires_grad_()
+    log_scale = torch.linspace(-1, 4, 6).requires_grad_()
+    weights = torch.randn(5, 31, 6)
+    (discretised_logistic(levels, mean, log_scale) * weights).sum().backward()
+    found = mean.grad.clone(), log_scale.grad.clone()
+    x, m, s = (t.detach().double().requires_grad_() for t in (levels, mean, log_scale))
+    upper = torch.where(x == 255, 1, torch.sigmoid((x + 0.5 - m) * (-s).exp()))
+    lower = torch.where(x == 0, 0, torch.sigmoid((x - 0.5 - m) * (-s).exp()))
+    kept = upper - lower > 1e-9  # below, even float64 loses the difference
+    naive = torch.where(kept, upper - lower, 1).log()
+    (naive * weights).sum().backward()
+    mean.grad = log_scale.grad = None
+    (discretised_logistic(levels, mean, log_scale) * weights * kept).sum().backward()
+    assert kept.float().mean() > 0.5
+    torch.testing.assert_close(mean.grad, m.grad.float(), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(log_scale.grad, s.grad.float(), rtol=1e-4, atol=1e-3)
+    assert all(grad.isfinite().all() for grad in found)
+
+
+def test_a_scale_below_the_least_gets_no_gradient():
+    log_scale = torch.tensor([-8.0, -6.0]).requires_grad_()
+    discretised_logistic(torch.tensor(10), torch.tensor(10.4), log_scale).sum().backward()
+    assert log_scale.grad[0] == 0
+    assert log_scale.grad[1] != 0
+
+
 def test_fitted_scale_is_the_best_of_a_fine_search():
     mean = torch.rand(64, 2, 4, 4) * 255
     noise = torch.tensor([3.0, 12.0]).view(1, 2, 1, 1) * torch.logit(torch.rand(64, 2, 4, 4))
