@@ -120,6 +120,19 @@ def test_metrics_that_do_not_compare_are_named(tmp_path, compare):
         assert "numbers of samples: 10, 20" in text
 
 
+def test_only_weights_that_differ_are_named(tmp_path, compare):
+    first = make_run(tmp_path, 0, 0, 16, weights={"inception": "6726825d", "lpips": "7be5be79"})
+    other = make_run(tmp_path, 1, 0, 16, weights={"inception": "6726825d", "lpips": "00000000"})
+    without = make_run(tmp_path, 2, 0, 16, weights={})
+    _, page, out = compare(first, other, without)
+    for text in (page, " ".join(out.split())):
+        assert "*lpips* come from different weights: 00000000, 7be5be79" in text
+        assert "weights.lpips" in text
+        assert "weights.inception" not in text
+    *_, out = compare(first, without)
+    assert "warning" not in out
+
+
 @pytest.mark.parametrize(
     ("name", "text"), [("config.yaml", "no config.yaml"), ("result.json", "not finished")]
 )

@@ -40,7 +40,7 @@ def discretised_logistic(levels: Tensor, mean: Tensor, log_scale: Tensor) -> Ten
         float32 tensor of the broadcast shape.
     """
     x, mean, log_scale = torch.broadcast_tensors(levels.float(), mean.float(), log_scale.float())
-    mass: Tensor = _LogMass.apply(x, mean, log_scale)  # type: ignore[no-untyped-call]
+    mass: Tensor = _LogMass.apply(x, mean, log_scale)
     return mass
 
 
@@ -61,7 +61,7 @@ class _LogMass(torch.autograd.Function):
         return torch.where(x < 0.5, below, torch.where(x > 254.5, above, middle))
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[None, Tensor, Tensor]:
         x, log_scale, inverse, centre = ctx.saved_tensors
         lowest, highest = x < 0.5, x > 254.5

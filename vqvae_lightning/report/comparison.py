@@ -33,6 +33,7 @@ class Measured(NamedTuple):
         settings: Keys of the configs of the run and of its checkpoints to values, without seeds.
         metrics: Values by name.
         facts: Data fingerprint, split, numbers of images and samples, and hash of the classifier.
+        weights: Hashes of the files of weights that the user gave, by their key.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Measured(NamedTuple):
     settings: dict[str, Any]
     metrics: dict[str, float]
     facts: dict[str, Any]
+    weights: dict[str, str]
 
 
 class Row(NamedTuple):
@@ -99,7 +101,9 @@ def read_measured(folder: Path) -> Measured:
         "samples": result.get("samples"),
         "classifier": result.get("classifier"),
     }
-    return Measured(str(folder), int(first["seed"]), settings, metrics, facts)
+    return Measured(
+        str(folder), int(first["seed"]), settings, metrics, facts, result.get("weights", {})
+    )
 
 
 def check_comparable(runs: Sequence[Measured]) -> list[str]:
@@ -126,6 +130,13 @@ def check_comparable(runs: Sequence[Measured]) -> list[str]:
         warnings.append(
             f"{ends} come from different classifiers: evaluate all runs with classifier_seed=0."
         )
+    for key in sorted({key for run in runs for key in run.weights}):
+        hashes = sorted({run.weights[key] for run in runs if key in run.weights})
+        if len(hashes) > 1:
+            warnings.append(
+                f"*{key}* come from different weights: {', '.join(hashes)}; evaluate all runs with "
+                f"the same file in weights.{key}."
+            )
     counts = {run.facts["samples"] for run in runs if run.facts["samples"]}
     if len(counts) > 1:
         listed = ", ".join(map(str, sorted(counts)))
