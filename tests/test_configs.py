@@ -1,5 +1,10 @@
 """Every config option composes and builds, and every preset runs."""
 
+import csv
+import json
+import math
+import shutil
+
 import pytest
 from conftest import TINY_VQVAE, compose
 from omegaconf import OmegaConf
@@ -168,22 +173,79 @@ def test_configs_hold_plain_data_once_resolved(tmp_path):
     walk(to_plain(cfg))
 
 
+def read_preset(sweep):
+    """Command in the first comment of a sweep's preset, and the values of each swept key."""
+    path = CONF_DIR / "sweep" / f"{sweep}.yaml"
+    name, preset = path.read_text().splitlines()[1].removeprefix("# ").split()
+    assert preset == f"sweep={sweep}"
+    params = OmegaConf.load(path).hydra.sweeper.params
+    return name, {key: str(values).split(",") for key, values in params.items()}
+
+
+def shrink(name, toy):
+    """Overrides that make one job of a preset small; swept keys keep the preset's values."""
+    stages = ("", "prior.") if name == "vqvae-pipeline" else ("",)
+    options = [
+        f"{stage}trainer.{key}=2"
+        for stage in stages
+        for key in ("max_steps", "val_check_interval", "limit_val_batches", "limit_test_batches")
+    ]
+    if name == "vqvae-pipeline":
+        options += [
+            *("evaluation.num_samples=12", "evaluation.classifier_steps=2"),
+            *("sampling.num_samples=6", "prior.model.net.channels=8"),
+        ]
+    return [*toy, "model.net.hidden=8", "model.net.residual_hidden=4", *options]
+
+
 @pytest.mark.parametrize(
     "sweep",
     # One in the quick step, all in CI: they differ in the values alone.
-    [n if n == "quantizers" else pytest.param(n, marks=pytest.mark.slow) for n in options("sweep")],
+    [n if n == "commitment" else pytest.param(n, marks=pytest.mark.slow) for n in options("sweep")],
 )
-def test_every_sweep_runs_its_jobs_and_goes_on_with_what_is_missing(sweep, toy, command):
-    import json
-    import shutil
+def test_every_sweep_can_start_all_its_jobs(sweep, toy, command):
+    name, params = read_preset(sweep)
+    outcome = command(name, f"sweep={sweep}", *shrink(name, toy), "preflight=true")
+    assert outcome.status == 0, outcome.err
+    stages = 2 if name == "vqvae-pipeline" else 1
+    assert outcome.out.count("parameters") == stages * math.prod(map(len, params.values()))
 
-    tiny = [o for o in TINY_VQVAE if "quantizer" not in o]
-    options = (f"sweep={sweep}", *toy, *tiny, "resume=auto", "hydra.sweep.dir=jobs")
+
+@pytest.mark.parametrize("sweep", options("sweep"))
+def test_a_job_of_every_sweep_trains(sweep, toy, command):
+    name, params = read_preset(sweep)
+    first = [f"{key}={values[0]}" for key, values in params.items()]
+    outcome = command(name, f"sweep={sweep}", "hydra.mode=RUN", *first, *shrink(name, toy))
+    assert outcome.status == 0, outcome.err
+    assert json.loads((outcome.folder / "result.json").read_text())["objective"] > 0
+
+
+def test_a_sweep_of_pipelines_lists_the_metrics_of_the_samples(toy, command):
+    few = ["hydra.sweeper.params.quantizer='ema,residual_3x8'", "hydra.sweeper.params.seed='0'"]
+    small = shrink("vqvae-pipeline", toy)
+    outcome = command(
+        "vqvae-pipeline", "sweep=quantizers", *few, *small, "hydra.sweep.dir=pipelines"
+    )
+    assert outcome.status == 0, outcome.err
+    with (outcome.folder.parent / "pipelines/jobs.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert sorted(row["quantizer"] for row in rows) == ["ema", "residual_3x8"]
+    for row in rows:
+        for metric in ("nmse", "perplexity", "nats_per_code", "prior_bits_per_dim"):
+            assert float(row[f"test/{metric}"]) > 0
+        assert 0 <= float(row["test/sample_accuracy"]) <= 1
+
+
+def test_a_sweep_repeats_only_the_jobs_that_are_missing(toy, command):
+    options = (
+        *("sweep=learning_rate", *shrink("vqvae-train", toy)),
+        *("resume=auto", "hydra.sweep.dir=jobs"),
+    )
     outcome = command("vqvae-train", *options)
     assert outcome.status == 0, outcome.err
     jobs = outcome.folder.parent / "jobs"
     results = sorted(jobs.glob("*/result.json"))
-    assert len(results) >= 4
+    assert len(results) == 4
     commands = [OmegaConf.load(path.with_name("config.yaml")).command for path in results]
     assert len(set(commands)) == len(results)
     assert not any("sweep=" in text for text in commands)
