@@ -16,12 +16,12 @@ from pathlib import Path
 from xml.sax.saxutils import escape
 
 try:
-    from lxml import etree
     from PIL import Image
     from pptx import Presentation
     from pptx.dml.color import RGBColor
+    from pptx.enum.shapes import MSO_SHAPE
     from pptx.enum.text import MSO_ANCHOR, PP_ALIGN
-    from pptx.oxml.ns import qn
+    from pptx.oxml.xmlchemy import OxmlElement
     from pptx.util import Inches, Pt
     from reportlab.lib.colors import HexColor
     from reportlab.lib.enums import TA_RIGHT
@@ -41,12 +41,14 @@ MOST_WORDS = 40  # of title, text and commands
 TITLE, CODE, COVER, FOOT = 36, 24, 54, 13  # points
 BODY, BESIDE, ALONE = 26, 28, 30  # points of text above a figure, beside it, and without one
 EQUATION = 30
-LEAST_LABEL = 14  # points, of a figure's labels as they are shown
+LEAST_LABEL = 12  # points, of a figure's labels as they are shown
 STUDY_LABEL = 10  # points, matplotlib's default
+LEAST_FIGURE = 1.5  # inches of height
 LEAST_DENSITY = 50  # pixels of a picture per inch of the slide
 WIDTH, HEIGHT, MARGIN = 13.333, 7.5, 0.6  # inches
 TOP, BOTTOM = 1.55, 6.8  # of the part between title and foot
 COLUMN, GAP = 4.3, 0.5
+MARK = (MARGIN, 0.42, 0.9, 0.08)  # left, top, width and height of the bar above a title
 LEADING = 1.2
 DARK, GREY, ACCENT = "1f2933", "616e7c", "0b6e99"
 
@@ -153,14 +155,24 @@ def read_block(slide: Slide, block: str, folder: Path) -> None:
         for alt, path, labels in re.findall(pattern, block):
             slide.pictures.append(Picture(folder / path, alt, float(labels or STUDY_LABEL)))
     elif block.startswith("- "):
-        slide.text += ["- " + " ".join(item.split()) for item in block[2:].split("\n- ")]
+        slide.text += ["- " + join_lines(item) for item in block[2:].split("\n- ")]
     else:
-        slide.text.append(" ".join(block.split()))
+        slide.text.append(join_lines(block))
+
+
+def join_lines(block: str) -> str:
+    """Return a block on one line, with percent signs that stay at their numbers."""
+    return re.sub(r"(?<=\d) %", "\u00a0%", " ".join(block.split()))
 
 
 def strip_markup(text: str) -> str:
     """Return text without the marks of bold and of a list."""
-    return text.removeprefix("- ").replace("**", "")
+    return strip_bullet(text).replace("**", "")
+
+
+def strip_bullet(text: str) -> str:
+    """Return the text of a paragraph without the mark of a list."""
+    return text.removeprefix("- ")
 
 
 def count_words(slide: Slide) -> int:
@@ -214,15 +226,19 @@ def list_unfounded_numbers(slide: Slide) -> list[str]:
 
     A number may be rounded from one with more decimals.
     """
-    pages = [(HERE / target) for _, target in slide.sources if "://" not in target]
-    known = {n for page in pages if STUDIES in page.resolve().parents for n in list_numbers(page.read_text())}
-    shown = list_numbers(" ".join([slide.title, *slide.text, slide.notes]))
+    known: set[str] = set()
+    for _, target in slide.sources:
+        page = (HERE / target).resolve()
+        if STUDIES in page.parents:
+            known.update(list_numbers(page.read_text()))
+    alt = [picture.alt for picture in slide.pictures]
+    shown = list_numbers(" ".join([slide.title, *slide.text, *alt, slide.notes]))
     return [number for number in shown if not any(is_rounded(number, one) for one in known)]
 
 
 def list_numbers(text: str) -> list[str]:
     """Return the numbers in a text as written, without the spaces or commas between thousands."""
-    found = re.findall(r"(?<![\w.])\d{1,3}(?:[ ,]\d{3})+(?![\d])|\d+(?:\.\d+)?", text)
+    found = re.findall(r"(?<![\w.])\d{1,3}(?:[ ,]\d{3})+(?!\d)|\d+(?:\.\d+)?", text)
     return [re.sub(r"[ ,]", "", number) for number in found]
 
 
@@ -297,11 +313,6 @@ def make_paragraphs(box: Box) -> list[Paragraph]:
         else:
             paragraphs.append(Paragraph(marked, look))
     return paragraphs
-
-
-def strip_bullet(text: str) -> str:
-    """Return the text of a paragraph without the mark of a list."""
-    return text.removeprefix("- ")
 
 
 def measure(box: Box) -> float:
@@ -408,7 +419,11 @@ def place_text_and_pictures(slide: Slide, top: float) -> list[Box]:
     narrow.height = measure(narrow)
     zone_beside = (MARGIN + COLUMN + GAP, top, inside - COLUMN - GAP, BOTTOM - top)
     choices = [(narrow, zone_beside), (wide, zone_below)]
-    fitting = [(box, zone) for box, zone in choices if zone[3] > 1 and box.top + box.height <= BOTTOM]
+    fitting = [
+        (box, zone)
+        for box, zone in choices
+        if zone[3] > LEAST_FIGURE and box.top + box.height <= BOTTOM
+    ]
     if not fitting:
         raise DeckError("the text leaves no place for the figure. Shorten it.")
     area = {id(box): measure_pictures(slide.pictures, zone)[0] for box, zone in fitting}
@@ -452,10 +467,12 @@ def place_pictures(pictures: list[Picture], zone: Zone) -> list[Box]:
     """Place pictures in the middle of a zone.
 
     Raises:
-        DeckError: If one has too few pixels, or labels that would be too small.
+        DeckError: If the zone is too low, if one has too few pixels, or if labels were too small.
     """
     if not pictures:
         return []
+    if zone[3] < LEAST_FIGURE:
+        raise DeckError("the rest leaves no place for the figure. Shorten it.")
     boxes = []
     for picture, place in zip(pictures, measure_pictures(pictures, zone)[1], strict=True):
         with Image.open(picture.path) as image:
@@ -467,11 +484,12 @@ def place_pictures(pictures: list[Picture], zone: Zone) -> list[Box]:
         # Without a resolution, the file is a grid of images and has no labels.
         if drawn and (shown := picture.labels * place[2] / drawn) < LEAST_LABEL:
             raise DeckError(
-                f"{name} is drawn {drawn:.1f} inches wide and shown at {place[2]:.1f}, so its labels of "
-                f"{picture.labels:g} pt have {shown:.0f} pt, at least {LEAST_LABEL}. Draw it smaller, or "
-                f'state larger labels: ![...]({name} "labels 16 pt").'
+                f"{name} is drawn {drawn:.1f} inches wide and shown at {place[2]:.1f}. Labels of "
+                f"{picture.labels:g} pt become {shown:.0f} pt, at least {LEAST_LABEL}. Draw "
+                f'larger labels, and state their size: ![...]({name} "labels 16 pt").'
             )
-        boxes.append(Box(*place, role="picture", picture=picture.path.read_bytes(), alt=picture.alt))
+        content = picture.path.read_bytes()
+        boxes.append(Box(*place, role="picture", picture=content, alt=picture.alt))
     return boxes
 
 
@@ -525,7 +543,8 @@ def write_pptx(slides: list[Slide], target: Path) -> None:
 
 def add_mark(page) -> None:
     """Add the short bar above a title."""
-    mark = page.shapes.add_shape(1, Inches(MARGIN), Inches(0.42), Inches(0.9), Inches(0.08))
+    place = [Inches(value) for value in MARK]
+    mark = page.shapes.add_shape(MSO_SHAPE.RECTANGLE, *place)
     mark.fill.solid()
     mark.fill.fore_color.rgb = RGBColor.from_string(ACCENT.upper())
     mark.line.fill.background()
@@ -565,7 +584,9 @@ def set_bullet(paragraph, points: float) -> None:
     indent = str(int(Pt(0.9 * points)))
     properties.set("marL", indent)
     properties.set("indent", f"-{indent}")
-    etree.SubElement(properties, qn("a:buChar")).set("char", "\u2022")
+    bullet = OxmlElement("a:buChar")
+    bullet.set("char", "\u2022")
+    properties.append(bullet)
 
 
 def write_pdf(slides: list[Slide], target: Path) -> None:
@@ -576,7 +597,9 @@ def write_pdf(slides: list[Slide], target: Path) -> None:
     for number, slide in enumerate(slides, start=1):
         if not slide.cover:
             canvas.setFillColor(HexColor(f"#{ACCENT}"))
-            canvas.rect(72 * MARGIN, 72 * (HEIGHT - 0.5), 72 * 0.9, 72 * 0.08, stroke=0, fill=1)
+            left, top, width, height = MARK
+            place = [72 * v for v in (left, HEIGHT - top - height, width, height)]
+            canvas.rect(*place, stroke=0, fill=1)
         for box in lay_out(slide, number):
             if box.picture:
                 picture = ImageReader(io.BytesIO(box.picture))
@@ -625,5 +648,5 @@ def main() -> None:
 if __name__ == "__main__":
     try:
         main()
-    except DeckError as error:
+    except (OSError, ValueError) as error:  # a rule, a page that is missing, or a table that is
         sys.exit(str(error))

@@ -2,7 +2,7 @@
 
 uv run python experiments/walkthrough/slides/figures.py
 
-The charts read their numbers from the tables of the studies' pages, and each chart's file stores the
+The charts read their numbers from the tables of the studies' pages. The file of a chart stores the
 cells that it shows, so that a test notices a chart that is older than its page.
 """
 
@@ -162,7 +162,13 @@ def draw_picture(axes: Axes, x: float, y: float, side: float, pixels: np.ndarray
 
 
 def draw_cells(
-    axes: Axes, x: float, y: float, cell: float, colours: np.ndarray, names: np.ndarray | None = None
+    axes: Axes,
+    x: float,
+    y: float,
+    cell: float,
+    colours: np.ndarray,
+    names: np.ndarray | None = None,
+    size: float = SMALL,
 ) -> None:
     """Draw a grid of coloured cells around a centre, with an optional name in each."""
     rows, columns = colours.shape
@@ -174,11 +180,11 @@ def draw_cells(
         if names is not None:
             centre = corner[0] + cell / 2, corner[1] + cell / 2
             ink = "white" if str(names[row, column]) in "45" else DARK
-            write(axes, *centre, str(names[row, column]), size=SMALL, color=ink)
+            write(axes, *centre, str(names[row, column]), size=size, color=ink)
 
 
 def cut_picture(name: str, row: int, column: int) -> np.ndarray:
-    """Return one image of 28x28 pixels from a picture of the bundled study, which doubles pixels."""
+    """Return one 28x28 image from a picture of the bundled study, which doubles pixels."""
     with Image.open(STUDIES / "bundled_data" / name) as picture:
         pixels = np.asarray(picture.convert("L"))
     top, left = 2 + 58 * row, 2 + 58 * column
@@ -248,8 +254,8 @@ def draw_stages() -> tuple[Figure, Cells]:
         draw_network(axes, 8.15, y, "decoder", narrows=False)
         draw_arrow(axes, (9.72, y), (10.17, y))
         draw_picture(axes, 11.15, y, 1.9, out)
-    for y, title, subtitle in ((3.75, "1", "describe"), (1.25, "2", "invent")):
-        write(axes, 0.35, y, title, size=44, color=ACCENT, weight="bold")
+    for y, number in ((3.75, "1"), (1.25, "2")):
+        write(axes, 0.35, y, number, size=44, color=ACCENT, weight="bold")
     draw_picture(axes, 1.95, 3.75, 1.9, image)
     draw_arrow(axes, (2.97, 3.75), (3.42, 3.75))
     draw_network(axes, 3.5, 3.75, "encoder")
@@ -273,7 +279,7 @@ def draw_model() -> tuple[Figure, Cells]:
     draw_picture(axes, 0.72, y, 1.34, image)
     draw_network(axes, 1.85, y, "encoder", width=1.25)
     draw_cells(axes, 4.52, y, 0.28, shade(vectors))
-    draw_cells(axes, 7.28, y, 0.28, shade(ROWS)[codes], codes)
+    draw_cells(axes, 7.28, y, 0.28, shade(ROWS)[codes], codes, size=15)
     draw_network(axes, 8.72, y, "decoder", width=1.25, narrows=False)
     draw_picture(axes, 11.08, y, 1.34, copy)
     for x in (1.43, 3.14, 8.3, 10.0):
@@ -352,7 +358,10 @@ def draw_losses() -> tuple[Figure, Cells]:
         write(axes, 0.15, y, name, size=LARGE, ha="left", weight="bold")
         write(axes, 4.6, y, formula, size=28)
         for x, moves in zip(places, moved, strict=True):
-            look = {"facecolor": ACCENT if moves else "white", "edgecolor": ACCENT if moves else LIGHT}
+            look = {
+                "facecolor": ACCENT if moves else "white",
+                "edgecolor": ACCENT if moves else LIGHT,
+            }
             axes.add_patch(Circle((x, y), 0.26, linewidth=2.5, **look))
     return figure, {}
 
@@ -373,7 +382,9 @@ def draw_order() -> tuple[Figure, Cells]:
         axes.add_patch(Rectangle(corner, cell, cell, fill=False, edgecolor=LIGHT))
     here = left + column * cell, top - (row + 1) * cell
     axes.add_patch(Rectangle(here, cell, cell, facecolor="white", edgecolor=ACCENT, linewidth=4))
-    write(axes, here[0] + cell / 2, here[1] + cell / 2, "?", size=LARGE, color=ACCENT, weight="bold")
+    write(
+        axes, here[0] + cell / 2, here[1] + cell / 2, "?", size=LARGE, color=ACCENT, weight="bold"
+    )
     draw_arrow(axes, (here[0] + cell, 2.2), (4.85, 2.2), color=ACCENT, linewidth=3.5)
     for number, share in enumerate((0.1, 0.25, 0.6, 0.95, 0.45, 0.15)):
         y = 3.7 - 0.6 * number
@@ -431,9 +442,10 @@ def draw_regions(axes: Axes, rows: np.ndarray) -> None:
 
 def draw_plane(axes: Axes, x: float, vectors: np.ndarray, path: np.ndarray, title: str) -> None:
     """Draw vectors, the last rows of a path, and their way; hollow rows have no vectors."""
-    moved = path + (x, 0)
+    shift = np.array([x, 0])
+    moved = path + shift
     used = np.bincount(find_nearest(vectors, path[-1]), minlength=len(path[-1])) > 0
-    axes.scatter(*(vectors + (x, 0)).T, s=22, color=LIGHT, zorder=1)
+    axes.scatter(*(vectors + shift).T, s=22, color=LIGHT, zorder=1)
     jumps = np.abs(np.diff(path, axis=0)).max(-1) > 0.4  # a revived row has no way
     ways = np.where(np.pad(jumps, ((1, 0), (0, 0)))[..., None], np.nan, moved)
     for way in ways.swapaxes(0, 1):
@@ -491,7 +503,12 @@ def draw_bars(
         text = shown.group() if shown else ""
         weight = "bold" if one else "normal"
         axes.text(
-            value + 0.02 * max(values), place, text, va="center", fontsize=NORMAL, color=DARK,
+            value + 0.02 * max(values),
+            place,
+            text,
+            va="center",
+            fontsize=NORMAL,
+            color=DARK,
             weight=weight,
         )
 
