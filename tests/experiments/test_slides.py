@@ -115,6 +115,7 @@ def test_each_cited_page_exists(slides):
         ),
         ("A few words.", "An arrow \u2192.", "Helvetica lacks '\u2192'"),
         ("labels 16 pt", "labels 4 pt", "Labels of 4 pt become"),
+        ("labels 16 pt", "16 pt", "this is no figure"),
         ("figures/prior.png", "figures/nowhere.png", "nowhere.png is missing"),
         ("![A chart]", "![]", "has no text for those who cannot see it"),
         ("Notes: ", "", "no speaker notes"),

@@ -21,6 +21,7 @@ try:
     from pptx.dml.color import RGBColor
     from pptx.enum.shapes import MSO_SHAPE
     from pptx.enum.text import MSO_ANCHOR, PP_ALIGN
+    from pptx.oxml.ns import qn
     from pptx.oxml.xmlchemy import OxmlElement
     from pptx.util import Inches, Pt
     from reportlab.lib.colors import HexColor
@@ -106,7 +107,7 @@ def read_slides(source: Path = SOURCE) -> list[Slide]:
     """Read the slides of a Markdown file.
 
     Raises:
-        DeckError: If a section has a line that no part of a slide begins with.
+        DeckError: If the file does not begin with a title, or if the line of a figure is wrong.
     """
     slides: list[Slide] = []
     blocks = split_blocks(source.read_text())
@@ -152,6 +153,8 @@ def read_block(slide: Slide, block: str, folder: Path) -> None:
         slide.equation = block.strip("$ \n")
     elif block.startswith("!["):
         pattern = r'!\[([^]]*)\]\(([^\s)]+)(?: "labels ([\d.]+) pt")?\)'
+        if rest := re.sub(pattern, "", block).strip():
+            raise DeckError(f"'{slide.title}': this is no figure: {rest}")
         for alt, path, labels in re.findall(pattern, block):
             slide.pictures.append(Picture(folder / path, alt, float(labels or STUDY_LABEL)))
     elif block.startswith("- "):
@@ -548,7 +551,7 @@ def add_mark(page) -> None:
     mark.fill.solid()
     mark.fill.fore_color.rgb = RGBColor.from_string(ACCENT.upper())
     mark.line.fill.background()
-    mark.shadow.inherit = False
+    mark._element.remove(mark._element.find(qn("p:style")))  # it would add a shadow
     mark.name = "mark"
 
 
