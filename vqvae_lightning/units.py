@@ -27,6 +27,7 @@ UNITS = {
     "kl_clamped_weighted": "1",
     "kl_nats_dim": "nats per latent value",
     "kl_weighted": "1",
+    "latent_power": "squared latent value",
     "learning_rate": "1",
     "loss": "1",
     "lpips_alex": "weighted squared distance of unit features",

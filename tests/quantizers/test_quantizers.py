@@ -2,6 +2,7 @@
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -467,13 +468,24 @@ def test_decoder_input_equals_decoded_codes(
     table = quantizer.codebook.detach().double()
     if normalize:
         rows, table = F.normalize(rows, dim=-1), F.normalize(table, dim=-1)
-    distances = (rows[..., None, :] - table).norm(dim=-1)
+    # Squared: the error of |z|^2 - 2 z e + |e|^2 in float32 does not shrink with the distance.
+    distances = (rows[..., None, :] - table).square().sum(dim=-1)
     chosen = distances.gather(-1, output.codes[..., None])[..., 0]
     torch.testing.assert_close(chosen, distances.min(-1).values, rtol=1e-5, atol=1e-5)
     output.vectors.sum().backward()
     assert torch.isfinite(z.grad).all()
     if estimator == "straight_through" and not normalize:
         assert (z.grad == 1).all()
+
+
+@BOTH
+def test_the_latent_power_is_the_mean_square_of_the_encoders_output(make):
+    quantizer = ready(make).train()
+    z = torch.randn(4, 3, 5, 6)
+    terms = quantizer(z).terms
+    assert terms["latent_power"].item() == pytest.approx(np.mean(z.numpy() ** 2), rel=1e-5)
+    assert "latent_power" not in quantizer.weights
+    assert not terms["latent_power"].requires_grad
 
 
 @BOTH

@@ -131,6 +131,7 @@ def test_residual_codes_equal_a_textbook_loop(make):
         before = torch.stack([rows.detach() - (sums - chosen.detach())[q] for q in range(Q)])
         expected["codebook"] = (before - chosen).square().mean()
     loss = 0.7 * expected["commitment"] + expected.get("codebook", 0)
+    expected["latent_power"] = rows.detach().square().mean()  # logged, not part of the loss
     direction = torch.arange(z.numel()).view(z.shape).sin()
     ((rows * direction.movedim(1, -1).reshape(-1, D)).sum() + loss).backward()
     held = quantizer.codebook.detach().clone()

@@ -174,6 +174,8 @@ class VectorQuantizer(nn.Module):
             if self.training:
                 self.observe(flat, places.flatten())
             loss = torch.stack([self.weights[name] * term for name, term in terms.items()]).sum()
+            # Only logged: the commitment term may rise with it while the relative error falls.
+            terms["latent_power"] = rows.detach().square().mean()
             estimator = ESTIMATORS[self.estimator]
             vectors = self.arrangement.estimate(estimator, rows, parts, chosen.detach())
         return QuantizerOutput(vectors.movedim(-1, 1), self._unstack(codes), loss, terms)
