@@ -1,0 +1,411 @@
+"""Make the tables and figures of the studies from the results of their sweeps.
+
+    uv run python experiments/studies.py [FOLDER ...]
+
+FOLDER is the folder of a finished sweep. Its results are copied into the folder of its study first,
+as `<sweep>.csv` with a row per job and, for the dynamics of training, `<sweep>_curves.csv`. Then
+the figures are drawn and the tables are written into the study's README, between the lines
+`<!-- table NAME -->` and `<!-- end -->`.
+
+A table has the mean and the standard deviation (n - 1) over the seeds. `=` marks a mean that lies
+within twice the larger deviation of the table's first row: such a gap is not called a difference.
+"""
+
+import argparse
+import csv
+import hashlib
+import re
+import shutil
+import statistics
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import matplotlib
+
+matplotlib.use("agg")
+
+import matplotlib.pyplot as plt
+from rich.console import Console
+
+from vqvae_lightning.configs import read_config
+from vqvae_lightning.report.jobs import list_job_folders
+from vqvae_lightning.report.sweep import write_sweep_report
+from vqvae_lightning.runs.folder import RunFolder
+from vqvae_lightning.runs.results import read_curves
+
+ROOT = Path(__file__).parent
+STUDIES = {
+    "quantizers": "quantizers",
+    "codebook_size": "codebook_size",
+    "commitment": "training_dynamics",
+    "ema_decay": "training_dynamics",
+    "collapse": "training_dynamics",
+}
+"""Study of each sweep."""
+CURVES = ("train/commitment", "train/latent_power", "train/nmse", "train/perplexity")
+SWEEPS_WITH_CURVES = ("commitment", "collapse")
+KEY = "model.net.quantizer."
+PIXELS = 28 * 28
+plt.rcParams.update({"font.size": 14, "axes.spines.top": False, "axes.spines.right": False})
+
+Row = dict[str, str]
+
+
+class Column(NamedTuple):
+    """A column of a table: its title, its value for a job, and how to print it."""
+
+    title: str
+    value: Callable[[Row], float]
+    format: str = ".4f"
+
+
+class Group(NamedTuple):
+    """Jobs that differ only in their seed."""
+
+    key: tuple[str, ...]
+    rows: list[Row]
+
+    def measure(self, value: Callable[[Row], float]) -> tuple[float, float]:
+        """Compute mean and standard deviation (n - 1) over the seeds."""
+        values = [value(row) for row in self.rows]
+        return statistics.fmean(values), statistics.stdev(values)
+
+
+def read_rows(sweep: str) -> list[Row]:
+    """Read the jobs of a sweep; each must have finished."""
+    with (ROOT / STUDIES[sweep] / f"{sweep}.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    unfinished = [row["folder"] for row in rows if row["state"] != "finished"]
+    if unfinished:
+        raise SystemExit(f"error: jobs {', '.join(unfinished)} of {sweep} have not finished.")
+    return rows
+
+
+def group_rows(rows: Sequence[Row], *keys: str) -> list[Group]:
+    """Group jobs by the values of `keys`, in the order of the sweep."""
+    ordered = sorted(rows, key=lambda row: int(row["folder"]))
+    groups: dict[tuple[str, ...], list[Row]] = {}
+    for row in ordered:
+        groups.setdefault(tuple(row[key] for key in keys), []).append(row)
+    return [Group(key, found) for key, found in groups.items()]
+
+
+def metric(name: str) -> Callable[[Row], float]:
+    """Return the function that reads a test metric of a job."""
+    return lambda row: float(row[f"test/{name}"])
+
+
+def nats_per_position(row: Row) -> float:
+    """Cost of all codes of a position under the prior, which compares several codes with one."""
+    positions = 49
+    return float(row["test/prior_bits_per_dim"]) * PIXELS * 0.6931471805599453 / positions
+
+
+def is_within_spread(mean: float, deviation: float, other: float, others: float) -> bool:
+    """Tell whether two means are closer than twice the larger of their deviations."""
+    return abs(mean - other) <= 2 * max(deviation, others)
+
+
+def format_table(titles: Sequence[str], groups: Sequence[Group], columns: Sequence[Column]) -> str:
+    """Format a Markdown table with a row per group; `=` marks equality with the first row."""
+    lines = [
+        f"| {' | '.join([*titles, *(column.title for column in columns)])} |",
+        f"|{' --- |' * len(titles)}{' ---: |' * len(columns)}",
+    ]
+    for number, group in enumerate(groups):
+        cells = [f"`{value}`" for value in group.key]
+        for _, value, form in columns:
+            mean, deviation = group.measure(value)
+            same = number > 0 and is_within_spread(mean, deviation, *groups[0].measure(value))
+            cells.append(f"{mean:{form}} ± {deviation:{form}}{' =' if same else ''}")
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+# --- the studies ---
+
+NMSE = Column("test NMSE", metric("nmse"))
+USE = Column("codes in use", metric("codebook_use"), ".1%")
+PERPLEXITY = Column("perplexity", metric("perplexity"), ".0f")
+
+
+def group_quantizers() -> list[Group]:
+    """Group the jobs of `sweep=quantizers`."""
+    return group_rows(read_rows("quantizers"), "quantizer")
+
+
+def tabulate_quantizers() -> str:
+    """Make the table of `sweep=quantizers`."""
+    columns = [
+        NMSE,
+        USE,
+        PERPLEXITY,
+        Column("prior, nats per position", nats_per_position, ".2f"),
+        Column("rate, bits/dim", metric("prior_bits_per_dim")),
+        Column("accuracy of samples", metric("sample_accuracy"), ".1%"),
+        Column("Fréchet distance of samples", metric("sample_fid"), ".1f"),
+        Column("seconds", lambda row: float(row["seconds"]), ".0f"),
+    ]
+    return format_table(["`quantizer=`"], group_quantizers(), columns)
+
+
+def draw_quantizers() -> None:
+    """Draw error, cost of the codes and accuracy of the samples of each quantizer."""
+    groups = group_quantizers()[::-1]
+    panels = [
+        ("test NMSE", metric("nmse")),
+        ("prior, nats per position", nats_per_position),
+        ("accuracy of samples", metric("sample_accuracy")),
+    ]
+    figure, axes = plt.subplots(1, 3, figsize=(12, 4.8), sharey=True, layout="constrained")
+    for axis, (title, value) in zip(axes, panels, strict=True):
+        means, deviations = zip(*(group.measure(value) for group in groups), strict=True)
+        axis.barh(
+            [group.key[0] for group in groups], means, xerr=deviations, color="#0b6e99", capsize=3
+        )
+        axis.set_title(title)
+    save(figure, "quantizers", "quantizers")
+
+
+def tabulate_commitment() -> str:
+    """Make the table of `sweep=commitment`."""
+    groups = group_rows(read_rows("commitment"), f"{KEY}commitment")
+    ends = {folder: rows[-1] for folder, rows in read_curves_of("commitment").items()}
+
+    def end(name: str) -> Callable[[Row], float]:
+        return lambda row: float(ends[row["folder"]][name])
+
+    columns = [
+        NMSE,
+        PERPLEXITY,
+        Column("commitment term", end("train/commitment"), ".3g"),
+        Column("latent power", end("train/latent_power"), ".3g"),
+        Column(
+            "term / power",
+            lambda row: end("train/commitment")(row) / end("train/latent_power")(row),
+            ".3f",
+        ),
+    ]
+    return format_table(["`commitment`"], groups, columns)
+
+
+def tabulate_decay() -> str:
+    """Make the table of `sweep=ema_decay`."""
+    groups = group_rows(read_rows("ema_decay"), f"{KEY}decay")
+    return format_table(["`decay`"], groups, [NMSE, USE, PERPLEXITY])
+
+
+def tabulate_collapse() -> str:
+    """Make the table of `sweep=collapse`."""
+    keys = ["quantizer", *(f"{KEY}{name}" for name in ("init", "warmup_steps", "revive_below"))]
+    groups = group_rows(read_rows("collapse"), *keys)
+    titles = ["`quantizer`", "`init`", "`warmup_steps`", "`revive_below`"]
+    return format_table(titles, groups, [NMSE, USE, PERPLEXITY])
+
+
+def average_curve(
+    rows: Sequence[Row], curves: dict[str, list[Row]], value: Callable[[Row], float]
+) -> tuple[list[int], list[float]]:
+    """Average a curve over jobs, at the steps that all of them have logged."""
+    found = [{int(p["step"]): value(p) for p in curves[r["folder"]] if p[CURVES[0]]} for r in rows]
+    steps = sorted(set.intersection(*map(set, found)))
+    return steps, [statistics.fmean(one[step] for one in found) for step in steps]
+
+
+def draw_commitment() -> None:
+    """Draw the commitment term, the latent power and their ratio over the updates."""
+    groups = group_rows(read_rows("commitment"), f"{KEY}commitment")
+    curves = read_curves_of("commitment")
+    panels: list[tuple[str, Callable[[Row], float]]] = [
+        ("commitment term", lambda p: float(p["train/commitment"])),
+        ("latent power", lambda p: float(p["train/latent_power"])),
+        ("term / power", lambda p: float(p["train/commitment"]) / float(p["train/latent_power"])),
+    ]
+    figure, axes = plt.subplots(1, 3, figsize=(12, 4.5), layout="constrained")
+    for axis, (title, value) in zip(axes, panels, strict=True):
+        for shade, group in enumerate(groups):
+            steps, means = average_curve(group.rows, curves, value)
+            colour = plt.get_cmap("viridis")(0.9 - 0.28 * shade)
+            axis.plot(steps, means, color=colour, linewidth=2.5, label=group.key[0])
+        axis.set(title=title, xlabel="updates", yscale="log")
+    axes[0].legend(title="weight", fontsize=12, title_fontsize=12)
+    save(figure, "training_dynamics", "commitment")
+
+
+def draw_collapse() -> None:
+    """Draw the codes in effective use for each combination of the cures."""
+    keys = [f"{KEY}{name}" for name in ("init", "warmup_steps", "revive_below")]
+    words = ("data", "warm-up", "revival")
+    figure, axes = plt.subplots(1, 2, figsize=(12, 4.8), sharey=True, layout="constrained")
+    for axis, quantizer in zip(axes, ("ema", "loss"), strict=True):
+        rows = [row for row in read_rows("collapse") if row["quantizer"] == quantizer]
+        groups = group_rows(rows, *keys)
+        cured = [[value not in ("uniform", "0", "0.0") for value in g.key] for g in groups]
+        groups = [
+            g for _, g in sorted(zip(map(sum, cured), groups, strict=True), key=lambda x: x[0])
+        ]
+        names = []
+        for group in groups:
+            found = [
+                word
+                for word, value in zip(words, group.key, strict=True)
+                if value not in ("uniform", "0", "0.0")
+            ]
+            names.append(" + ".join(found) or "no cure")
+        means, deviations = zip(*(g.measure(metric("perplexity")) for g in groups), strict=True)
+        axis.barh(names[::-1], means[::-1], xerr=deviations[::-1], color="#0b6e99", capsize=3)
+        axis.set(title=f"quantizer={quantizer}", xlabel="perplexity, of 512 codes")
+    save(figure, "training_dynamics", "collapse")
+
+
+def group_sizes() -> list[Group]:
+    """Group the jobs of `sweep=codebook_size`."""
+    return group_rows(read_rows("codebook_size"), f"{KEY}num_codes", f"{KEY}code_dim")
+
+
+def tabulate_sizes() -> str:
+    """Make the table of `sweep=codebook_size`."""
+    columns = [
+        NMSE,
+        USE,
+        PERPLEXITY,
+        Column("uniform rate, bits/dim", metric("uniform_bits_per_dim"), ".3f"),
+        Column("prior rate, bits/dim", metric("prior_bits_per_dim"), ".3f"),
+        Column("total, bits/dim", metric("total_bits_per_dim"), ".3f"),
+    ]
+    return format_table(["`num_codes`", "`code_dim`"], group_sizes(), columns)
+
+
+def draw_sizes() -> None:
+    """Draw the error against the cost of the codes, for each number of channels."""
+    figure, axis = plt.subplots(figsize=(10, 5), layout="constrained")
+    for code_dim, colour in (("4", "#d1495b"), ("64", "#0b6e99")):
+        groups = [group for group in group_sizes() if group.key[1] == code_dim]
+        rates, spread = zip(*(g.measure(metric("prior_bits_per_dim")) for g in groups), strict=True)
+        errors, deviations = zip(*(g.measure(metric("nmse")) for g in groups), strict=True)
+        axis.errorbar(
+            rates,
+            errors,
+            xerr=spread,
+            yerr=deviations,
+            marker="o",
+            color=colour,
+            linewidth=2,
+            label=f"{code_dim} channels",
+        )
+        if code_dim == "64":
+            for group, rate, error in zip(groups, rates, errors, strict=True):
+                axis.annotate(
+                    f"K={group.key[0]}", (rate, error), (6, 8), textcoords="offset points"
+                )
+    axis.set(xlabel="cost of the codes under the prior, bits/dim", ylabel="test NMSE", yscale="log")
+    axis.legend()
+    save(figure, "codebook_size", "rate_distortion")
+
+
+TABLES: dict[str, dict[str, Callable[[], str]]] = {
+    "quantizers": {"quantizers": tabulate_quantizers},
+    "codebook_size": {"sizes": tabulate_sizes},
+    "training_dynamics": {
+        "commitment": tabulate_commitment,
+        "decay": tabulate_decay,
+        "collapse": tabulate_collapse,
+    },
+}
+"""Tables of each study, by the name in its README."""
+FIGURES: dict[str, dict[str, Callable[[], None]]] = {
+    "quantizers": {"quantizers": draw_quantizers},
+    "codebook_size": {"rate_distortion": draw_sizes},
+    "training_dynamics": {"commitment": draw_commitment, "collapse": draw_collapse},
+}
+"""Figures of each study, by the name of the PNG file."""
+
+
+# --- files ---
+
+
+def hash_data(study: str) -> str:
+    """Hash the raw results of a study; each figure stores the hash of those it shows."""
+    digest = hashlib.sha256()
+    for path in sorted((ROOT / study).glob("*.csv")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def save(figure: plt.Figure, study: str, name: str) -> None:
+    """Save a figure of a study, with the hash of its data."""
+    path = ROOT / study / f"{name}.png"
+    figure.savefig(path, dpi=120, metadata={"Source": hash_data(study), "Software": ""})
+    plt.close(figure)
+
+
+def read_curves_of(sweep: str) -> dict[str, list[Row]]:
+    """Read the curves of each job of a sweep, by the job's folder."""
+    found: dict[str, list[Row]] = {}
+    with (ROOT / STUDIES[sweep] / f"{sweep}_curves.csv").open(newline="") as file:
+        for row in csv.DictReader(file):
+            found.setdefault(row["folder"], []).append(row)
+    return found
+
+
+def collect(folder: Path) -> str:
+    """Copy the results of a finished sweep into the folder of its study.
+
+    Returns:
+        The study.
+
+    Raises:
+        SystemExit: If the sweep belongs to no study.
+    """
+    jobs = list(list_job_folders(folder))
+    sweep = read_config(RunFolder(jobs[0]).config)["study"] if jobs else None
+    if sweep not in STUDIES:
+        raise SystemExit(f"error: {folder} is not a sweep of {', '.join(STUDIES)}.")
+    place = ROOT / STUDIES[sweep]
+    write_sweep_report(folder)
+    shutil.copy(RunFolder(folder).jobs, place / f"{sweep}.csv")
+    if sweep in SWEEPS_WITH_CURVES:
+        with (place / f"{sweep}_curves.csv").open("w", newline="") as file:
+            writer = csv.writer(file, lineterminator="\n")
+            writer.writerow(["folder", "step", *CURVES])
+            writer.writerows(row for job in jobs for row in list_points(job, folder))
+    return STUDIES[sweep]
+
+
+def list_points(job: Path, folder: Path) -> Iterator[list[str]]:
+    """List the folder, step and values of each logged step of a job."""
+    curves = read_curves(RunFolder(job).metrics)
+    points = {name: dict(zip(*curves.get(name, ([], [])), strict=True)) for name in CURVES}
+    for step in sorted({step for found in points.values() for step in found}):
+        values = [f"{points[name][step]:.6g}" if step in points[name] else "" for name in CURVES]
+        yield [str(job.relative_to(folder)), f"{step:.0f}", *values]
+
+
+def fill_tables(study: str) -> str:
+    """Return the study's README with its tables made again."""
+    text = (ROOT / study / "README.md").read_text()
+    for name, tabulate in TABLES[study].items():
+        pattern = rf"(<!-- table {name} -->\n).*?(<!-- end -->)"
+        if not re.search(pattern, text, re.DOTALL):
+            raise SystemExit(f"error: experiments/{study}/README.md has no place for table {name}.")
+        table = tabulate()
+        text = re.sub(pattern, lambda m, t=table: f"{m[1]}\n{t}\n\n{m[2]}", text, flags=re.DOTALL)
+    return text
+
+
+def main() -> None:
+    """Copy the results of the given sweeps, then make all tables and figures."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("folders", nargs="*", type=Path, help="folders of finished sweeps")
+    folders: list[Path] = parser.parse_args().folders
+    studies = list(dict.fromkeys(map(collect, folders))) or list(TABLES)
+    for study in studies:
+        (ROOT / study / "README.md").write_text(fill_tables(study))
+        for draw in FIGURES[study].values():
+            draw()
+        Console().print(f"experiments/{study}", highlight=False)
+
+
+if __name__ == "__main__":
+    main()
