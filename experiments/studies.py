@@ -2,10 +2,11 @@
 
     uv run python experiments/studies.py [FOLDER ...]
 
-FOLDER is the folder of a finished sweep. Its results are copied into the folder of its study first,
-as `<sweep>.csv` with a row per job and, for the dynamics of training, `<sweep>_curves.csv`. Then
-the figures are drawn and the tables are written into the study's README, between the lines
-`<!-- table NAME -->` and `<!-- end -->`.
+FOLDER is the folder of a finished sweep, or of a pipeline of the study `bits_per_dim`. Its results
+are copied into the folder of its study first: `<sweep>.csv` has a row per job, `<sweep>_curves.csv`
+the curves of the jobs, and `<data set>.json` is the `result.json` of a pipeline. Then the figures
+are drawn and the tables are written into the study's README, between the lines
+`<!-- table NAME -->` and `<!-- end -->`. Without FOLDER, all tables and figures are made again.
 
 A table has the mean and the standard deviation (n - 1) over the seeds. `=` marks a mean that lies
 within twice the larger deviation of the table's first row: such a gap is not called a difference.
@@ -14,12 +15,13 @@ within twice the larger deviation of the table's first row: such a gap is not ca
 import argparse
 import csv
 import hashlib
+import json
 import re
 import shutil
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import matplotlib
 
@@ -45,6 +47,8 @@ STUDIES = {
 """Study of each sweep."""
 CURVES = ("train/commitment", "train/latent_power", "train/nmse", "train/perplexity")
 SWEEPS_WITH_CURVES = ("commitment", "collapse")
+BITS = "bits_per_dim"
+"""Study of single pipelines."""
 KEY = "model.net.quantizer."
 PIXELS = 28 * 28
 plt.rcParams.update({"font.size": 14, "axes.spines.top": False, "axes.spines.right": False})
@@ -304,6 +308,67 @@ def draw_sizes() -> None:
     save(figure, "codebook_size", "rate_distortion")
 
 
+def read_pipelines() -> dict[str, dict[str, Any]]:
+    """Read the results of the study `bits_per_dim`, by data set."""
+    paths = sorted((ROOT / BITS).glob("*.json"), reverse=True)
+    return {path.stem: json.loads(path.read_text()) for path in paths}
+
+
+def read_bits(result: dict[str, Any], term: str) -> float:
+    """Read a term of a pipeline's bits per dimension."""
+    return float(result["metrics"][f"test/{term}_bits_per_dim"]["value"])
+
+
+def tabulate_bits() -> str:
+    """Make the table of the bits per dimension: a row per term and a column per data set."""
+    found = read_pipelines()
+    terms: list[tuple[str, Callable[[dict[str, Any]], float]]] = [
+        ("distortion, -log2 p(x given z)", lambda r: read_bits(r, "reconstruction")),
+        ("rate, uniform codes", lambda r: read_bits(r, "uniform")),
+        ("rate, histogram of the codes", lambda r: read_bits(r, "histogram")),
+        ("rate, PixelCNN prior", lambda r: read_bits(r, "prior")),
+        (
+            "**total with uniform codes**",
+            lambda r: read_bits(r, "reconstruction") + read_bits(r, "uniform"),
+        ),
+        ("**total with the prior**", lambda r: read_bits(r, "total")),
+    ]
+    lines = [f"| bits/dim, test images | {' | '.join(found)} |", f"| --- |{' ---: |' * len(found)}"]
+    for title, value in terms:
+        lines.append(f"| {title} | {' | '.join(f'{value(r):.3f}' for r in found.values())} |")
+    for title, name, form in (
+        ("squared error / variance of the pixels", "nmse", ".4f"),
+        ("codes in use", "codebook_use", ".1%"),
+        ("perplexity of a codebook", "perplexity", ".0f"),
+        ("prior, nats per code", "nats_per_code", ".3f"),
+        ("accuracy of a classifier on samples", "sample_accuracy", ".1%"),
+    ):
+        values = [r["metrics"][f"test/{name}"]["value"] for r in found.values()]
+        lines.append(f"| {title} | {' | '.join(f'{value:{form}}' for value in values)} |")
+    for stage in ("vqvae", "prior", "evaluation"):
+        minutes = [f"{r['seconds'][stage] / 60:.0f}" for r in found.values()]
+        lines.append(f"| minutes, {stage} | {' | '.join(minutes)} |")
+    return "\n".join(lines)
+
+
+def draw_bits() -> None:
+    """Draw distortion and rate of each data set under the three models of the codes."""
+    rates = {"uniform": "uniform codes", "histogram": "histogram", "prior": "PixelCNN prior"}
+    found = read_pipelines()
+    figure, axis = plt.subplots(figsize=(11, 4.8), layout="constrained")
+    names = [f"{data}, {words}" for data in found for words in rates.values()]
+    pairs = [(r, rate) for r in found.values() for rate in rates]
+    distortion = [read_bits(r, "reconstruction") for r, _ in pairs]
+    cost = [read_bits(r, rate) for r, rate in pairs]
+    axis.barh(names, distortion, color="#b8c4cc", label="pixels given codes")
+    bars = axis.barh(names, cost, left=distortion, color="#0b6e99", label="codes")
+    axis.bar_label(bars, [f" {a + b:.2f}" for a, b in zip(distortion, cost, strict=True)])
+    axis.invert_yaxis()
+    axis.set(xlabel="bits per dimension of test images", xlim=(0, 1.1 * max(distortion) + 1.2))
+    axis.legend(loc="lower right")
+    save(figure, BITS, "bits")
+
+
 TABLES: dict[str, dict[str, Callable[[], str]]] = {
     "quantizers": {"quantizers": tabulate_quantizers},
     "codebook_size": {"sizes": tabulate_sizes},
@@ -312,12 +377,14 @@ TABLES: dict[str, dict[str, Callable[[], str]]] = {
         "decay": tabulate_decay,
         "collapse": tabulate_collapse,
     },
+    BITS: {"bits": tabulate_bits},
 }
 """Tables of each study, by the name in its README."""
 FIGURES: dict[str, dict[str, Callable[[], None]]] = {
     "quantizers": {"quantizers": draw_quantizers},
     "codebook_size": {"rate_distortion": draw_sizes},
     "training_dynamics": {"commitment": draw_commitment, "collapse": draw_collapse},
+    BITS: {"bits": draw_bits},
 }
 """Figures of each study, by the name of the PNG file."""
 
@@ -328,8 +395,9 @@ FIGURES: dict[str, dict[str, Callable[[], None]]] = {
 def hash_data(study: str) -> str:
     """Hash the raw results of a study; each figure stores the hash of those it shows."""
     digest = hashlib.sha256()
-    for path in sorted((ROOT / study).glob("*.csv")):
-        digest.update(path.read_bytes())
+    for path in sorted((ROOT / study).iterdir()):
+        if path.suffix in (".csv", ".json"):
+            digest.update(path.read_bytes())
     return digest.hexdigest()[:16]
 
 
@@ -350,14 +418,19 @@ def read_curves_of(sweep: str) -> dict[str, list[Row]]:
 
 
 def collect(folder: Path) -> str:
-    """Copy the results of a finished sweep into the folder of its study.
+    """Copy the results of a finished sweep or pipeline into the folder of its study.
 
     Returns:
         The study.
 
     Raises:
-        SystemExit: If the sweep belongs to no study.
+        SystemExit: If it belongs to no study.
     """
+    run = RunFolder(folder)
+    if run.is_finished and read_config(run.config)["study"] == BITS:
+        source = read_config(run.config)["dataset"]["source"]
+        shutil.copy(run.result, ROOT / BITS / f"{name_data(source)}.json")
+        return BITS
     jobs = list(list_job_folders(folder))
     sweep = read_config(RunFolder(jobs[0]).config)["study"] if jobs else None
     if sweep not in STUDIES:
@@ -371,6 +444,12 @@ def collect(folder: Path) -> str:
             writer.writerow(["folder", "step", *CURVES])
             writer.writerows(row for job in jobs for row in list_points(job, folder))
     return STUDIES[sweep]
+
+
+def name_data(source: dict[str, Any]) -> str:
+    """Name the data set of a run: its class in torchvision, or its file."""
+    target = source.get("dataset", {}).get("_target_", "").rpartition(".")[2]
+    return target or Path(source["path"]).stem
 
 
 def list_points(job: Path, folder: Path) -> Iterator[list[str]]:

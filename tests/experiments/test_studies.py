@@ -1,0 +1,113 @@
+"""Tables and figures of the studies come from the raw results that are stored next to them."""
+
+import csv
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import TINY_VQVAE
+from PIL import Image
+
+EXPERIMENTS = Path(__file__).parents[2] / "experiments"
+sys.path.insert(0, str(EXPERIMENTS))
+import studies  # noqa: E402
+
+DONE = sorted(
+    {studies.STUDIES.get(path.stem, path.parent.name) for path in EXPERIMENTS.glob("*/*.csv")}
+    & set(studies.TABLES)
+)
+
+
+@pytest.mark.parametrize("study", DONE)
+def test_the_tables_of_a_page_are_those_of_its_raw_results(study):
+    assert (EXPERIMENTS / study / "README.md").read_text() == studies.fill_tables(study)
+
+
+@pytest.mark.parametrize("study", DONE)
+def test_the_figures_show_the_stored_results(study):
+    for name in studies.FIGURES[study]:
+        with Image.open(EXPERIMENTS / study / f"{name}.png") as figure:
+            assert figure.info["Source"] == studies.hash_data(study), name
+
+
+@pytest.mark.parametrize("sweep", sorted(set(studies.STUDIES)))
+def test_every_setting_of_a_study_has_three_seeds(sweep):
+    path = EXPERIMENTS / studies.STUDIES[sweep] / f"{sweep}.csv"
+    if studies.STUDIES[sweep] not in DONE:
+        assert not path.exists()
+        return
+    rows = studies.read_rows(sweep)
+    keys = [key for key in rows[0] if key == "quantizer" or key.startswith(studies.KEY)]
+    groups = studies.group_rows(rows, *keys)
+    assert all(sorted(row["seed"] for row in group.rows) == ["0", "1", "2"] for group in groups)
+    assert len(groups) >= 3
+
+
+def make_group(name, values):
+    rows = [{"folder": str(n), "test/nmse": str(value)} for n, value in enumerate(values)]
+    return studies.Group((name,), rows)
+
+
+def test_a_table_has_the_mean_and_deviation_of_numpy():
+    first, second = [0.04, 0.05, 0.045], [0.1, 0.2, 0.6]
+    table = studies.format_table(
+        ["name"], [make_group("a", first), make_group("b", second)], [studies.NMSE]
+    )
+    for name, values in (("a", first), ("b", second)):
+        (line,) = [line for line in table.splitlines() if line.startswith(f"| `{name}`")]
+        assert f"{np.mean(values):.4f} ± {np.std(values, ddof=1):.4f}" in line
+
+
+@pytest.mark.parametrize(
+    ("second", "equal"),
+    [
+        ([1.0, 2.0, 3.0], True),  # the same
+        ([2.9, 3.9, 4.9], True),  # 1.9 apart, and twice the deviation of 1 is 2
+        ([3.1, 4.1, 5.1], False),  # 2.1 apart
+        ([4.9, 5.0, 5.1], False),  # the larger deviation is that of the first row
+    ],
+)
+def test_a_gap_within_twice_the_spread_is_marked_as_equal(second, equal):
+    groups = [make_group("a", [1.0, 2.0, 3.0]), make_group("b", second)]
+    lines = studies.format_table(["name"], groups, [studies.NMSE]).splitlines()
+    assert lines[-1].endswith("= |") == equal
+    assert "=" not in lines[-2]
+
+
+def test_a_finished_sweep_becomes_a_table_and_curves(toy, command, tmp_path, monkeypatch):
+    monkeypatch.setattr(studies, "ROOT", tmp_path / "studies")
+    page = tmp_path / "studies/training_dynamics/README.md"
+    page.parent.mkdir(parents=True)
+    marks = [f"<!-- table {name} -->\nold\n<!-- end -->" for name in ("commitment",)]
+    page.write_text("\n".join(["before", *marks, "after"]))
+    weights = f"{studies.KEY}commitment=0.5,5"
+    steps = ("trainer.max_steps=4", "trainer.log_every_n_steps=2")
+    options = [*toy, *TINY_VQVAE, *steps, "study=commitment", "hydra.sweep.dir=sweep"]
+    outcome = command("vqvae-train", "-m", *options, weights, "seed=0,1")
+    assert outcome.status == 0, outcome.err
+    folder = outcome.folder.parent / "sweep"
+    assert studies.collect(folder) == "training_dynamics"
+    only = {"training_dynamics": {"commitment": studies.tabulate_commitment}}
+    monkeypatch.setattr(studies, "TABLES", only)
+    text = studies.fill_tables("training_dynamics")
+    assert text.startswith("before\n")
+    assert text.endswith("\nafter")
+    assert "old" not in text
+    errors = {"0.5": [], "5": []}
+    for path in sorted(folder.glob("*/metrics.csv")):
+        with path.open(newline="") as file:
+            logged = [row for row in csv.DictReader(file) if row["test/nmse"]]
+        config = (path.parent / "config.yaml").read_text()
+        errors["0.5" if "commitment: 0.5" in config else "5"].append(float(logged[-1]["test/nmse"]))
+    for weight, values in errors.items():
+        assert f"| `{weight}` | {np.mean(values):.4f} ± {np.std(values, ddof=1):.4f}" in text
+    curves = studies.read_curves_of("commitment")
+    assert [len(rows) for rows in curves.values()] == [2] * 4
+
+
+def test_a_folder_of_another_study_is_refused(tmp_path, monkeypatch):
+    (tmp_path / "sweep/0").mkdir(parents=True)
+    (tmp_path / "sweep/0/config.yaml").write_text("study: mine\n")
+    with pytest.raises(SystemExit, match="not a sweep of"):
+        studies.collect(tmp_path / "sweep")
