@@ -28,9 +28,10 @@ import matplotlib
 matplotlib.use("agg")
 
 import matplotlib.pyplot as plt
+from omegaconf import OmegaConf
 from rich.console import Console
 
-from vqvae_lightning.configs import read_config
+from vqvae_lightning.configs import CONF_DIR, read_config
 from vqvae_lightning.report.jobs import list_job_folders
 from vqvae_lightning.report.sweep import write_sweep_report
 from vqvae_lightning.runs.folder import RunFolder
@@ -50,6 +51,18 @@ SWEEPS_WITH_CURVES = ("commitment", "collapse")
 BITS = "bits_per_dim"
 """Study of single pipelines."""
 KEY = "model.net.quantizer."
+METRICS = {
+    "nmse": "NMSE",
+    "codebook_use": "codes in use",
+    "perplexity": "perplexity",
+    "nats_per_code": "nats per code",
+    "prior_bits_per_dim": "rate, bits/dim",
+    "total_bits_per_dim": "total, bits/dim",
+    "real_accuracy": "accuracy, real",
+    "sample_accuracy": "accuracy, samples",
+    "sample_fid": "Fréchet, samples",
+}
+"""Columns of the table of all settings, by metric."""
 PIXELS = 28 * 28
 plt.rcParams.update({"font.size": 14, "axes.spines.top": False, "axes.spines.right": False})
 
@@ -95,6 +108,12 @@ def group_rows(rows: Sequence[Row], *keys: str) -> list[Group]:
     return [Group(key, found) for key, found in groups.items()]
 
 
+def list_swept_keys(sweep: str) -> list[str]:
+    """List the keys that a sweep's preset varies, except the seed."""
+    preset: Any = OmegaConf.load(CONF_DIR / "sweep" / f"{sweep}.yaml")
+    return [key for key in preset.hydra.sweeper.params if key != "seed"]
+
+
 def metric(name: str) -> Callable[[Row], float]:
     """Return the function that reads a test metric of a job."""
     return lambda row: float(row[f"test/{name}"])
@@ -136,7 +155,7 @@ PERPLEXITY = Column("perplexity", metric("perplexity"), ".0f")
 
 def group_quantizers() -> list[Group]:
     """Group the jobs of `sweep=quantizers`."""
-    return group_rows(read_rows("quantizers"), "quantizer")
+    return group_rows(read_rows("quantizers"), *list_swept_keys("quantizers"))
 
 
 def tabulate_quantizers() -> str:
@@ -202,8 +221,7 @@ def tabulate_decay() -> str:
 
 def tabulate_collapse() -> str:
     """Make the table of `sweep=collapse`."""
-    keys = ["quantizer", *(f"{KEY}{name}" for name in ("init", "warmup_steps", "revive_below"))]
-    groups = group_rows(read_rows("collapse"), *keys)
+    groups = group_rows(read_rows("collapse"), *list_swept_keys("collapse"))
     titles = ["`quantizer`", "`init`", "`warmup_steps`", "`revive_below`"]
     return format_table(titles, groups, [NMSE, USE, PERPLEXITY])
 
@@ -265,7 +283,7 @@ def draw_collapse() -> None:
 
 def group_sizes() -> list[Group]:
     """Group the jobs of `sweep=codebook_size`."""
-    return group_rows(read_rows("codebook_size"), f"{KEY}num_codes", f"{KEY}code_dim")
+    return group_rows(read_rows("codebook_size"), *list_swept_keys("codebook_size"))
 
 
 def tabulate_sizes() -> str:
@@ -369,6 +387,53 @@ def draw_bits() -> None:
     save(figure, BITS, "bits")
 
 
+def list_settings() -> Iterator[tuple[str, str, str, dict[str, tuple[float, float] | float]]]:
+    """List the study, setting, seeds with commit, and metrics of each setting of all studies.
+
+    A metric is its mean and standard deviation, or one value of a single run.
+    """
+    for sweep, study in STUDIES.items():
+        if not (ROOT / study / f"{sweep}.csv").is_file():
+            continue
+        rows = read_rows(sweep)
+        swept = list_swept_keys(sweep)
+        for group in group_rows(rows, *swept):
+            setting = ", ".join(
+                f"{key.rpartition('.')[2]}={value}"
+                for key, value in zip(swept, group.key, strict=True)
+            )
+            commits = sorted({row["commit"][:7] for row in group.rows})
+            metrics = {
+                name: group.measure(metric(name))
+                for name in METRICS
+                if group.rows[0].get(f"test/{name}")
+            }
+            yield study, setting, f"{len(group.rows)}, {' '.join(commits)}", metrics
+    for data, result in read_pipelines().items():
+        found = {name: result["metrics"][f"test/{name}"]["value"] for name in METRICS}
+        yield BITS, data, f"1, {result['commit'][:7]}", found
+
+
+def tabulate_settings() -> str:
+    """Make the table of all settings of all studies."""
+    lines = [
+        f"| study | setting | seeds, commit | {' | '.join(METRICS.values())} |",
+        f"| --- | --- | --- |{' ---: |' * len(METRICS)}",
+    ]
+    for study, setting, seeds, metrics in list_settings():
+        cells = []
+        for name in METRICS:
+            value = metrics.get(name)
+            if isinstance(value, tuple):
+                cells.append(f"{value[0]:.4g} ± {value[1]:.2g}")
+            else:
+                cells.append("" if value is None else f"{value:.4g}")
+        lines.append(
+            f"| [{study}]({study}/README.md) | `{setting}` | {seeds} | {' | '.join(cells)} |"
+        )
+    return "\n".join(lines)
+
+
 TABLES: dict[str, dict[str, Callable[[], str]]] = {
     "quantizers": {"quantizers": tabulate_quantizers},
     "codebook_size": {"sizes": tabulate_sizes},
@@ -378,6 +443,7 @@ TABLES: dict[str, dict[str, Callable[[], str]]] = {
         "collapse": tabulate_collapse,
     },
     BITS: {"bits": tabulate_bits},
+    ".": {"settings": tabulate_settings},
 }
 """Tables of each study, by the name in its README."""
 FIGURES: dict[str, dict[str, Callable[[], None]]] = {
@@ -462,7 +528,7 @@ def list_points(job: Path, folder: Path) -> Iterator[list[str]]:
 
 
 def fill_tables(study: str) -> str:
-    """Return the study's README with its tables made again."""
+    """Return the study's README with its tables made again; `.` is the page of all studies."""
     text = (ROOT / study / "README.md").read_text()
     for name, tabulate in TABLES[study].items():
         pattern = rf"(<!-- table {name} -->\n).*?(<!-- end -->)"
@@ -478,10 +544,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("folders", nargs="*", type=Path, help="folders of finished sweeps")
     folders: list[Path] = parser.parse_args().folders
-    studies = list(dict.fromkeys(map(collect, folders))) or list(TABLES)
-    for study in studies:
+    studies = list(dict.fromkeys(map(collect, folders))) or list(FIGURES)
+    for study in [*studies, "."]:
         (ROOT / study / "README.md").write_text(fill_tables(study))
-        for draw in FIGURES[study].values():
+        for draw in FIGURES.get(study, {}).values():
             draw()
         Console().print(f"experiments/{study}", highlight=False)
 

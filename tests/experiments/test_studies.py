@@ -19,7 +19,7 @@ DONE = sorted(
 )
 
 
-@pytest.mark.parametrize("study", DONE)
+@pytest.mark.parametrize("study", [*DONE, "."])
 def test_the_tables_of_a_page_are_those_of_its_raw_results(study):
     assert (EXPERIMENTS / study / "README.md").read_text() == studies.fill_tables(study)
 
@@ -38,8 +38,7 @@ def test_every_setting_of_a_study_has_three_seeds(sweep):
         assert not path.exists()
         return
     rows = studies.read_rows(sweep)
-    keys = [key for key in rows[0] if key == "quantizer" or key.startswith(studies.KEY)]
-    groups = studies.group_rows(rows, *keys)
+    groups = studies.group_rows(rows, *studies.list_swept_keys(sweep))
     assert all(sorted(row["seed"] for row in group.rows) == ["0", "1", "2"] for group in groups)
     assert len(groups) >= 3
 

@@ -88,7 +88,7 @@ def test_a_failed_job_is_reported_and_stops_no_other(toy, command, tmp_path, mon
     assert chosen["5"] == ("0.002", "")
     assert chosen["3"] == ("-1", refused)
     assert set(rows[0]) - set(result["metrics"]) == {
-        *("folder", "state", "objective", "monitor", "seconds", "note"),
+        *("folder", "state", "objective", "monitor", "seconds", "commit", "note"),
         *("model.optimizer.lr", "model.net.quantizer.commitment"),
     }, "values that all jobs share are left out"
     page = (tmp_path / "jobs/report.html").read_text()

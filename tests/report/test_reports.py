@@ -55,7 +55,7 @@ def test_pipelines_and_unfinished_runs_are_compared(finished, tmp_path, capsys, 
         config = (copy / "config.yaml").read_text().replace("seed: 3", f"seed: {seed}")
         (copy / "config.yaml").write_text(config.replace("seed=3", f"seed={seed}"))
         result = read_result(copy)
-        result["objective"] = score
+        result |= {"objective": score, "commit": f"abc{seed}"}
         (copy / "result.json").write_text(json.dumps(result))
         if score is None:
             (copy / "result.json").unlink()
@@ -75,6 +75,8 @@ def test_pipelines_and_unfinished_runs_are_compared(finished, tmp_path, capsys, 
         ("2", "finished", "3"),
         ("deeper/0", "unfinished", "5"),
     ]
+    here = read_result(first)["commit"] or ""
+    assert [row["commit"] for row in rows] == ["abc4", here, ""]
     best = read_result(first / "vqvae")["objective"]
     assert [row["objective"] for row in rows] == ["0.5", repr(best), ""]
     assert rows[0]["monitor"] == "val/nmse"

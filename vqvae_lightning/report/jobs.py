@@ -42,6 +42,7 @@ class Job(NamedTuple):
         objective: Best score of `monitor`, or None.
         monitor: Name of the objective.
         seconds: Duration of training and testing, or of all stages; None until it has finished.
+        commit: Git commit that the job ran on, if the code was in a checkout.
         curves: Curves of all stages, by their names in `metrics.csv`.
         pictures: Its latest picture of reconstructions or samples; none or one.
     """
@@ -56,6 +57,7 @@ class Job(NamedTuple):
     objective: float | None
     monitor: str
     seconds: float | None
+    commit: str | None
     curves: dict[str, tuple[list[float], list[float]]]
     pictures: list[Path]
 
@@ -148,6 +150,7 @@ def _read_job(folder: Path, sweep: Path) -> Job:
         objective=objective,
         monitor=monitor,
         seconds=seconds,
+        commit=(result or {}).get("commit"),
         curves=curves,
         pictures=pictures[:1],
     )

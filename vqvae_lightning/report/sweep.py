@@ -141,10 +141,10 @@ def _format_table(jobs: list[Job], keys: list[str], names: list[str]) -> str:
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
     writer.writerow(
-        ["folder", "state", "objective", "monitor", "seconds", *keys, *names, "note"],
+        ["folder", "state", "objective", "monitor", "seconds", "commit", *keys, *names, "note"],
     )
     for job in jobs:
-        facts = [job.name, job.state, job.objective, job.monitor, job.seconds]
+        facts = [job.name, job.state, job.objective, job.monitor, job.seconds, job.commit]
         given = [get_value(job, key) for key in keys]
         values = [job.metrics.get(name) for name in names]
         writer.writerow([*facts, *given, *values, job.note])
