@@ -155,6 +155,12 @@ MUTATIONS = (
         "quantizers/codebook.py",
         "quantizers/test_quantizers.py",
         (
+            "latent power without the square",
+            "rows.detach().square().mean()",
+            "rows.detach().abs().mean()",
+            "test_the_latent_power_is_the_mean_square_of_the_encoders_output",
+        ),
+        (
             "threshold in hits",
             "dead = self.counts < self.revive_below * share",
             "dead = self.counts < self.revive_below",
@@ -332,8 +338,30 @@ MUTATIONS = (
         ),
     ),
     *mutations_of(
+        "report/comparison.py",
+        "report/test_comparison.py",
+        (
+            "weights that differ are not named",
+            "if len(hashes) > 1:",
+            "if len(hashes) > 9:",
+            "test_only_weights_that_differ_are_named",
+        ),
+    ),
+    *mutations_of(
         "likelihoods/logistic.py",
         "likelihoods/test_logistic.py",
+        (
+            "derivative of inner bins at the ends",
+            "masked_fill_(lowest | highest, 0)",
+            "masked_fill_(lowest & highest, 0)",
+            "test_gradients_equal_those_of_the_formula_in_float64",
+        ),
+        (
+            "gradient of a scale that is not used",
+            "masked_fill_(log_scale < MIN_LOG_SCALE, 0)",
+            "masked_fill_(log_scale < -99, 0)",
+            "test_a_scale_below_the_least_gets_no_gradient",
+        ),
         (
             "lowest level without its tail",
             "torch.where(x < 0.5,",
