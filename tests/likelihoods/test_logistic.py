@@ -59,7 +59,8 @@ def test_gradients_equal_those_of_the_formula_in_float64():
 
 def test_a_scale_below_the_least_gets_no_gradient():
     log_scale = torch.tensor([-8.0, -6.0]).requires_grad_()
-    discretised_logistic(torch.tensor(10), torch.tensor(10.4), log_scale).sum().backward()
+    near_an_edge = torch.tensor(10.499)  # elsewhere such a scale has no gradient anyway
+    discretised_logistic(torch.tensor(10), near_an_edge, log_scale).sum().backward()
     assert log_scale.grad[0] == 0
     assert log_scale.grad[1] != 0
 
