@@ -408,7 +408,8 @@ def save_rows(path: Path, title: str, rows: dict[str, Tensor]) -> None:
     figure.suptitle(title, fontsize=LARGE + 2)
     places = figure.subplots(len(rows), squeeze=False)[:, 0]
     for axes, (label, images) in zip(places, rows.items(), strict=True):
-        axes.imshow(arrange_grid(images, len(images)).movedim(0, -1).numpy())
+        picture = arrange_grid(images, len(images)).movedim(0, -1).numpy()
+        axes.imshow(picture, interpolation="nearest")  # smoothing would make the files larger
         axes.set_ylabel(label, fontsize=LARGE, rotation=0, ha="right", va="center")
         axes.set(xticks=[], yticks=[])
         axes.spines[:].set_visible(False)
@@ -426,7 +427,7 @@ def save_pictures(output: Path, judge: Judge, pictures: dict[str, Pictures]) -> 
         {"test": real} | rows,
     )
     rows = {
-        f"{model}, {SOURCES[name]}": images
+        f"{model}\n{SOURCES[name]}": images
         for model, part in pictures.items()
         for name, images in part.drawn.items()
     }
@@ -491,7 +492,7 @@ def write_tables(rows: list[Row]) -> str:
     """Return two tables in Markdown: the models, and the samplers of each model."""
     seeds = sorted({row["seed"] for row in rows})
     named = ", ".join(map(str, seeds))
-    lines = [f"Mean ± standard deviation over {len(seeds)} seeds ({named}).", ""]
+    lines = [f"Mean ± standard deviation over the seeds {named}.", ""]
     lines += format_line(["model", *[title for title, _, _ in MODEL_COLUMNS]], header=True)
     for model in MODELS.values():
         own = [row for row in rows if row["model"] == model]
@@ -519,8 +520,8 @@ def summarise(rows: list[Row], name: str, form: str) -> str:
     values = [row[name] for row in rows if name in row]
     if not values:
         return "-"
-    mean = form.format(float(np.mean(values)))
-    return mean if len(values) == 1 else f"{mean} ± {form.format(float(np.std(values, ddof=1)))}"
+    found = [np.mean(values), *([np.std(values, ddof=1)] if len(values) > 1 else [])]
+    return " ± ".join(form.format(float(value)).replace("%", " %") for value in found)
 
 
 def format_line(cells: Sequence[str], header: bool = False) -> list[str]:
