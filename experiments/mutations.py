@@ -87,6 +87,8 @@ EVALUATION = "evaluation/test_evaluation.py"
 ERRORS = f"{EVALUATION}::test_errors_are_those_of_the_rounded_images"
 USE = f"{EVALUATION}::test_use_of_the_codebook_is_that_of_the_histograms"
 BITS = f"{EVALUATION}::test_bits_per_dim_are_summed_from_masses_and_softmaxes"
+OF_A_DECODER = "likelihoods/test_of_an_autoregressive_decoder.py"
+PIXEL_DECODER = "networks/test_pixel_decoder.py"
 JUDGE = f"{EVALUATION}::test_accuracies_and_distances_are_those_of_logits_and_features"
 PRIOR = f"{EVALUATION}::test_a_prior_logs_its_likelihoods_in_nats_and_bits"
 PRIOR_STEP = f"{EVALUATION}::test_a_step_of_the_prior_logs_unsmoothed_nats"
@@ -273,6 +275,34 @@ MUTATIONS = (
             "x = x + block(x)",
             "x = block(x)",
             "test_a_residual_stack_adds_to_what_it_is_given",
+        ),
+        (
+            "a mean of what the decoder has seen",
+            "None if self.autoregressive else self.likelihood.mean(output)",
+            "self.likelihood.mean(output)",
+            f"{PIXEL_DECODER}::test_a_network_scores_given_images_and_draws_new_ones",
+        ),
+        (
+            "an autoregressive decoder with any likelihood",
+            "elif isinstance(self.likelihood, Categorical):",
+            "elif self.likelihood:",
+            f"{PIXEL_DECODER}::test_another_likelihood_is_refused",
+        ),
+    ),
+    *mutations_of(
+        "networks/pixel_decoder.py",
+        PIXEL_DECODER,
+        (
+            "levels innermost",
+            "logits.movedim(-1, 1).flatten(1, 2)",
+            "logits.movedim(-1, 2).flatten(1, 2)",
+            "test_samples_equal_full_reevaluation_and_have_the_likelihood_they_were_drawn_with",
+        ),
+        (
+            "samples that ignore their latents",
+            "generator=generator, context=context)",
+            "generator=generator, context=0 * context)",
+            "test_samples_equal_full_reevaluation_and_have_the_likelihood_they_were_drawn_with",
         ),
     ),
     *mutations_of(
@@ -600,6 +630,12 @@ MUTATIONS = (
             "unrounded.update(((decoded + 1) / 2).contiguous(), truth)",
             "unrounded.update(rounded, truth)",
             ERRORS,
+        ),
+        (
+            "samples without a seed",
+            "codes.vqvae.decode(grid, noise)",
+            "codes.vqvae.decode(grid)",
+            f"{OF_A_DECODER}::test_an_evaluation_scores_the_images_and_measures_samples",
         ),
         (
             "perplexity of the last batch",

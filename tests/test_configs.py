@@ -49,6 +49,12 @@ def test_every_quantizer_builds(quantizer, tmp_path):
     assert task.net.quantizer.num_codes == expected
 
 
+@pytest.mark.parametrize("decoder", options("model/decoder"))
+def test_every_decoder_builds(decoder, tmp_path):
+    cfg = compose("vqvae", f"model/decoder={decoder}", "model.net.channels=1", folder=tmp_path)
+    assert build(cfg.model).net.autoregressive == (decoder != "convolutional")
+
+
 @pytest.mark.parametrize("trainer", [t for t in options("trainer") if t != "as_stage_one"])
 @pytest.mark.parametrize(("config", "budget"), [("vqvae", 4000), ("prior", 1200)])
 def test_every_trainer_builds(trainer, config, budget, tmp_path):

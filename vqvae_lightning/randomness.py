@@ -10,7 +10,7 @@ from vqvae_lightning.distributed import get_rank_and_world
 
 Purpose = Literal[
     "init", "order", "shuffle", "flip", "noise", "codebook", "samples", "pictures", "judge",
-    "shards", "trials", "bound",
+    "shards", "trials", "bound", "pixels",
 ]  # fmt: skip
 # These numbers are part of each stream: changing one changes the results for a seed.
 PURPOSES: dict[Purpose, int] = {
@@ -26,6 +26,7 @@ PURPOSES: dict[Purpose, int] = {
     "shards": 9,  # order in which training images are written to shards
     "trials": 10,  # suggestions of a resumed study
     "bound": 11,  # latents that bound the likelihood of a variational autoencoder
+    "pixels": 12,  # images that an autoregressive decoder draws given the latents
 }
 
 

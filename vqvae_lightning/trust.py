@@ -43,6 +43,7 @@ NETWORKS = (
     "vqvae_lightning.likelihoods.LogisticMixture",
     "vqvae_lightning.likelihoods.SquaredError",
     "vqvae_lightning.networks.autoencoder.VQVAE",
+    "vqvae_lightning.networks.pixel_decoder.PixelCNNDecoder",
     "vqvae_lightning.networks.pixelcnn.PixelCNN",
     "vqvae_lightning.quantizers.EMAQuantizer",
     "vqvae_lightning.quantizers.GaussianBottleneck",

@@ -21,6 +21,7 @@ PICTURED = 20  # images in a picture of reconstructions
 class ReconstructionPictures(Callback):
     """Shows validation images above their reconstructions and above their codes.
 
+    An autoregressive decoder draws one sample for each image.
     Pictures are made after each validation. Loggers that show histograms also get the hits of each
     code in the validation split.
 
@@ -37,11 +38,14 @@ class ReconstructionPictures(Callback):
             return
         data: PixelDataModule = trainer.datamodule  # type: ignore[attr-defined]
         images = data.datasets["val"].preview(PICTURED).data
+        # The same each time, so that sampled pictures can be compared.
+        generator = torch.Generator().manual_seed(derive_seed(0, "pictures"))
         with torch.no_grad():
-            output = pl_module.net(from_uint8(images.to(pl_module.device)))
-        reconstructions = to_uint8(output.reconstruction).cpu()
+            quantized = pl_module.net.quantize(from_uint8(images.to(pl_module.device)))
+            decoded = pl_module.net.decode_vectors(quantized.vectors, generator)
+        reconstructions = to_uint8(decoded).cpu()
         log_picture(trainer, "reconstructions", arrange_pairs(images, reconstructions), self.folder)
-        codes = output.quantized.codes
+        codes = quantized.codes
         if codes is not None:
             log_picture(trainer, "codes", draw_code_maps(images, codes), self.folder)
         if pl_module.code_counts is not None:
@@ -74,7 +78,7 @@ class SamplePictures(Callback):
         generator = torch.Generator().manual_seed(derive_seed(self.seed, "pictures"))
         codes = sample(net, (count, *data.grid), labels, generator=generator)
         with torch.no_grad():
-            images = to_uint8(data.vqvae.to(codes.device).decode(codes)).cpu()
+            images = to_uint8(data.vqvae.to(codes.device).decode(codes, generator)).cpu()
         names = data.images.class_names[:columns] if net.num_classes else []
         parts = {name: arrange_grid(images[row::columns], 1) for row, name in enumerate(names)}
         log_picture(trainer, "samples", arrange_grid(images, columns), self.folder, parts)

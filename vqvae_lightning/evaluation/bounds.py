@@ -12,7 +12,7 @@ from vqvae_lightning.data.images import PixelDataModule, SplitName
 from vqvae_lightning.distributed import all_reduce, get_rank_and_world
 from vqvae_lightning.errors import InputError
 from vqvae_lightning.evaluation.likelihood import LN2, PixelScore, build_pixel_score
-from vqvae_lightning.evaluation.reconstruction import ReconstructionErrors
+from vqvae_lightning.evaluation.reconstruction import ReconstructionErrors, make_pixel_generator
 from vqvae_lightning.pixels import from_uint8, to_uint8
 from vqvae_lightning.quantizers import GaussianBottleneck
 from vqvae_lightning.quantizers.protocol import Quantizer
@@ -56,7 +56,7 @@ def measure_bounds(
 
     p(x | z) is the likelihood that the decoder was trained with, or, after training with a squared
     error, a discretised logistic whose scale per channel is fitted on validation images. Errors are
-    those of decoded posterior means.
+    those of decoded posterior means; an autoregressive decoder draws one sample for each.
 
     Args:
         vqvae: Variational autoencoder in evaluation mode.
@@ -80,14 +80,15 @@ def measure_bounds(
                 mean, log_variance = bottleneck.split_posterior(vqvae.encoder(from_uint8(levels)))
                 noise = _draw_noise(mean, 1, seed, rows)[:, 0]
                 drawn = mean + (log_variance / 2).exp() * noise
-                yield levels[here], vqvae.decoder(drawn[here])
+                yield levels[here], vqvae.compute_output(drawn[here], levels[here])
 
     score_pixels = build_pixel_score(vqvae.likelihood, images.image_shape, decode_draws)
     errors = ReconstructionErrors(device)
     sums = {name: torch.zeros((), dtype=torch.float64) for name in ("pixels", "kl", "importance")}
+    pixel_noise = make_pixel_generator(seed)
     for rows, levels in _iterate(images, split, device, "bounding"):
         mean, log_variance = bottleneck.split_posterior(vqvae.encoder(from_uint8(levels)))
-        errors.update(levels, vqvae.likelihood.mean(vqvae.decoder(mean)).float())
+        errors.update(levels, vqvae.decode_vectors(mean, pixel_noise).float())
         kl = bottleneck.compute_kl(mean, log_variance).flatten(1).double().sum(1)
         noise = _draw_noise(mean, samples, seed, rows)
         pixels, ratio = _score_draws(vqvae, score_pixels, levels, mean, log_variance, noise)
@@ -122,7 +123,8 @@ def _score_draws(
         z = mean + (log_variance / 2).exp() * eps
         ratio = (eps.square() + log_variance - z.square()) / 2
         ratios.append(ratio.flatten(1).double().sum(1))
-        pixels.append(score_pixels(vqvae.decoder(z), levels).flatten(1).double().sum(1))
+        output = vqvae.compute_output(z, levels)
+        pixels.append(score_pixels(output, levels).flatten(1).double().sum(1))
     return torch.stack(pixels, 1), torch.stack(ratios, 1)
 
 
@@ -147,9 +149,17 @@ def _iterate(
 
 @torch.inference_mode()
 def reconstruct_preview(
-    vqvae: "VQVAE", images: PixelDataModule, split: SplitName, count: int, device: torch.device
+    vqvae: "VQVAE",
+    images: PixelDataModule,
+    split: SplitName,
+    count: int,
+    seed: int,
+    device: torch.device,
 ) -> tuple[Tensor, Tensor]:
-    """Return the first images of a split and their reconstructions, (N, C, H, W) uint8 each."""
+    """Return the first images of a split and their reconstructions, (N, C, H, W) uint8 each.
+
+    `seed` is that of the samples of an autoregressive decoder.
+    """
     shown = images.datasets[split].preview(count).data
-    decoded = vqvae.to(device)(from_uint8(shown.to(device))).reconstruction
-    return shown, to_uint8(decoded).cpu()
+    vectors = vqvae.to(device).quantize(from_uint8(shown.to(device))).vectors
+    return shown, to_uint8(vqvae.decode_vectors(vectors, make_pixel_generator(seed))).cpu()

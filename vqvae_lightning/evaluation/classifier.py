@@ -13,7 +13,7 @@ from vqvae_lightning.callbacks.progress import StepProgress
 from vqvae_lightning.callbacks.reproducibility import SeedSteps
 from vqvae_lightning.data.codes import CodesDataModule
 from vqvae_lightning.data.images import PixelDataModule, SplitName
-from vqvae_lightning.evaluation.reconstruction import pair_images_with_codes
+from vqvae_lightning.evaluation.reconstruction import pair_images_with_decoded
 from vqvae_lightning.pixels import from_uint8, to_uint8
 from vqvae_lightning.tasks.classifier import ClassifierTask
 
@@ -83,9 +83,9 @@ def measure_with_classifier(
     ).to(device)
     right = {"real": 0, "reconstruction": 0, "sample": 0}
     done = 0
-    for levels, truth, grid in pair_images_with_codes(codes, split, device, "judging"):
+    for levels, truth, _, images in pair_images_with_decoded(codes, split, device, "judging"):
         assert truth is not None
-        decoded = to_uint8(codes.vqvae.decode(grid))
+        decoded = to_uint8(images)
         done += len(levels)
         for name, batch in (("real", levels), ("reconstruction", decoded)):
             right[name] += int((classifier(from_uint8(batch)).argmax(1) == truth).sum())

@@ -49,7 +49,7 @@ def draw_images(
         prior: Prior in evaluation mode.
         count: Number of images.
         labels: Classes (count,) of the images; None for an unconditional prior.
-        seed: Seed for sampling.
+        seed: Seed for sampling codes, and pixels from an autoregressive decoder.
         devices: Devices that share the batches, with one process each if there are several. The
             samples do not depend on their number.
         keep_finished: Whether Ctrl-C returns the finished batches, if there are any.
@@ -69,7 +69,7 @@ def draw_images(
             if not (keep_finished and drawn):
                 raise
     codes, nats = (torch.cat(parts) for parts in zip(*drawn, strict=True))
-    return Samples(decode_images(vqvae.to(device), codes.to(device)), codes, nats)
+    return Samples(decode_images(vqvae.to(device), codes.to(device), seed), codes, nats)
 
 
 class _Request(NamedTuple):

@@ -15,7 +15,7 @@ from vqvae_lightning.evaluation.perceptual import (
     measure_frechet_distance,
     measure_neighbours,
 )
-from vqvae_lightning.evaluation.reconstruction import pair_images_with_codes
+from vqvae_lightning.evaluation.reconstruction import pair_images_with_decoded
 from vqvae_lightning.pixels import to_uint8
 
 SUBSET = 1000  # images per subset of the kernel distance, or all if there are fewer
@@ -47,8 +47,10 @@ def measure_with_inception(
     net = net.to(device)
     real: list[Tensor] = []
     decoded: list[Tensor] = []
-    for levels, _, grid in pair_images_with_codes(codes, split, device, "comparing with Inception"):
-        for parts, batch in ((real, levels), (decoded, to_uint8(codes.vqvae.decode(grid)))):
+    for levels, _, _, images in pair_images_with_decoded(
+        codes, split, device, "comparing with Inception"
+    ):
+        for parts, batch in ((real, levels), (decoded, to_uint8(images))):
             parts += [_compute_features(net, part) for part in batch.split(BATCH)]
     truth, others = torch.cat(real), torch.cat(decoded)
     metrics = {

@@ -48,7 +48,7 @@ def measure_likelihood(
     def decode_validation(limit: int) -> Iterator[tuple[Tensor, Tensor]]:
         step = "fitting the scale"
         for levels, _, grid in pair_images_with_codes(codes, "val", device, step, limit):
-            yield levels, codes.vqvae.decode_output(grid)
+            yield levels, codes.vqvae.decode_output(grid, levels)
 
     score_pixels = build_pixel_score(
         codes.vqvae.likelihood, codes.images.image_shape, decode_validation
@@ -59,7 +59,7 @@ def measure_likelihood(
     }
     total = len(codes.datasets[split])
     for levels, labels, grid in pair_images_with_codes(codes, split, device, "scoring"):
-        output = codes.vqvae.decode_output(grid)
+        output = codes.vqvae.decode_output(grid, levels)
         sums["pixels"] -= score_pixels(output, levels).double().sum().cpu()
         sums["unigram"] -= look_up_codes(unigram, grid).double().sum().cpu()
         chosen = by_position.expand(len(grid), *by_position.shape[1:]).gather(1, grid[:, None])

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from vqvae_lightning.data.codes import CodesDataModule
 from vqvae_lightning.data.images import SplitName
 from vqvae_lightning.evaluation.perceptual import BATCH
-from vqvae_lightning.evaluation.reconstruction import pair_images_with_codes
+from vqvae_lightning.evaluation.reconstruction import pair_images_with_decoded
 from vqvae_lightning.pixels import to_uint8
 
 SIDE = 64  # least height and width; LPIPS was fitted to patches of this size
@@ -30,9 +30,8 @@ def measure_lpips(
     """
     net = net.to(device)
     total, count = torch.zeros((), dtype=torch.float64), 0
-    for levels, _, grid in pair_images_with_codes(codes, split, device, "measuring LPIPS"):
-        decoded = to_uint8(codes.vqvae.decode(grid))
-        for one, other in zip(levels.split(BATCH), decoded.split(BATCH), strict=True):
+    for levels, _, _, images in pair_images_with_decoded(codes, split, device, "measuring LPIPS"):
+        for one, other in zip(levels.split(BATCH), to_uint8(images).split(BATCH), strict=True):
             distances = net(_prepare(one), _prepare(other), normalize=True)
             total += distances.double().sum().cpu()
             count += len(one)

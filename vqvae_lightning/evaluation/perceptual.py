@@ -11,7 +11,7 @@ from torchmetrics.image.fid import FrechetInceptionDistance
 from vqvae_lightning.console import show_progress
 from vqvae_lightning.data.codes import CodesDataModule
 from vqvae_lightning.data.images import SplitName
-from vqvae_lightning.evaluation.reconstruction import pair_images_with_codes
+from vqvae_lightning.evaluation.reconstruction import pair_images_with_decoded
 from vqvae_lightning.pixels import to_uint8
 
 if TYPE_CHECKING:
@@ -46,10 +46,10 @@ def measure_perceptually(
     net = net.to(device)
     real, decoded = [], []
     total = torch.zeros((), dtype=torch.float64)
-    for levels, _, grid in pair_images_with_codes(codes, split, device, "comparing features"):
-        pairs = zip(
-            levels.split(BATCH), to_uint8(codes.vqvae.decode(grid)).split(BATCH), strict=True
-        )
+    for levels, _, _, images in pair_images_with_decoded(
+        codes, split, device, "comparing features"
+    ):
+        pairs = zip(levels.split(BATCH), to_uint8(images).split(BATCH), strict=True)
         for one, other in pairs:
             (maps, features), (other_maps, other_features) = map(net.compute_features, (one, other))
             total += compute_distances(maps, other_maps).double().sum().cpu()

@@ -16,6 +16,7 @@ from vqvae_lightning.data.images import SplitName
 from vqvae_lightning.distributed import all_reduce, get_rank_and_world
 from vqvae_lightning.metrics import CodebookUsage, entropy_nats
 from vqvae_lightning.pixels import to_uint8
+from vqvae_lightning.randomness import derive_seed
 
 if TYPE_CHECKING:
     from vqvae_lightning.networks.autoencoder import VQVAE
@@ -71,6 +72,8 @@ def measure_reconstruction(
     """Measure how well a split is reconstructed and how its codes use the codebook.
 
     Errors are measured on images in [0, 1] that are rounded to uint8, except for `mse_unrounded`.
+    Those of an autoregressive decoder are the errors of one sample per image.
+
     `perplexity` is that of the histogram of the whole split. `perplexity_batch32`, the mean over
     batches of 32 images, is lower and serves only to compare with older work. `dead_codes` counts
     the codes that never occur in the training split. With several codes per position, perplexities
@@ -78,8 +81,10 @@ def measure_reconstruction(
     """
     errors = ReconstructionErrors(device)
     usage = CodebookUsage(codes.num_codes, codes.codes_per_position).to(device)
-    for levels, _, grid in pair_images_with_codes(codes, split, device, "reconstructing"):
-        errors.update(levels, codes.vqvae.decode(grid).float())
+    for levels, _, grid, decoded in pair_images_with_decoded(
+        codes, split, device, "reconstructing"
+    ):
+        errors.update(levels, decoded)
         usage.update(grid)
     used = usage.compute()
     stored = codes.datasets[split].data
@@ -110,9 +115,35 @@ def _compute_perplexity(counts: Tensor) -> float:
 
 
 @torch.inference_mode()
-def decode_images(vqvae: "VQVAE", codes: Tensor) -> Tensor:
-    """Decode codes (N, h, w[, Q]), in batches, to images (N, C, H, W) uint8 on the CPU."""
-    return torch.cat([to_uint8(vqvae.decode(part)).cpu() for part in codes.split(256)])
+def decode_images(vqvae: "VQVAE", codes: Tensor, seed: int) -> Tensor:
+    """Decode codes (N, h, w[, Q]), in batches, to images (N, C, H, W) uint8 on the CPU.
+
+    `seed` is that of the samples of an autoregressive decoder.
+    """
+    noise = make_pixel_generator(seed)
+    return torch.cat([to_uint8(vqvae.decode(part, noise)).cpu() for part in codes.split(256)])
+
+
+def make_pixel_generator(seed: int) -> torch.Generator:
+    """Make the generator of the images that an autoregressive decoder draws on this rank."""
+    rank, _ = get_rank_and_world()
+    return torch.Generator().manual_seed(derive_seed(seed, "pixels", rank))
+
+
+def pair_images_with_decoded(
+    codes: CodesDataModule, split: SplitName, device: torch.device, step: str
+) -> Iterator[tuple[Tensor, Tensor | None, Tensor, Tensor]]:
+    """Iterate as `pair_images_with_codes` does, and decode the codes.
+
+    An autoregressive decoder draws the same images in each call, but others if the number of ranks
+    or the size of the batches changes.
+
+    Yields:
+        Images, labels and codes, and decoded images (B, C, H, W) float32, approximately in [-1, 1].
+    """
+    noise = make_pixel_generator(codes.seed)
+    for levels, labels, grid in pair_images_with_codes(codes, split, device, step):
+        yield levels, labels, grid, codes.vqvae.decode(grid, noise).float()
 
 
 def pair_images_with_codes(

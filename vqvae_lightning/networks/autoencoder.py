@@ -4,11 +4,15 @@ import itertools
 from collections.abc import Callable
 from typing import NamedTuple
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vqvae_lightning.errors import InputError, Key, check_positive, check_range, prefix_keys
+from vqvae_lightning.likelihoods.categorical import Categorical
 from vqvae_lightning.likelihoods.protocol import Likelihood, SquaredError
+from vqvae_lightning.networks.pixel_decoder import PixelCNNDecoder
+from vqvae_lightning.pixels import from_uint8, to_uint8
 from vqvae_lightning.quantizers.protocol import Quantizer, QuantizerOutput
 
 
@@ -128,8 +132,9 @@ def _list_widths(hidden: int, downsamplings: int) -> list[int]:
 class VQVAEOutput(NamedTuple):
     """Output of `VQVAE` for images (B, C, H, W)."""
 
-    reconstruction: Tensor
-    """(B, C, H, W), in the range of the images: the mean of the likelihood."""
+    reconstruction: Tensor | None
+    """(B, C, H, W), in the range of the images: the mean of the likelihood. None from an
+    autoregressive decoder, which draws images pixel by pixel (`VQVAE.decode_vectors`)."""
     quantized: QuantizerOutput
     output: Tensor
     """(B, outputs, H, W) from the decoder: the parameters of the likelihood."""
@@ -151,9 +156,13 @@ class VQVAE(nn.Module):
         residual_blocks: Residual blocks on each side.
         residual_hidden: Width inside a residual block.
         likelihood: Makes the likelihood for a number of channels.
+        decoder: Makes an autoregressive decoder over pixels, for a function that makes a `Decoder`
+            with a number of outputs, and the channels of the images. None for that `Decoder`
+            itself, given which the pixels are independent.
 
     Raises:
-        InputError: If a size is out of range, or `hidden` is odd.
+        InputError: If a size is out of range, `hidden` is odd, or the decoder and the likelihood do
+            not fit.
     """
 
     def __init__(
@@ -165,6 +174,7 @@ class VQVAE(nn.Module):
         residual_blocks: int = 2,
         residual_hidden: int = 32,
         likelihood: Callable[[int], Likelihood] = SquaredError,
+        decoder: Callable[[Callable[[int], Decoder], int], PixelCNNDecoder] | None = None,
     ) -> None:
         super().__init__()
         for name, value in (
@@ -186,27 +196,82 @@ class VQVAE(nn.Module):
         self.encoder = Encoder(channels, hidden, quantizer.encoder_channels, *inner)
         with prefix_keys("likelihood"):
             self.likelihood = likelihood(channels)
-        self.decoder = Decoder(self.likelihood.outputs, hidden, quantizer.code_dim, *inner)
+
+        def make_decoder(outputs: int) -> Decoder:
+            return Decoder(outputs, hidden, quantizer.code_dim, *inner)
+
+        self.decoder: Decoder | PixelCNNDecoder
+        if decoder is None:
+            self.decoder = make_decoder(self.likelihood.outputs)
+        elif isinstance(self.likelihood, Categorical):
+            with prefix_keys("decoder"):
+                self.decoder = decoder(make_decoder, channels)
+        else:
+            raise InputError(
+                Key("likelihood"),
+                f"={type(self.likelihood).__name__} must be Categorical (likelihood=categorical): "
+                "an autoregressive decoder computes a probability for each level.",
+            )
+
+    @property
+    def autoregressive(self) -> bool:
+        """Whether the decoder scores each pixel given the earlier ones."""
+        return isinstance(self.decoder, PixelCNNDecoder)
 
     def forward(self, images: Tensor) -> VQVAEOutput:
         """Reconstruct images (B, C, H, W) in [-1, 1]. In training mode the quantizer learns too."""
+        quantized = self.quantize(images)
+        output = self.compute_output(quantized.vectors, to_uint8(images))
+        mean = None if self.autoregressive else self.likelihood.mean(output)
+        return VQVAEOutput(mean, quantized, output)
+
+    def quantize(self, images: Tensor) -> QuantizerOutput:
+        """Encode and quantize images (B, C, H, W). In training mode the quantizer learns too."""
         self.compute_grid(images.shape[-2], images.shape[-1])
-        quantized = self.quantizer(self.encoder(images))
-        output = self.decoder(quantized.vectors)
-        return VQVAEOutput(self.likelihood.mean(output), quantized, output)
+        return self.quantizer(self.encoder(images))
 
     def encode(self, images: Tensor) -> Tensor:
         """Encode images (B, C, H, W) in [-1, 1] as codes (B, h, w) int64, without learning."""
         self.compute_grid(images.shape[-2], images.shape[-1])
         return self.quantizer.encode(self.encoder(images))
 
-    def decode(self, codes: Tensor) -> Tensor:
-        """Decode codes (B, h, w) to images (B, C, H, W), approximately in [-1, 1]."""
-        return self.likelihood.mean(self.decode_output(codes))
+    def decode(self, codes: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """Decode codes (B, h, w) to images (B, C, H, W), as `decode_vectors` does."""
+        return self.decode_vectors(self.quantizer.decode(codes), generator)
 
-    def decode_output(self, codes: Tensor) -> Tensor:
-        """Decode codes (B, h, w) to the likelihood's parameters (B, outputs, H, W)."""
-        return self.decoder(self.quantizer.decode(codes))  # type: ignore[no-any-return]
+    def decode_vectors(self, vectors: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """Decode vectors (B, code_dim, h, w) to images (B, C, H, W), approximately in [-1, 1].
+
+        They are the mean of the likelihood or, from an autoregressive decoder, samples.
+
+        Args:
+            vectors: Quantized vectors.
+            generator: CPU generator of the samples; None for torch's default generator.
+        """
+        if isinstance(self.decoder, PixelCNNDecoder):
+            return from_uint8(self.decoder.sample(vectors, generator))
+        return self.likelihood.mean(self.decoder(vectors))
+
+    def decode_output(self, codes: Tensor, levels: Tensor | None = None) -> Tensor:
+        """Decode codes (B, h, w) to the likelihood's parameters, as `compute_output` does."""
+        return self.compute_output(self.quantizer.decode(codes), levels)
+
+    def compute_output(self, vectors: Tensor, levels: Tensor | None = None) -> Tensor:
+        """Compute the likelihood's parameters (B, outputs, H, W).
+
+        Args:
+            vectors: Quantized vectors (B, code_dim, h, w).
+            levels: Images (B, C, H, W) uint8 whose likelihood is wanted. An autoregressive decoder
+                needs the earlier pixels at each pixel; another does not look at them.
+
+        Raises:
+            InputError: If an autoregressive decoder gets no images.
+        """
+        if not isinstance(self.decoder, PixelCNNDecoder):
+            return self.decoder(vectors)  # type: ignore[no-any-return]
+        if levels is None:
+            raise InputError("an autoregressive decoder scores given images: pass their levels.")
+        return self.decoder(vectors, levels)  # type: ignore[no-any-return]
 
     def compute_grid(self, height: int, width: int) -> tuple[int, int]:
         """Compute the rows and columns of codes for images of this size.

@@ -97,14 +97,19 @@ def plot_runs(
 
 def plot_losses(curves: Curves) -> str:
     """Plot the reconstruction and quantizer losses of stage 1 over steps."""
+    # An autoregressive decoder has no NMSE.
+    name, title = "nmse", "NMSE"
+    if "train/nmse" not in curves and "train/nll_nats_per_dim" in curves:
+        name, title = "nll_nats_per_dim", "nats per dimension"
+    in_loss = name if name == "nmse" else f"{name}_weighted"
 
     def paint(axes: list[Axes]) -> None:
         left, right = axes
-        plot_curve(left, curves, "train/nmse", "training batches", TRAIN)
-        plot_curve(left, curves, "val/nmse", "validation", VAL)
-        left.set(title="Reconstruction: NMSE", xlabel="steps", yscale="log")
+        plot_curve(left, curves, f"train/{name}", "training batches", TRAIN)
+        plot_curve(left, curves, f"val/{name}", "validation", VAL)
+        left.set(title=f"Reconstruction: {title}", xlabel="steps", yscale="log")
         left.legend()
-        plot_curve(right, curves, "train/nmse", "reconstruction", TRAIN)
+        plot_curve(right, curves, f"train/{in_loss}", "reconstruction", TRAIN)
         plot_curve(right, curves, "train/commitment_weighted", "commitment, weighted", EXTRA)
         plot_curve(right, curves, "train/codebook_weighted", "codebook, weighted", VAL)
         right.set(title="How the training losses balance", xlabel="steps", yscale="log")

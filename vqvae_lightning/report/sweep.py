@@ -20,6 +20,7 @@ COMPARED = (
     "mse",
     "nmse",
     "psnr_db",
+    "nll_nats_per_dim",
     "ssim",
     "perplexity",
     "codebook_use",

@@ -234,7 +234,7 @@ def _evaluate(cfg: DictConfig, images: PixelDataModule | None, watch: Stopwatch)
     options = {**to_plain(cfg.trainer), "devices": 1, "num_nodes": 1}
     shown = images.datasets[cfg.split].preview(cfg.pictured).data
     shown_codes = torch.tensor(codes.datasets[cfg.split].data[: cfg.pictured]).long()
-    decoded = decode_images(codes.vqvae, shown_codes.to(device))
+    decoded = decode_images(codes.vqvae, shown_codes.to(device), cfg.seed)
     picture = arrange_pairs(shown, decoded)
     save_png(picture, run.reconstructions_picture)
     arrays: dict[str, Any] = {"histogram": codes.histogram(), "codes": shown_codes, "images": shown}
@@ -327,7 +327,9 @@ def _evaluate_bounds(
         metrics = measure(cfg, found)
     write_config(cfg, folder)
     device = choose_devices(cfg.trainer.accelerator, 1)[0]
-    shown, decoded = reconstruct_preview(found.vqvae, found.images, cfg.split, cfg.pictured, device)
+    shown, decoded = reconstruct_preview(
+        found.vqvae, found.images, cfg.split, cfg.pictured, cfg.seed, device
+    )
     save_png(arrange_pairs(shown, decoded), run.reconstructions_picture)
     named = {f"{cfg.split}/{name}": value for name, value in metrics.items()}
     log_result(build_parts(cfg.logger or {}), to_plain(cfg), named, [run.reconstructions_picture])

@@ -227,7 +227,7 @@ def _write_report(
 def _describe(name: str, result: dict[str, Any], known: bool) -> str:
     """One line for a finished stage."""
     shown = {
-        "vqvae": ("nmse", "perplexity", "codebook_use"),
+        "vqvae": ("nmse", "nll_nats_per_dim", "perplexity", "codebook_use"),
         "prior": ("nats_per_code", "unigram_nats_per_code"),
         "evaluation": ("total_bits_per_dim", "real_accuracy", "sample_accuracy"),
         "samples": ("images",),

@@ -25,6 +25,7 @@ from vqvae_lightning.errors import (
     rename_keys,
 )
 from vqvae_lightning.jobs.ranks import count_ranks
+from vqvae_lightning.likelihoods.protocol import LEVELS
 from vqvae_lightning.networks.autoencoder import VQVAE
 from vqvae_lightning.networks.pixelcnn import PixelCNN
 from vqvae_lightning.quantizers import VectorQuantizer
@@ -331,11 +332,13 @@ def _count_pool_bytes(net: nn.Module) -> int:
 
 
 def _count_logit_bytes(net: nn.Module, data: StageDataModule) -> int:
-    """Count the bytes per image of a prior's logits in validation.
+    """Count the bytes per image of the logits of a PixelCNN, over codes or pixels, in validation.
 
     They are counted twice, because the loss computes their log-softmax. `_measure_activations`
     includes those of training.
     """
+    if isinstance(net, VQVAE) and net.autoregressive:
+        return 2 * 4 * LEVELS * math.prod(_get_images(data).image_shape)
     if not isinstance(net, PixelCNN):
         return 0
     assert isinstance(data, CodesDataModule)

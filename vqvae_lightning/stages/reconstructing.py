@@ -12,6 +12,7 @@ from vqvae_lightning.console import show_progress
 from vqvae_lightning.data import ImageFolderSource
 from vqvae_lightning.devices import choose_device
 from vqvae_lightning.errors import check_positive, rename_keys
+from vqvae_lightning.evaluation.reconstruction import make_pixel_generator
 from vqvae_lightning.files import replace_file
 from vqvae_lightning.pictures import arrange_pairs, save_png
 from vqvae_lightning.pixels import from_uint8, to_uint8
@@ -51,12 +52,13 @@ def reconstruct(cfg: DictConfig) -> dict[str, Any]:
             net.compute_grid(*images.shape[2:])
     write_config(cfg, folder)
     codes, decoded = [], []
+    noise = make_pixel_generator(cfg.seed)
     with show_progress("encoding", len(images)) as advance, torch.inference_mode():
         for part in images.split(256):
-            output = net(from_uint8(part.to(device)))
-            decoded.append(to_uint8(output.reconstruction).cpu())
-            if output.quantized.codes is not None:  # a continuous bottleneck has none
-                codes.append(output.quantized.codes.cpu())
+            quantized = net.quantize(from_uint8(part.to(device)))
+            decoded.append(to_uint8(net.decode_vectors(quantized.vectors, noise)).cpu())
+            if quantized.codes is not None:  # a continuous bottleneck has none
+                codes.append(quantized.codes.cpu())
             advance(len(part))
     reconstructed = torch.cat(decoded)
     shown = arrange_pairs(images[:count], reconstructed[:count])

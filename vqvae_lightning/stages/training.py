@@ -116,7 +116,7 @@ def keep_hash(cfg: DictConfig, vqvae_hash: str) -> None:
 
 
 def keep_network(cfg: DictConfig) -> None:
-    """Take the network of `vqvae_checkpoint`, except its likelihood, for a decoder to be trained.
+    """Take the network of `vqvae_checkpoint`, except for the decoder to be trained.
 
     Raises:
         InputError: If the checkpoint cannot be loaded, or an override asks for another network.
@@ -125,15 +125,17 @@ def keep_network(cfg: DictConfig) -> None:
         return
     for override in shlex.split(cfg.command or ""):
         key = override.lstrip("+").partition("=")[0]
-        likelihood = key.startswith("model.net.likelihood")
-        if key in ("quantizer", "model") or (key.startswith("model.net.") and not likelihood):
+        trained = key.startswith(("model.net.likelihood", "model.net.decoder"))
+        if key in ("quantizer", "model") or (key.startswith("model.net.") and not trained):
             raise InputError(
                 f"{override} has no effect with vqvae_checkpoint={cfg.vqvae_checkpoint}, whose "
                 "network is kept: remove one of the two."
             )
     kept = load(cfg.vqvae_checkpoint, "vqvae", cfg.trust)
     keep_hash(cfg, hash_weights(kept.net))
-    settings = {**kept.config["model"]["net"], "likelihood": cfg.model.net.likelihood}
+    # Configs of older runs lack the key `decoder`.
+    own = {name: part for name, part in cfg.model.net.items() if name in ("decoder", "likelihood")}
+    settings = {**kept.config["model"]["net"], **own}
     cfg.model.net = OmegaConf.create(settings)
 
 

@@ -32,7 +32,8 @@ def compute_loss(
     The reconstruction term is the squared error divided by the variance of the training pixels
     (NMSE), so that its weight relative to the quantizer's terms is the same on every data set. With
     a likelihood, the term is its negative log in nats per dimension, times its weight. NMSE is then
-    only logged.
+    only logged. An autoregressive decoder has none: it sees the earlier pixels of the image itself,
+    so the mean of its distributions is no reconstruction.
 
     Args:
         images: (B, C, H, W) in [-1, 1].
@@ -43,12 +44,13 @@ def compute_loss(
     Returns:
         The loss (), and its terms by name, each () and unweighted.
     """
-    squared_error = F.mse_loss(output.reconstruction.float(), images)
-    # Pixels in [-1, 1] have 4 times the variance of pixels in [0, 1].
-    nmse = squared_error / (4 * pixel_variance)
-    terms = {"nmse": nmse, **output.quantized.terms}
+    terms = dict(output.quantized.terms)
+    if output.reconstruction is not None:
+        squared_error = F.mse_loss(output.reconstruction.float(), images)
+        # Pixels in [-1, 1] have 4 times the variance of pixels in [0, 1].
+        terms = {"nmse": squared_error / (4 * pixel_variance), **terms}
     if not isinstance(likelihood, PixelDistribution):
-        return nmse + output.quantized.loss, terms
+        return terms["nmse"] + output.quantized.loss, terms
     nats = likelihood.compute_loss(output.output, to_uint8(images))
     terms["nll_nats_per_dim"] = nats
     return likelihood.weight * nats + output.quantized.loss, terms
@@ -184,7 +186,9 @@ class VQVAETask(WatchedTask):
         quantizer: Any = copy.deepcopy(cast(Any, self.net.quantizer)).eval()
         with torch.random.fork_rng(devices=[]):
             terms = quantizer(torch.zeros(1, quantizer.encoder_channels, *grid)).terms
-        names = {"loss", "mse", "nmse", "psnr_db", *terms}
+        names = {"loss", *terms}
+        if not self.net.autoregressive:
+            names |= {"mse", "nmse", "psnr_db"}
         if isinstance(self.net.likelihood, PixelDistribution):
             names.add("nll_nats_per_dim")
         if self.codebook_usage is not None:
@@ -252,9 +256,10 @@ class VQVAETask(WatchedTask):
         output = self.net(batch.data)
         loss, terms = compute_loss(batch.data, output, self.pixel_variance, self.net.likelihood)
         self._count_use(output.quantized)
-        self.squared_error.update(
-            to_uint8(output.reconstruction).float() / 255, to_uint8(batch.data).float() / 255
-        )
+        if output.reconstruction is not None:
+            self.squared_error.update(
+                to_uint8(output.reconstruction).float() / 255, to_uint8(batch.data).float() / 255
+            )
         logged = {f"{split}/{name}": value for name, value in terms.items() if name != "nmse"}
         self.log_dict(
             {f"{split}/loss": loss, **logged},
@@ -265,8 +270,9 @@ class VQVAETask(WatchedTask):
         )
 
     def _log_epoch(self, split: str) -> None:
-        error = self.squared_error.compute()
-        self.log_dict({f"{split}/mse": error, f"{split}/psnr_db": -10 * torch.log10(error)})
-        self.log(f"{split}/nmse", error / self.pixel_variance, prog_bar=True)
-        self.squared_error.reset()
+        if not self.net.autoregressive:
+            error = self.squared_error.compute()
+            self.log_dict({f"{split}/mse": error, f"{split}/psnr_db": -10 * torch.log10(error)})
+            self.log(f"{split}/nmse", error / self.pixel_variance, prog_bar=True)
+            self.squared_error.reset()
         self._log_use(split)
