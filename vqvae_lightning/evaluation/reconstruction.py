@@ -115,7 +115,7 @@ def _compute_perplexity(counts: Tensor) -> float:
 
 
 @torch.inference_mode()
-def decode_images(vqvae: "VQVAE", codes: Tensor, seed: int) -> Tensor:
+def decode_images(vqvae: "VQVAE", codes: Tensor, seed: int = 0) -> Tensor:
     """Decode codes (N, h, w[, Q]), in batches, to images (N, C, H, W) uint8 on the CPU.
 
     `seed` is that of the samples of an autoregressive decoder.

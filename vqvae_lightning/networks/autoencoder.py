@@ -221,7 +221,8 @@ class VQVAE(nn.Module):
     def forward(self, images: Tensor) -> VQVAEOutput:
         """Reconstruct images (B, C, H, W) in [-1, 1]. In training mode the quantizer learns too."""
         quantized = self.quantize(images)
-        output = self.compute_output(quantized.vectors, to_uint8(images))
+        levels = to_uint8(images) if self.autoregressive else None
+        output = self.compute_output(quantized.vectors, levels)
         mean = None if self.autoregressive else self.likelihood.mean(output)
         return VQVAEOutput(mean, quantized, output)
 
