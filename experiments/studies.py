@@ -42,7 +42,6 @@ STUDIES = {
     "quantizers": "quantizers",
     "codebook_size": "codebook_size",
     "commitment": "training_dynamics",
-    "ema_decay": "training_dynamics",
     "collapse": "training_dynamics",
 }
 """Study of each sweep."""
@@ -211,12 +210,6 @@ def tabulate_commitment() -> str:
         ),
     ]
     return format_table(["`commitment`"], groups, columns)
-
-
-def tabulate_decay() -> str:
-    """Make the table of `sweep=ema_decay`."""
-    groups = group_rows(read_rows("ema_decay"), f"{KEY}decay")
-    return format_table(["`decay`"], groups, [NMSE, USE, PERPLEXITY])
 
 
 def tabulate_collapse() -> str:
@@ -439,7 +432,6 @@ TABLES: dict[str, dict[str, Callable[[], str]]] = {
     "codebook_size": {"sizes": tabulate_sizes},
     "training_dynamics": {
         "commitment": tabulate_commitment,
-        "decay": tabulate_decay,
         "collapse": tabulate_collapse,
     },
     BITS: {"bits": tabulate_bits},
