@@ -9,7 +9,8 @@ are drawn and the tables are written into the study's README, between the lines
 `<!-- table NAME -->` and `<!-- end -->`. Without FOLDER, all tables and figures are made again.
 
 A table has the mean and the standard deviation (n - 1) over the seeds. `=` marks a mean that lies
-within twice the larger deviation of the table's first row: such a gap is not called a difference.
+within twice the larger deviation of the baseline, which is the first row unless the page names
+another: such a gap is not called a difference.
 """
 
 import argparse
@@ -28,6 +29,7 @@ import matplotlib
 matplotlib.use("agg")
 
 import matplotlib.pyplot as plt
+from matplotlib.ticker import NullFormatter
 from omegaconf import OmegaConf
 from rich.console import Console
 
@@ -129,8 +131,10 @@ def is_within_spread(mean: float, deviation: float, other: float, others: float)
     return abs(mean - other) <= 2 * max(deviation, others)
 
 
-def format_table(titles: Sequence[str], groups: Sequence[Group], columns: Sequence[Column]) -> str:
-    """Format a Markdown table with a row per group; `=` marks equality with the first row."""
+def format_table(
+    titles: Sequence[str], groups: Sequence[Group], columns: Sequence[Column], baseline: int = 0
+) -> str:
+    """Format a Markdown table with a row per group; `=` marks equality with row `baseline`."""
     lines = [
         f"| {' | '.join([*titles, *(column.title for column in columns)])} |",
         f"|{' --- |' * len(titles)}{' ---: |' * len(columns)}",
@@ -139,7 +143,9 @@ def format_table(titles: Sequence[str], groups: Sequence[Group], columns: Sequen
         cells = [f"`{value}`" for value in group.key]
         for _, value, form in columns:
             mean, deviation = group.measure(value)
-            same = number > 0 and is_within_spread(mean, deviation, *groups[0].measure(value))
+            same = number != baseline and is_within_spread(
+                mean, deviation, *groups[baseline].measure(value)
+            )
             cells.append(f"{mean:{form}} ± {deviation:{form}}{' =' if same else ''}")
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
@@ -209,7 +215,7 @@ def tabulate_commitment() -> str:
             ".3f",
         ),
     ]
-    return format_table(["`commitment`"], groups, columns)
+    return format_table(["`commitment`"], groups, columns, baseline=1)
 
 
 def tabulate_collapse() -> str:
@@ -244,7 +250,9 @@ def draw_commitment() -> None:
             colour = plt.get_cmap("viridis")(0.9 - 0.28 * shade)
             axis.plot(steps, means, color=colour, linewidth=2.5, label=group.key[0])
         axis.set(title=title, xlabel="updates", yscale="log")
-    axes[0].legend(title="weight", fontsize=12, title_fontsize=12)
+        axis.yaxis.set_minor_formatter(NullFormatter())
+    names = axes[0].get_legend_handles_labels()
+    figure.legend(*names, title="weight of the term", loc="outside lower center", ncols=len(groups))
     save(figure, "training_dynamics", "commitment")
 
 

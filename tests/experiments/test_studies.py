@@ -72,6 +72,9 @@ def test_a_gap_within_twice_the_spread_is_marked_as_equal(second, equal):
     lines = studies.format_table(["name"], groups, [studies.NMSE]).splitlines()
     assert lines[-1].endswith("= |") == equal
     assert "=" not in lines[-2]
+    turned = studies.format_table(["name"], groups, [studies.NMSE], baseline=1).splitlines()
+    assert turned[-2].endswith("= |") == equal
+    assert "=" not in turned[-1]
 
 
 def test_a_finished_sweep_becomes_a_table_and_curves(toy, command, tmp_path, monkeypatch):
