@@ -61,13 +61,13 @@ def test_distances_are_those_of_the_features(channels, tmp_path, monkeypatch):
     monkeypatch.setattr(inception, "BATCH", 3)
     codes = evaluated.make_codes_data(tmp_path)
     images, decoded = (part[:, :channels] for part in read_pairs(codes, "val"))
-    decode, pairs = codes.vqvae.decode, inception.pair_images_with_codes
-    monkeypatch.setattr(codes.vqvae, "decode", lambda grid: decode(grid)[:, :channels])
-    monkeypatch.setattr(
-        inception,
-        "pair_images_with_codes",
-        lambda *given: ((levels[:, :channels], *rest) for levels, *rest in pairs(*given)),
-    )
+    pairs = inception.pair_images_with_decoded
+
+    def cut(*given):
+        for levels, *rest, decoded in pairs(*given):
+            yield levels[:, :channels], *rest, decoded[:, :channels]
+
+    monkeypatch.setattr(inception, "pair_images_with_decoded", cut)
     noise = 5 * torch.randn(len(images), channels, 16, 20)
     samples = (images.float() * 0.9 + noise).clamp(0, 255).byte()
     net = TinyFeatures()
