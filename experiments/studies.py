@@ -527,6 +527,15 @@ def list_points(job: Path, folder: Path) -> Iterator[list[str]]:
         yield [str(job.relative_to(folder)), f"{step:.0f}", *values]
 
 
+def list_stored() -> list[str]:
+    """List the studies whose raw results are stored."""
+    swept = [
+        (ROOT / study / f"{sweep}.csv").is_file() and study for sweep, study in STUDIES.items()
+    ]
+    single = [BITS] if read_pipelines() else []
+    return list(dict.fromkeys([*filter(None, swept), *single]))
+
+
 def fill_tables(study: str) -> str:
     """Return the study's README with its tables made again; `.` is the page of all studies."""
     text = (ROOT / study / "README.md").read_text()
@@ -544,7 +553,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("folders", nargs="*", type=Path, help="folders of finished sweeps")
     folders: list[Path] = parser.parse_args().folders
-    studies = list(dict.fromkeys(map(collect, folders))) or list(FIGURES)
+    studies = list(dict.fromkeys(map(collect, folders))) or list_stored()
     for study in [*studies, "."]:
         (ROOT / study / "README.md").write_text(fill_tables(study))
         for draw in FIGURES.get(study, {}).values():

@@ -1,22 +1,23 @@
 """Tables and figures of the studies come from the raw results that are stored next to them."""
 
 import csv
+import itertools
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 from conftest import TINY_VQVAE
+from omegaconf import OmegaConf
 from PIL import Image
+
+from vqvae_lightning.configs import CONF_DIR
 
 EXPERIMENTS = Path(__file__).parents[2] / "experiments"
 sys.path.insert(0, str(EXPERIMENTS))
 import studies  # noqa: E402
 
-DONE = sorted(
-    {studies.STUDIES.get(path.stem, path.parent.name) for path in EXPERIMENTS.glob("*/*.csv")}
-    & set(studies.TABLES)
-)
+DONE = studies.list_stored()
 
 
 @pytest.mark.parametrize("study", [*DONE, "."])
@@ -106,6 +107,60 @@ def test_a_finished_sweep_becomes_a_table_and_curves(toy, command, tmp_path, mon
         assert f"| `{weight}` | {np.mean(values):.4f} ± {np.std(values, ddof=1):.4f}" in text
     curves = studies.read_curves_of("commitment")
     assert [len(rows) for rows in curves.values()] == [2] * 4
+
+
+@pytest.fixture
+def invented(tmp_path, monkeypatch):
+    """Raw results of every sweep, drawn at random, and a page for each study."""
+    monkeypatch.setattr(studies, "ROOT", tmp_path)
+    numbers = np.random.default_rng(0)
+    for sweep, study in studies.STUDIES.items():
+        path = tmp_path / study / f"{sweep}.csv"
+        path.parent.mkdir(exist_ok=True)
+        keys = [*studies.list_swept_keys(sweep), "seed"]
+        params = OmegaConf.load(CONF_DIR / "sweep" / f"{sweep}.yaml").hydra.sweeper.params
+        jobs = list(itertools.product(*(str(params[key]).split(",") for key in keys)))
+        names = [*studies.METRICS, "uniform_bits_per_dim"]
+        with path.open("w", newline="") as file:
+            writer = csv.writer(file)
+            facts = ["folder", "state", "seconds", "commit"]
+            writer.writerow([*facts, *keys, *(f"test/{name}" for name in names)])
+            for number, values in enumerate(jobs):
+                drawn = numbers.uniform(0.1, 1, len(names))
+                writer.writerow([number, "finished", 9.5, "abcdefghij", *values, *drawn])
+        with path.with_name(f"{sweep}_curves.csv").open("w", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(["folder", "step", *studies.CURVES])
+            for number, step in itertools.product(range(len(jobs)), (50, 100)):
+                writer.writerow([number, step, *numbers.uniform(1, 2, len(studies.CURVES))])
+    for study, tables in studies.TABLES.items():
+        marks = [f"<!-- table {name} -->\n<!-- end -->" for name in tables]
+        (tmp_path / study).mkdir(exist_ok=True)
+        (tmp_path / study / "README.md").write_text("\n".join(marks))
+    return tmp_path
+
+
+@pytest.mark.parametrize("sweep", sorted(studies.STUDIES))
+def test_tables_and_figures_show_all_settings_of_a_sweep(sweep, invented):
+    study = studies.STUDIES[sweep]
+    text = studies.fill_tables(study)
+    with (invented / study / f"{sweep}.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    for start in range(0, len(rows), 3):  # the seeds vary fastest
+        errors = [float(row["test/nmse"]) for row in rows[start : start + 3]]
+        assert f"{np.mean(errors):.4f} ± {np.std(errors, ddof=1):.4f}" in text
+    for name, draw in studies.FIGURES[study].items():
+        draw()
+        with Image.open(invented / study / f"{name}.png") as figure:
+            assert figure.info["Source"] == studies.hash_data(study)
+            assert min(figure.size) > 500
+
+
+def test_the_table_of_all_settings_has_a_row_for_each(invented):
+    lines = [line for line in studies.fill_tables(".").splitlines() if line.startswith("| [")]
+    settings = [row for sweep in studies.STUDIES for row in studies.read_rows(sweep)]
+    assert len(lines) == len(settings) / 3
+    assert sum("| 3, abcdefg |" in line for line in lines) == len(lines)
 
 
 def test_a_folder_of_another_study_is_refused(tmp_path, monkeypatch):
