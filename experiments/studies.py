@@ -529,11 +529,11 @@ def list_points(job: Path, folder: Path) -> Iterator[list[str]]:
 
 def list_stored() -> list[str]:
     """List the studies whose raw results are stored."""
-    swept = [
-        (ROOT / study / f"{sweep}.csv").is_file() and study for sweep, study in STUDIES.items()
-    ]
-    single = [BITS] if read_pipelines() else []
-    return list(dict.fromkeys([*filter(None, swept), *single]))
+    missing = {
+        study for sweep, study in STUDIES.items() if not (ROOT / study / f"{sweep}.csv").is_file()
+    }
+    swept = [study for study in STUDIES.values() if study not in missing]
+    return list(dict.fromkeys([*swept, *([BITS] if read_pipelines() else [])]))
 
 
 def fill_tables(study: str) -> str:
