@@ -51,6 +51,8 @@ CURVES = ("train/commitment", "train/latent_power", "train/nmse", "train/perplex
 SWEEPS_WITH_CURVES = ("commitment", "collapse")
 BITS = "bits_per_dim"
 """Study of single pipelines."""
+TITLES = {"FashionMNIST": "Fashion-MNIST", "cifar10": "CIFAR-10", "CIFAR10": "CIFAR-10"}
+"""Names of data sets in tables and figures."""
 KEY = "model.net.quantizer."
 METRICS = {
     "nmse": "NMSE",
@@ -329,8 +331,8 @@ def draw_sizes() -> None:
 
 def read_pipelines() -> dict[str, dict[str, Any]]:
     """Read the results of the study `bits_per_dim`, by data set."""
-    paths = sorted((ROOT / BITS).glob("*.json"), reverse=True)
-    return {path.stem: json.loads(path.read_text()) for path in paths}
+    paths = sorted((ROOT / BITS).glob("*.json"))
+    return {TITLES.get(path.stem, path.stem): json.loads(path.read_text()) for path in paths}
 
 
 def read_bits(result: dict[str, Any], term: str) -> float:
@@ -384,7 +386,7 @@ def draw_bits() -> None:
     axis.bar_label(bars, [f" {a + b:.2f}" for a, b in zip(distortion, cost, strict=True)])
     axis.invert_yaxis()
     axis.set(xlabel="bits per dimension of test images", xlim=(0, 1.1 * max(distortion) + 1.2))
-    axis.legend(loc="lower right")
+    figure.legend(loc="outside upper center", ncols=2)
     save(figure, BITS, "bits")
 
 
@@ -495,7 +497,10 @@ def collect(folder: Path) -> str:
     run = RunFolder(folder)
     if run.is_finished and read_config(run.config)["study"] == BITS:
         source = read_config(run.config)["dataset"]["source"]
-        shutil.copy(run.result, ROOT / BITS / f"{name_data(source)}.json")
+        result = json.loads(run.result.read_text())
+        # Without the folders of the machine that ran it.
+        result["command"] = re.sub(r"=\S*/", "=", result["command"])
+        (ROOT / BITS / f"{name_data(source)}.json").write_text(json.dumps(result, indent=1) + "\n")
         return BITS
     jobs = list(list_job_folders(folder))
     sweep = read_config(RunFolder(jobs[0]).config)["study"] if jobs else None

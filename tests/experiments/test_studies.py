@@ -2,6 +2,7 @@
 
 import csv
 import itertools
+import json
 import sys
 from pathlib import Path
 
@@ -161,6 +162,36 @@ def test_the_table_of_all_settings_has_a_row_for_each(invented):
     settings = [row for sweep in studies.STUDIES for row in studies.read_rows(sweep)]
     assert len(lines) == len(settings) / 3
     assert sum("| 3, abcdefg |" in line for line in lines) == len(lines)
+
+
+def test_a_finished_pipeline_becomes_a_table_without_folders_of_its_machine(tmp_path, monkeypatch):
+    monkeypatch.setattr(studies, "ROOT", tmp_path)
+    (tmp_path / "bits_per_dim").mkdir()
+    (tmp_path / "bits_per_dim/README.md").write_text("<!-- table bits -->\n<!-- end -->")
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "config.yaml").write_text(
+        "study: bits_per_dim\ndataset: {source: {path: /home/me/cifar10.npz}}\n"
+    )
+    terms = {"reconstruction": 3.5, "uniform": 1.25, "histogram": 1.0, "prior": 0.75, "total": 4.25}
+    metrics = {f"test/{name}_bits_per_dim": {"value": value} for name, value in terms.items()}
+    others = ("nmse", "codebook_use", "perplexity", "nats_per_code", "sample_accuracy")
+    metrics |= {f"test/{name}": {"value": 0.5} for name in others}
+    result = {
+        "metrics": metrics,
+        "seconds": {"vqvae": 60, "prior": 120, "evaluation": 180},
+        "command": "vqvae-pipeline dataset=npz dataset.source.path=/home/me/cifar10.npz",
+    }
+    (run / "result.json").write_text(json.dumps(result))
+    assert studies.collect(run) == "bits_per_dim"
+    stored = (tmp_path / "bits_per_dim/cifar10.json").read_text()
+    assert "dataset.source.path=cifar10.npz" in stored
+    assert "home" not in stored
+    text = studies.fill_tables("bits_per_dim")
+    assert "| bits/dim, test images | CIFAR-10 |" in text
+    assert "| **total with uniform codes** | 4.750 |" in text
+    assert "| **total with the prior** | 4.250 |" in text
+    assert "| minutes, prior | 2 |" in text
 
 
 def test_a_folder_of_another_study_is_refused(tmp_path, monkeypatch):
