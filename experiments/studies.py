@@ -51,6 +51,7 @@ CURVES = ("train/commitment", "train/latent_power", "train/nmse", "train/perplex
 SWEEPS_WITH_CURVES = ("commitment", "collapse")
 BITS = "bits_per_dim"
 """Study of single pipelines."""
+NO_CURE = ("uniform", "0", "0.0")
 TITLES = {"FashionMNIST": "Fashion-MNIST", "cifar10": "CIFAR-10", "CIFAR10": "CIFAR-10"}
 """Names of data sets in tables and figures."""
 KEY = "model.net.quantizer."
@@ -221,10 +222,23 @@ def tabulate_commitment() -> str:
 
 
 def tabulate_collapse() -> str:
-    """Make the table of `sweep=collapse`."""
-    groups = group_rows(read_rows("collapse"), *list_swept_keys("collapse"))
+    """Make the tables of `sweep=collapse`, one for each codebook."""
     titles = ["`quantizer`", "`init`", "`warmup_steps`", "`revive_below`"]
-    return format_table(titles, groups, [NMSE, USE, PERPLEXITY])
+    return "\n\n".join(
+        format_table(titles, groups, [NMSE, USE, PERPLEXITY]) for groups in group_cures().values()
+    )
+
+
+def group_cures() -> dict[str, list[Group]]:
+    """Group the jobs of `sweep=collapse` by codebook, then by their cures."""
+    groups = group_rows(read_rows("collapse"), *list_swept_keys("collapse"))
+    return {name: [g for g in groups if g.key[0] == name] for name in ("ema", "loss")}
+
+
+def list_cures(key: Sequence[str]) -> list[str]:
+    """List the cures that a job of `sweep=collapse` has: values other than uniform rows and 0."""
+    words = ("data", "warm-up", "revival")
+    return [word for word, value in zip(words, key[1:], strict=True) if value not in NO_CURE]
 
 
 def average_curve(
@@ -259,28 +273,17 @@ def draw_commitment() -> None:
 
 
 def draw_collapse() -> None:
-    """Draw the codes in effective use for each combination of the cures."""
-    keys = [f"{KEY}{name}" for name in ("init", "warmup_steps", "revive_below")]
-    words = ("data", "warm-up", "revival")
-    figure, axes = plt.subplots(1, 2, figsize=(12, 4.8), sharey=True, layout="constrained")
-    for axis, quantizer in zip(axes, ("ema", "loss"), strict=True):
-        rows = [row for row in read_rows("collapse") if row["quantizer"] == quantizer]
-        groups = group_rows(rows, *keys)
-        cured = [[value not in ("uniform", "0", "0.0") for value in g.key] for g in groups]
-        groups = [
-            g for _, g in sorted(zip(map(sum, cured), groups, strict=True), key=lambda x: x[0])
-        ]
-        names = []
-        for group in groups:
-            found = [
-                word
-                for word, value in zip(words, group.key, strict=True)
-                if value not in ("uniform", "0", "0.0")
-            ]
-            names.append(" + ".join(found) or "no cure")
-        means, deviations = zip(*(g.measure(metric("perplexity")) for g in groups), strict=True)
-        axis.barh(names[::-1], means[::-1], xerr=deviations[::-1], color="#0b6e99", capsize=3)
-        axis.set(title=f"quantizer={quantizer}", xlabel="perplexity, of 512 codes")
+    """Draw error and codes in effective use for each combination of the cures."""
+    figure, axes = plt.subplots(1, 4, figsize=(13, 4.8), sharey=True, layout="constrained")
+    panels = (("NMSE", metric("nmse"), "#d1495b"), ("perplexity", metric("perplexity"), "#0b6e99"))
+    for number, (name, groups) in enumerate(group_cures().items()):
+        ordered = sorted(groups, key=lambda group: len(list_cures(group.key)))
+        labels = [" + ".join(list_cures(group.key)) or "no cure" for group in ordered]
+        for axis, (title, value, colour) in zip(axes[2 * number :], panels, strict=False):
+            means, deviations = zip(*(group.measure(value) for group in ordered), strict=True)
+            axis.barh(labels[::-1], means[::-1], xerr=deviations[::-1], color=colour, capsize=3)
+            axis.set_title(f"{name}: {title}")
+            axis.locator_params(axis="x", nbins=4)
     save(figure, "training_dynamics", "collapse")
 
 

@@ -54,7 +54,7 @@ SOURCES = {
     "fitted": "fitted Gaussian",
     "normal": "N(0, I)",
     "uniform": "uniform codes",
-    "histogram": "histogram of codes",
+    "histogram": "histogram",
     "prior": "PixelCNN",
 }
 """Where images come from, by name in `results.csv`; in this order, which also seeds them."""

@@ -529,6 +529,20 @@ def draw_warmup() -> tuple[Figure, Cells]:
 
 
 @drawing
+def draw_samplers() -> tuple[Figure, Cells]:
+    """Fréchet distance of new images from each sampler; that of the PixelCNN is strong."""
+    page = STUDIES / "traditional_autoencoders/README.md"
+    rows = read_table(page, "images", "Fréchet distance", "precision")
+    rows = [row for row in rows if "reconstructions" not in row["images"]]
+    names = [row["images"] for row in rows]
+    cells = [row["Fréchet distance"].split()[0] for row in rows]
+    figure, (axes,) = make_chart(7.8, 5.1)
+    strong = ["PixelCNN" in name for name in names]
+    draw_bars(axes, names, cells, strong, "Fréchet distance, lower is better", 1.3)
+    return figure, dict(zip(names, cells, strict=True))
+
+
+@drawing
 def draw_bottlenecks() -> tuple[Figure, Cells]:
     """Error of each bottleneck; those with one code of 512 per position are strong."""
     rows = read_table(STUDIES / "quantizers/README.md", "quantizer=", "codes", "NMSE")
