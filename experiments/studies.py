@@ -283,7 +283,7 @@ def draw_collapse() -> None:
             means, deviations = zip(*(group.measure(value) for group in ordered), strict=True)
             axis.barh(labels[::-1], means[::-1], xerr=deviations[::-1], color=colour, capsize=3)
             axis.set_title(f"{name}: {title}")
-            axis.locator_params(axis="x", nbins=4)
+            axis.locator_params(axis="x", nbins=3)
     save(figure, "training_dynamics", "collapse")
 
 
