@@ -510,6 +510,7 @@ def collect(folder: Path) -> str:
     if sweep not in STUDIES:
         raise SystemExit(f"error: {folder} is not a sweep of {', '.join(STUDIES)}.")
     place = ROOT / STUDIES[sweep]
+    check_page(STUDIES[sweep])
     write_sweep_report(folder)
     shutil.copy(RunFolder(folder).jobs, place / f"{sweep}.csv")
     if sweep in SWEEPS_WITH_CURVES:
@@ -518,6 +519,22 @@ def collect(folder: Path) -> str:
             writer.writerow(["folder", "step", *CURVES])
             writer.writerows(row for job in jobs for row in list_points(job, folder))
     return STUDIES[sweep]
+
+
+def check_page(study: str) -> None:
+    """Check that a study has a page with a place for each table.
+
+    Raises:
+        SystemExit: If it has not; nothing is written then.
+    """
+    page = ROOT / study / "README.md"
+    text = page.read_text() if page.is_file() else ""
+    for name in TABLES[study]:
+        if f"<!-- table {name} -->" not in text:
+            raise SystemExit(
+                f"error: experiments/{study}/README.md needs a place for its table: "
+                f"<!-- table {name} --> and <!-- end -->."
+            )
 
 
 def name_data(source: dict[str, Any]) -> str:
@@ -546,11 +563,10 @@ def list_stored() -> list[str]:
 
 def fill_tables(study: str) -> str:
     """Return the study's README with its tables made again; `.` is the page of all studies."""
+    check_page(study)
     text = (ROOT / study / "README.md").read_text()
     for name, tabulate in TABLES[study].items():
         pattern = rf"(<!-- table {name} -->\n).*?(<!-- end -->)"
-        if not re.search(pattern, text, re.DOTALL):
-            raise SystemExit(f"error: experiments/{study}/README.md has no place for table {name}.")
         table = tabulate()
         text = re.sub(pattern, lambda m, t=table: f"{m[1]}\n{t}\n\n{m[2]}", text, flags=re.DOTALL)
     return text

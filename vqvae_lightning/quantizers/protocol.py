@@ -22,7 +22,8 @@ class QuantizerOutput(NamedTuple):
     """(B, H, W) int64 in [0, num_codes), or (B, H, W, Q) with Q = codes_per_position > 1. None from
     a continuous bottleneck and during the warm-up of a codebook."""
     loss: Tensor
-    """Weighted sum of `terms`, shape (), to be added to the reconstruction term."""
+    """Weighted sum of those `terms` that have a weight, shape (), to be added to the
+    reconstruction term."""
     terms: dict[str, Tensor]
     """Unweighted terms, each of shape (), for logging. `Quantizer.weights` holds the weights of
     those that enter `loss`."""

@@ -99,7 +99,8 @@ class VQVAETask(WatchedTask):
         """Copy the weights of `source` and train only the decoder and the likelihood.
 
         The last layer of the decoder keeps its initial weights if the likelihoods differ in their
-        number of outputs. Codes stay those of `source`, so a prior on them stays valid.
+        number of outputs, and a decoder of another kind keeps all of them. Codes stay those of
+        `source`, so a prior on them stays valid.
         """
         self.codes_kept = True
         own, given = self.net.state_dict(), source.state_dict()

@@ -516,7 +516,8 @@ def write_pptx(slides: list[Slide], target: Path) -> None:
     deck = Presentation()
     deck.slide_width, deck.slide_height = Inches(WIDTH), Inches(HEIGHT)
     deck.core_properties.title = slides[0].title
-    deck.core_properties.author = "vqvae_lightning"
+    deck.core_properties.author = deck.core_properties.last_modified_by = "vqvae_lightning"
+    deck.core_properties.comments = ""
     layout = next(one for one in deck.slide_layouts if one.name == "Title Only")
     for number, slide in enumerate(slides, start=1):
         page = deck.slides.add_slide(layout)
