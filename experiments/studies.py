@@ -17,6 +17,7 @@ import argparse
 import csv
 import hashlib
 import json
+import math
 import re
 import shutil
 import statistics
@@ -48,7 +49,7 @@ STUDIES = {
 }
 """Study of each sweep."""
 CURVES = ("train/commitment", "train/latent_power", "train/nmse", "train/perplexity")
-SWEEPS_WITH_CURVES = ("commitment", "collapse")
+SWEEPS_WITH_CURVES = ("commitment",)
 BITS = "bits_per_dim"
 """Study of single pipelines."""
 NO_CURE = ("uniform", "0", "0.0")
@@ -126,7 +127,7 @@ def metric(name: str) -> Callable[[Row], float]:
 def nats_per_position(row: Row) -> float:
     """Cost of all codes of a position under the prior, which compares several codes with one."""
     positions = 49
-    return float(row["test/prior_bits_per_dim"]) * PIXELS * 0.6931471805599453 / positions
+    return float(row["test/prior_bits_per_dim"]) * PIXELS * math.log(2) / positions
 
 
 def is_within_spread(mean: float, deviation: float, other: float, others: float) -> bool:
@@ -191,12 +192,26 @@ def draw_quantizers() -> None:
     ]
     figure, axes = plt.subplots(1, 3, figsize=(12, 4.8), sharey=True, layout="constrained")
     for axis, (title, value) in zip(axes, panels, strict=True):
-        means, deviations = zip(*(group.measure(value) for group in groups), strict=True)
-        axis.barh(
-            [group.key[0] for group in groups], means, xerr=deviations, color="#0b6e99", capsize=3
-        )
+        draw_bars(axis, [group.key[0] for group in groups], groups, value, "#0b6e99")
         axis.set_title(title)
     save(figure, "quantizers", "quantizers")
+
+
+def draw_bars(
+    axis: plt.Axes,
+    labels: Sequence[str],
+    groups: Sequence[Group],
+    value: Callable[[Row], float],
+    colour: str,
+) -> None:
+    """Draw mean and deviation of each group as a horizontal bar, from bottom to top."""
+    means, deviations = zip(*(group.measure(value) for group in groups), strict=True)
+    axis.barh(labels, means, xerr=deviations, color=colour, capsize=3)
+
+
+def compute_relative_term(point: Row) -> float:
+    """Compute the commitment term relative to the latent power, at a logged step."""
+    return float(point["train/commitment"]) / float(point["train/latent_power"])
 
 
 def tabulate_commitment() -> str:
@@ -212,11 +227,7 @@ def tabulate_commitment() -> str:
         PERPLEXITY,
         Column("commitment term", end("train/commitment"), ".3g"),
         Column("latent power", end("train/latent_power"), ".3g"),
-        Column(
-            "term / power",
-            lambda row: end("train/commitment")(row) / end("train/latent_power")(row),
-            ".3f",
-        ),
+        Column("term / power", lambda row: compute_relative_term(ends[row["folder"]]), ".3f"),
     ]
     return format_table(["`commitment`"], groups, columns, baseline=1)
 
@@ -257,7 +268,7 @@ def draw_commitment() -> None:
     panels: list[tuple[str, Callable[[Row], float]]] = [
         ("commitment term", lambda p: float(p["train/commitment"])),
         ("latent power", lambda p: float(p["train/latent_power"])),
-        ("term / power", lambda p: float(p["train/commitment"]) / float(p["train/latent_power"])),
+        ("term / power", compute_relative_term),
     ]
     figure, axes = plt.subplots(1, 3, figsize=(12, 4.5), layout="constrained")
     for axis, (title, value) in zip(axes, panels, strict=True):
@@ -280,8 +291,7 @@ def draw_collapse() -> None:
         ordered = sorted(groups, key=lambda group: len(list_cures(group.key)))
         labels = [" + ".join(list_cures(group.key)) or "no cure" for group in ordered]
         for axis, (title, value, colour) in zip(axes[2 * number :], panels, strict=False):
-            means, deviations = zip(*(group.measure(value) for group in ordered), strict=True)
-            axis.barh(labels[::-1], means[::-1], xerr=deviations[::-1], color=colour, capsize=3)
+            draw_bars(axis, labels[::-1], ordered[::-1], value, colour)
             axis.set_title(f"{name}: {title}")
             axis.locator_params(axis="x", nbins=3)
     save(figure, "training_dynamics", "collapse")
@@ -498,12 +508,14 @@ def collect(folder: Path) -> str:
         SystemExit: If it belongs to no study.
     """
     run = RunFolder(folder)
-    if run.is_finished and read_config(run.config)["study"] == BITS:
-        source = read_config(run.config)["dataset"]["source"]
+    config = read_config(run.config) if run.is_finished else {}
+    if config.get("study") == BITS:
         result = json.loads(run.result.read_text())
         # Without the folders of the machine that ran it.
         result["command"] = re.sub(r"=\S*/", "=", result["command"])
-        (ROOT / BITS / f"{name_data(source)}.json").write_text(json.dumps(result, indent=1) + "\n")
+        (ROOT / BITS / f"{name_data(config['dataset']['source'])}.json").write_text(
+            json.dumps(result, indent=1) + "\n"
+        )
         return BITS
     jobs = list(list_job_folders(folder))
     sweep = read_config(RunFolder(jobs[0]).config)["study"] if jobs else None
