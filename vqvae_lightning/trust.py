@@ -50,6 +50,7 @@ NETWORKS = (
     "vqvae_lightning.quantizers.LibraryQuantizer",
     "vqvae_lightning.quantizers.LossQuantizer",
     "vqvae_lightning.quantizers.NoQuantizer",
+    "vqvae_lightning.quantizers.SonnetEMAQuantizer",
     *_OPTIMIZERS,  # some quantizers of `vector_quantize_pytorch` take one
 )
 """Names that the config of a network may contain; none of them imports Lightning."""

@@ -10,6 +10,7 @@ This folder needs torch only. Start with `protocol`, the interface of every bott
 - `lookup`: the search for the nearest codebook row.
 - `gradients`: the estimators that pass the gradient through the look-up.
 - `rows`: the encoder vectors that become codebook rows, at the start and in a revival.
+- `sonnet`: the EMA codebook of sonnet's example, for comparison.
 - `library`: quantizers of vector-quantize-pytorch.
 - `continuous`: bottlenecks without codes, for an autoencoder or a variational autoencoder.
 """
@@ -20,6 +21,7 @@ from vqvae_lightning.quantizers.ema import EMAQuantizer
 from vqvae_lightning.quantizers.library import LibraryQuantizer
 from vqvae_lightning.quantizers.loss import LossQuantizer
 from vqvae_lightning.quantizers.protocol import Posterior, Quantizer, QuantizerOutput
+from vqvae_lightning.quantizers.sonnet import SonnetEMAQuantizer
 
 __all__ = [
     "EMAQuantizer",
@@ -30,5 +32,6 @@ __all__ = [
     "Posterior",
     "Quantizer",
     "QuantizerOutput",
+    "SonnetEMAQuantizer",
     "VectorQuantizer",
 ]
