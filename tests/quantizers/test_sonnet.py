@@ -13,7 +13,7 @@ DECAY, EPSILON = 0.9, 0.01
 def follow_sonnet(rows, batches):
     """Codebook after each batch (N, D), by sonnet's formulas in float64.
 
-    Averages start at zero and are divided by 1 - decay^t. All rows become sums over smoothed counts.
+    Averages start at zero and are divided by 1 - decay^t. All rows become sums over smooth counts.
     """
     codes = len(rows)
     hidden_counts, hidden_sums = np.zeros(codes), np.zeros_like(rows)
