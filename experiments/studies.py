@@ -46,10 +46,14 @@ STUDIES = {
     "codebook_size": "codebook_size",
     "commitment": "training_dynamics",
     "collapse": "training_dynamics",
+    "posterior_collapse": "posterior_collapse",
+    "sonnet_cifar10": "reference_settings",
+    "recipe_cifar10": "reference_settings",
 }
 """Study of each sweep."""
 CURVES = ("train/commitment", "train/latent_power", "train/nmse", "train/perplexity")
-SWEEPS_WITH_CURVES = ("commitment",)
+SWEEPS_WITH_CURVES = {"commitment": 1, "sonnet_cifar10": 100, "recipe_cifar10": 100}
+"""Number of logged steps whose mean is stored as one, by sweep."""
 BITS = "bits_per_dim"
 """Study of single pipelines."""
 NO_CURE = ("uniform", "0", "0.0")
@@ -135,6 +139,12 @@ def is_within_spread(mean: float, deviation: float, other: float, others: float)
     return abs(mean - other) <= 2 * max(deviation, others)
 
 
+def format_mean(group: Group, column: Column) -> str:
+    """Format mean and standard deviation of a column over the seeds."""
+    mean, deviation = group.measure(column.value)
+    return f"{mean:{column.format}} ± {deviation:{column.format}}"
+
+
 def format_table(
     titles: Sequence[str], groups: Sequence[Group], columns: Sequence[Column], baseline: int = 0
 ) -> str:
@@ -145,12 +155,11 @@ def format_table(
     ]
     for number, group in enumerate(groups):
         cells = [f"`{value}`" for value in group.key]
-        for _, value, form in columns:
-            mean, deviation = group.measure(value)
+        for column in columns:
             same = number != baseline and is_within_spread(
-                mean, deviation, *groups[baseline].measure(value)
+                *group.measure(column.value), *groups[baseline].measure(column.value)
             )
-            cells.append(f"{mean:{form}} ± {deviation:{form}}{' =' if same else ''}")
+            cells.append(f"{format_mean(group, column)}{' =' if same else ''}")
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -217,7 +226,7 @@ def compute_relative_term(point: Row) -> float:
 def tabulate_commitment() -> str:
     """Make the table of `sweep=commitment`."""
     groups = group_rows(read_rows("commitment"), f"{KEY}commitment")
-    ends = {folder: rows[-1] for folder, rows in read_curves_of("commitment").items()}
+    ends = read_ends("commitment")
 
     def end(name: str) -> Callable[[Row], float]:
         return lambda row: float(ends[row["folder"]][name])
@@ -342,6 +351,128 @@ def draw_sizes() -> None:
     save(figure, "codebook_size", "rate_distortion")
 
 
+def read_latents() -> list[Row]:
+    """Read the jobs of `sweep=posterior_collapse` with what its `analysis.py` measured of each."""
+    with (ROOT / "posterior_collapse/latents.csv").open(newline="") as file:
+        found = {row["folder"]: row for row in csv.DictReader(file)}
+    return [row | found[row["folder"]] for row in read_rows("posterior_collapse")]
+
+
+def bits_used(row: Row) -> float:
+    """Bits per image that the decoder saves by the image's own latents."""
+    return (float(row["other"]) - float(row["own"])) * PIXELS
+
+
+def tabulate_latents() -> str:
+    """Make the tables of `sweep=posterior_collapse`, one for each decoder."""
+    columns = [
+        Column("rate, bits/dim", lambda row: float(row["rate"]), ".3f"),
+        Column("distortion", lambda row: float(row["own"]), ".3f"),
+        Column("total", lambda row: float(row["own"]) + float(row["rate"]), ".3f"),
+        Column("distortion, latents of another image", lambda row: float(row["other"]), ".3f"),
+        Column("bits per image that the decoder uses", bits_used, ".0f"),
+    ]
+    groups = group_rows(read_latents(), *list_swept_keys("posterior_collapse"))
+    return format_table(["`model/decoder=`", "`quantizer=`"], groups, columns)
+
+
+def draw_latents() -> None:
+    """Draw the bits that the latents cost and those that each decoder uses."""
+    groups = group_rows(read_latents(), *list_swept_keys("posterior_collapse"))
+    figure, axes = plt.subplots(1, 2, figsize=(12, 4.5), sharey=True, layout="constrained")
+    for axis, decoder in zip(axes, ("convolutional", "pixelcnn"), strict=True):
+        found = [group for group in groups if group.key[0] == decoder][::-1]
+        for shift, title, value, colour in (
+            (0.2, "cost of the latents", lambda row: float(row["rate"]) * PIXELS, "#b8c4cc"),
+            (-0.2, "used by the decoder", bits_used, "#0b6e99"),
+        ):
+            means, deviations = zip(*(group.measure(value) for group in found), strict=True)
+            places = [number + shift for number in range(len(found))]
+            axis.barh(places, means, 0.4, xerr=deviations, capsize=3, color=colour, label=title)
+        axis.set_yticks(range(len(found)), [group.key[1] for group in found])
+        axis.set(title=f"decoder: {decoder}", xlabel="bits per image", xscale="symlog")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
+    save(figure, "posterior_collapse", "latents")
+
+
+SONNET = {
+    100: (0.483, 10.4),
+    500: (0.147, 34.3),
+    1000: (0.105, 71.8),
+    2000: (0.081, 154),
+    3000: (0.071, 227),
+    5000: (0.061, 327),
+    7500: (0.058, 329),
+    10000: (0.056, 326),
+}
+"""Training NMSE and perplexity that sonnet's notebook printed, by updates."""
+REFERENCES = {
+    "sonnet_cifar10": "sonnet's setting, here",
+    "recipe_cifar10": "our defaults",
+}
+"""Sweeps of the study `reference_settings`."""
+
+
+def read_ends(sweep: str) -> dict[str, Row]:
+    """Read the last stored point of each job's curves, by the job's folder."""
+    return {folder: rows[-1] for folder, rows in read_curves_of(sweep).items()}
+
+
+def tabulate_references() -> str:
+    """Make the table of the sweeps of `reference_settings`, with the numbers of sonnet's run."""
+    error, perplexity = SONNET[10000]
+    titles = (
+        "run",
+        "training NMSE",
+        "training perplexity",
+        "test NMSE",
+        "perplexity",
+        "codes in use",
+    )
+    lines = [
+        f"| {' | '.join(titles)} |",
+        "| --- |" + " ---: |" * (len(titles) - 1),
+        f"| sonnet's notebook, one run | {error:.3f} | {perplexity:.0f} | - | - | - |",
+    ]
+    for sweep, title in REFERENCES.items():
+        ends = read_ends(sweep)
+
+        def end(name: str, ends: dict[str, Row] = ends) -> Callable[[Row], float]:
+            return lambda row: float(ends[row["folder"]][name])
+
+        group = Group((title,), read_rows(sweep))
+        columns = [
+            Column("", end("train/nmse")),
+            Column("", end("train/perplexity"), ".0f"),
+            NMSE,
+            PERPLEXITY,
+            USE,
+        ]
+        cells = [title, *(format_mean(group, column) for column in columns)]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def draw_references() -> None:
+    """Draw error and perplexity over the updates, with the numbers of sonnet's run."""
+    figure, axes = plt.subplots(1, 2, figsize=(12, 4.8), layout="constrained")
+    panels = ("train/nmse", "train/perplexity")
+    for number, (axis, name) in enumerate(zip(axes, panels, strict=True)):
+        for sweep, colour in zip(REFERENCES, ("#d1495b", "#0b6e99"), strict=True):
+            steps, means = average_curve(
+                read_rows(sweep), read_curves_of(sweep), lambda point, key=name: float(point[key])
+            )
+            axis.plot(steps, means, color=colour, linewidth=2.5, label=REFERENCES[sweep])
+        printed = [values[number] for values in SONNET.values()]
+        axis.plot(list(SONNET), printed, "ko", markersize=7, label="sonnet's notebook")
+        axis.set(xlabel="updates", title=("NMSE", "perplexity of a batch")[number])
+        axis.set_xscale("log")
+    axes[0].set_yscale("log")
+    axes[0].yaxis.set_minor_formatter(NullFormatter())
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    save(figure, "reference_settings", "curves")
+
+
 def read_pipelines() -> dict[str, dict[str, Any]]:
     """Read the results of the study `bits_per_dim`, by data set."""
     paths = sorted((ROOT / BITS).glob("*.json"))
@@ -418,6 +549,7 @@ def list_settings() -> Iterator[tuple[str, str, str, dict[str, tuple[float, floa
                 f"{key.rpartition('.')[2]}={value}"
                 for key, value in zip(swept, group.key, strict=True)
             )
+            setting = setting or f"sweep={sweep}"
             commits = sorted({row["commit"][:7] for row in group.rows})
             metrics = {
                 name: group.measure(metric(name))
@@ -457,6 +589,8 @@ TABLES: dict[str, dict[str, Callable[[], str]]] = {
         "commitment": tabulate_commitment,
         "collapse": tabulate_collapse,
     },
+    "posterior_collapse": {"latents": tabulate_latents},
+    "reference_settings": {"references": tabulate_references},
     BITS: {"bits": tabulate_bits},
     ".": {"settings": tabulate_settings},
 }
@@ -465,6 +599,8 @@ FIGURES: dict[str, dict[str, Callable[[], None]]] = {
     "quantizers": {"quantizers": draw_quantizers},
     "codebook_size": {"rate_distortion": draw_sizes},
     "training_dynamics": {"commitment": draw_commitment, "collapse": draw_collapse},
+    "posterior_collapse": {"latents": draw_latents},
+    "reference_settings": {"curves": draw_references},
     BITS: {"bits": draw_bits},
 }
 """Figures of each study, by the name of the PNG file."""
@@ -529,7 +665,8 @@ def collect(folder: Path) -> str:
         with (place / f"{sweep}_curves.csv").open("w", newline="") as file:
             writer = csv.writer(file, lineterminator="\n")
             writer.writerow(["folder", "step", *CURVES])
-            writer.writerows(row for job in jobs for row in list_points(job, folder))
+            window = SWEEPS_WITH_CURVES[sweep]
+            writer.writerows(row for job in jobs for row in list_points(job, folder, window))
     return STUDIES[sweep]
 
 
@@ -555,13 +692,20 @@ def name_data(source: dict[str, Any]) -> str:
     return target or Path(source["path"]).stem
 
 
-def list_points(job: Path, folder: Path) -> Iterator[list[str]]:
-    """List the folder, step and values of each logged step of a job."""
+def list_points(job: Path, folder: Path, window: int) -> Iterator[list[str]]:
+    """List the folder, step and values of a job's curves: means over `window` logged steps each.
+
+    A step without one of the values, as in a warm-up, does not count for it. The last steps are
+    left out if they do not fill a window.
+    """
     curves = read_curves(RunFolder(job).metrics)
     points = {name: dict(zip(*curves.get(name, ([], [])), strict=True)) for name in CURVES}
-    for step in sorted({step for found in points.values() for step in found}):
-        values = [f"{points[name][step]:.6g}" if step in points[name] else "" for name in CURVES]
-        yield [str(job.relative_to(folder)), f"{step:.0f}", *values]
+    steps = sorted({step for found in points.values() for step in found})
+    for start in range(0, len(steps) - window + 1, window):
+        chunk = steps[start : start + window]
+        found = [[points[name][s] for s in chunk if s in points[name]] for name in CURVES]
+        values = [f"{statistics.fmean(known):.6g}" if known else "" for known in found]
+        yield [str(job.relative_to(folder)), f"{chunk[-1]:.0f}", *values]
 
 
 def list_stored() -> list[str]:

@@ -42,7 +42,9 @@ def test_every_setting_of_a_study_has_three_seeds(sweep):
     rows = studies.read_rows(sweep)
     groups = studies.group_rows(rows, *studies.list_swept_keys(sweep))
     assert all(sorted(row["seed"] for row in group.rows) == ["0", "1", "2"] for group in groups)
-    assert len(groups) >= 3
+    preset = OmegaConf.load(CONF_DIR / "sweep" / f"{sweep}.yaml").hydra.sweeper.params
+    values = [str(given).split(",") for key, given in preset.items() if key != "seed"]
+    assert sorted(group.key for group in groups) == sorted(itertools.product(*values))
 
 
 def make_group(name, values):
@@ -113,6 +115,29 @@ def test_a_finished_sweep_becomes_a_table_and_curves(toy, command, tmp_path, mon
     assert [len(rows) for rows in curves.values()] == [2] * 4
 
 
+def test_a_stored_curve_has_the_means_of_whole_windows(tmp_path, monkeypatch):
+    (tmp_path / "0").mkdir()
+    lines = ["step,epoch,train/commitment,train/nmse,train/perplexity"]
+    lines += [f"{step},0,{'' if step < 2 else 2 * step},{step},{step % 2}" for step in range(9)]
+    (tmp_path / "0/metrics.csv").write_text("\n".join(lines) + "\n")
+    points = list(studies.list_points(tmp_path / "0", tmp_path, 4))
+    # Columns: folder, updates done, commitment, latent power, NMSE, perplexity. Steps count from 0.
+    assert points == [["0", "4", "5", "", "1.5", "0.5"], ["0", "8", "11", "", "5.5", "0.5"]]
+
+
+def test_sonnets_printed_numbers_stand_next_to_ours(invented):
+    text = studies.fill_tables("reference_settings")
+    assert "| sonnet's notebook, one run | 0.056 | 326 |" in text
+    for sweep, title in studies.REFERENCES.items():
+        path = invented / f"reference_settings/{sweep}_curves.csv"
+        with path.open(newline="") as file:
+            ends = [
+                float(row["train/nmse"]) for row in csv.DictReader(file) if row["step"] == "100"
+            ]
+        expected = f"| {title} | {np.mean(ends):.4f} ± {np.std(ends, ddof=1):.4f} |"
+        assert expected in text
+
+
 @pytest.fixture
 def invented(tmp_path, monkeypatch):
     """Raw results of every sweep, drawn at random, and a page for each study."""
@@ -137,6 +162,12 @@ def invented(tmp_path, monkeypatch):
             writer.writerow(["folder", "step", *studies.CURVES])
             for number, step in itertools.product(range(len(jobs)), (50, 100)):
                 writer.writerow([number, step, *numbers.uniform(1, 2, len(studies.CURVES))])
+    with (tmp_path / "posterior_collapse/latents.csv").open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["folder", "rate", "own", "other"])
+        with (tmp_path / "posterior_collapse/posterior_collapse.csv").open(newline="") as jobs:
+            for row in csv.DictReader(jobs):
+                writer.writerow([row["folder"], *numbers.uniform(0.1, 1, 3)])
     for study, tables in studies.TABLES.items():
         marks = [f"<!-- table {name} -->\n<!-- end -->" for name in tables]
         (tmp_path / study).mkdir(exist_ok=True)
@@ -150,9 +181,14 @@ def test_tables_and_figures_show_all_settings_of_a_sweep(sweep, invented):
     text = studies.fill_tables(study)
     with (invented / study / f"{sweep}.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
+    name = "test/nmse"
+    if sweep == "posterior_collapse":  # an autoregressive decoder has no reconstruction
+        rows, name = studies.read_latents(), "own"
+    digits = 3 if name == "own" else 4
     for start in range(0, len(rows), 3):  # the seeds vary fastest
-        errors = [float(row["test/nmse"]) for row in rows[start : start + 3]]
-        assert f"{np.mean(errors):.4f} ± {np.std(errors, ddof=1):.4f}" in text
+        errors = [float(row[name]) for row in rows[start : start + 3]]
+        mean, deviation = np.mean(errors), np.std(errors, ddof=1)
+        assert f"{mean:.{digits}f} ± {deviation:.{digits}f}" in text
     for name, draw in studies.FIGURES[study].items():
         draw()
         with Image.open(invented / study / f"{name}.png") as figure:
