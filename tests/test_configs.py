@@ -245,7 +245,7 @@ def test_a_sweep_of_pipelines_lists_the_metrics_of_the_samples(toy, command):
 
 def test_a_sweep_repeats_only_the_jobs_that_are_missing(toy, command):
     options = (
-        *("sweep=learning_rate", *shrink("vqvae-train", toy)),
+        *("sweep=commitment", "hydra.sweeper.params.seed='0'", *shrink("vqvae-train", toy)),
         *("resume=auto", "hydra.sweep.dir=jobs"),
     )
     outcome = command("vqvae-train", *options)
