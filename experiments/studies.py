@@ -249,6 +249,19 @@ def tabulate_collapse() -> str:
     )
 
 
+def tabulate_decay() -> str:
+    """Make the table of `sweep=decay`."""
+    groups = group_rows(read_rows("decay"), *list_swept_keys("decay"))
+    return format_table(["`decay`"], groups, [NMSE, USE, PERPLEXITY], baseline=1)
+
+
+def tabulate_rates() -> str:
+    """Make the table of `sweep=learning_rate`."""
+    groups = group_rows(read_rows("learning_rate"), *list_swept_keys("learning_rate"))
+    titles = ["`lr`", "`revive_below`"]
+    return format_table(titles, groups, [NMSE, USE, PERPLEXITY], baseline=3)
+
+
 def group_cures() -> dict[str, list[Group]]:
     """Group the jobs of `sweep=collapse` by codebook, then by their cures."""
     groups = group_rows(read_rows("collapse"), *list_swept_keys("collapse"))
@@ -320,6 +333,7 @@ def tabulate_sizes() -> str:
         Column("uniform rate, bits/dim", metric("uniform_bits_per_dim"), ".3f"),
         Column("prior rate, bits/dim", metric("prior_bits_per_dim"), ".3f"),
         Column("total, bits/dim", metric("total_bits_per_dim"), ".3f"),
+        Column("accuracy of samples", metric("sample_accuracy"), ".1%"),
     ]
     return format_table(["`num_codes`", "`code_dim`"], group_sizes(), columns)
 
@@ -344,9 +358,15 @@ def draw_sizes() -> None:
         if code_dim == "64":
             for group, rate, error in zip(groups, rates, errors, strict=True):
                 axis.annotate(
-                    f"K={group.key[0]}", (rate, error), (6, 8), textcoords="offset points"
+                    f"K={group.key[0]}",
+                    (rate, error),
+                    (-6, -18),
+                    textcoords="offset points",
+                    ha="right",
                 )
-    axis.set(xlabel="cost of the codes under the prior, bits/dim", ylabel="test NMSE", yscale="log")
+    axis.set(
+        xlabel="cost of the codes under the prior, bits/dim", ylabel="test NMSE", xlim=(0.03, None)
+    )
     axis.legend()
     save(figure, "codebook_size", "rate_distortion")
 
