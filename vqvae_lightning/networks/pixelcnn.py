@@ -231,6 +231,28 @@ class PixelCNN(nn.Module):
             else CodesHead(channels, num_codes, codes_per_position)
         )
 
+    @torch.no_grad()
+    def start_from(self, tables: Tensor, generator: torch.Generator) -> None:
+        """Start with similar embeddings, and similar scores, for codes of similar vectors.
+
+        With random weights, the model must find out for each code alone when it occurs. Here the
+        embedding and the weights of the last layer start as random projections of the vectors of
+        the codes, so that from the first step a code learns from the codes near it. Both have the
+        scale of their usual start, and all of them are trained as usual.
+
+        Args:
+            tables: Vectors (Q, K, D) of each code of each codebook.
+            generator: CPU generator of the projections.
+        """
+        centred = tables.float().cpu() - tables.float().cpu().mean(1, keepdim=True)
+        # Codes of equal vectors, as in a collapsed codebook, say nothing about each other.
+        scaled = centred / centred.square().mean((1, 2), keepdim=True).sqrt().clamp(min=1e-12)
+        last = self.head[-1] if isinstance(self.head, nn.Sequential) else self.head.out
+        for weight in (self.embedding.weight, cast(nn.Conv2d, last).weight):
+            shape = (*scaled.shape[::2], weight.shape[1])
+            projected = scaled @ torch.randn(shape, generator=generator) / scaled.shape[2] ** 0.5
+            weight.copy_(projected.view(weight.shape) * weight.std())
+
     @property
     def layers_needed(self) -> int:
         """Smallest number of layers with which every position depends on all earlier ones."""

@@ -256,6 +256,9 @@ def fit(
         torch.cuda.set_device(get_local_rank())
         torch.cuda.reset_peak_memory_stats()
 
+    if isinstance(data, CodesDataModule):
+        stream = torch.Generator().manual_seed(derive_seed(cfg.seed, "init", 1))
+        task.start_from(data.vqvae.quantizer, stream)
     task.save_hyperparameters(to_plain(cfg))
     callbacks = [ConfigComparison(cfg), FinalValidation(), *build_parts(cfg.callbacks)]
     if watch is not None:

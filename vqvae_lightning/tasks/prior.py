@@ -1,7 +1,7 @@
 """Stage 2: train a prior over the codes of a VQ-VAE."""
 
 import math
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -9,9 +9,10 @@ from torch import Tensor, nn
 
 from vqvae_lightning.data.codes import CodesDataModule
 from vqvae_lightning.data.images import Batch
-from vqvae_lightning.errors import check_range
+from vqvae_lightning.errors import InputError, Key, check_range
 from vqvae_lightning.metrics import look_up_codes, unigram_log_probabilities
 from vqvae_lightning.networks.pixelcnn import PixelCNN
+from vqvae_lightning.quantizers.protocol import Quantizer
 from vqvae_lightning.tasks.compilation import compile_once
 from vqvae_lightning.tasks.divergence import WatchedTask
 from vqvae_lightning.tasks.optimization import (
@@ -19,6 +20,8 @@ from vqvae_lightning.tasks.optimization import (
     WarmupCosine,
     configure_optimizer,
 )
+
+STARTS = ("codebook", "random")
 
 
 def compute_loss(logits: Tensor, codes: Tensor, label_smoothing: float) -> Tensor:
@@ -31,6 +34,22 @@ def compute_loss(logits: Tensor, codes: Tensor, label_smoothing: float) -> Tenso
             arXiv:1512.00567, section 7).
     """
     return F.cross_entropy(logits, codes, label_smoothing=label_smoothing)
+
+
+def decode_each_code(quantizer: Quantizer) -> Tensor:
+    """Decode each code of each codebook on its own, as (Q, K, D).
+
+    With several codes per position, the other codes of the position are 0. They add the same to the
+    vectors of all codes of a codebook, in whose differences it cancels.
+    """
+    each, num_codes = quantizer.codes_per_position, quantizer.num_codes
+    tables = []
+    for book in range(each):
+        codes = torch.zeros(num_codes, 1, 1, each, dtype=torch.long)
+        codes[:, 0, 0, book] = torch.arange(num_codes)
+        vectors = quantizer.decode(codes if each > 1 else codes[..., 0])
+        tables.append(vectors.flatten(1))
+    return torch.stack(tables)
 
 
 class PriorTask(WatchedTask):
@@ -46,11 +65,13 @@ class PriorTask(WatchedTask):
         optimizer: Builds the optimizer from the parameters.
         schedule: Factor on the learning rate; None keeps it constant.
         label_smoothing: As in `compute_loss`. Logged nats per code are never smoothed.
+        start: First weights for each code: `codebook` takes them from the codes' vectors, so that
+            similar codes start alike (`PixelCNN.start_from`); `random` ignores the vectors.
         channels_last: Store maps and weights with the channels innermost.
         compile: Compile the network with `torch.compile`.
 
     Raises:
-        InputError: If `label_smoothing` is outside [0, 1].
+        InputError: If `label_smoothing` is outside [0, 1], or `start` is unknown.
     """
 
     unigram: Tensor
@@ -61,10 +82,14 @@ class PriorTask(WatchedTask):
         optimizer: OptimizerFactory,
         schedule: WarmupCosine | None = None,
         label_smoothing: float = 0.0,
+        start: Literal["codebook", "random"] = "random",
         channels_last: bool = True,
         compile: bool = False,
     ) -> None:
         super().__init__()
+        if start not in STARTS:
+            raise InputError(Key("start"), f"={start} must be one of {', '.join(STARTS)}.")
+        self.start = start
         self.net = net.to(memory_format=torch.channels_last) if channels_last else net
         self.parts_to_compile: list[nn.Module] = [net] if compile else []
         self.optimizer_factory = optimizer
@@ -74,6 +99,16 @@ class PriorTask(WatchedTask):
         each = net.codes_per_position
         shape = (each, net.num_codes) if each > 1 else (net.num_codes,)
         self.register_buffer("unigram", torch.zeros(shape), persistent=False)
+
+    def start_from(self, quantizer: Quantizer, generator: torch.Generator) -> None:
+        """Set the first weights for each code, before the first step of a training.
+
+        Args:
+            quantizer: Quantizer of the VQ-VAE, trained.
+            generator: CPU generator, equal on all ranks.
+        """
+        if self.start == "codebook":
+            self.net.start_from(decode_each_code(quantizer), generator)
 
     def setup(self, stage: str) -> None:
         """Compute the unigram model from the training codes."""

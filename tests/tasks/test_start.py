@@ -1,0 +1,128 @@
+"""A prior starts with similar weights for codes whose vectors are similar."""
+
+import itertools
+
+import pytest
+import torch
+from conftest import TINY_VQVAE
+
+from vqvae_lightning import load
+from vqvae_lightning.errors import InputError
+from vqvae_lightning.networks.pixelcnn import PixelCNN
+from vqvae_lightning.quantizers import EMAQuantizer
+from vqvae_lightning.tasks import PriorTask
+from vqvae_lightning.tasks.prior import compute_loss, decode_each_code
+
+TINY_PRIOR = ("trainer=debug", "model.net.channels=8", "model.net.layers=2", "batch_size=8")
+
+
+def make(num_codes, codes_per_position=1):
+    return PixelCNN(
+        num_codes, 4, 4, channels=32, layers=2, codes_per_position=codes_per_position
+    ).eval()
+
+
+def last_layer(net):
+    return net.head[-1] if net.codes_per_position == 1 else net.head.out
+
+
+@pytest.mark.parametrize("each", [1, 3])
+def test_angles_between_codes_become_those_of_their_vectors(each):
+    tables = 5 + 3 * torch.randn(each, 40, 6)
+    net = make(40, each)
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    scales = [w.detach().std() for w in (net.embedding.weight, last_layer(net).weight)]
+    net.start_from(tables, torch.Generator().manual_seed(0))
+    centred = tables - tables.mean(1, keepdim=True)
+    for weight, scale in zip((net.embedding.weight, last_layer(net).weight), scales, strict=True):
+        weight = weight.detach()
+        assert float(weight.std() / scale) == pytest.approx(1, rel=0.15)
+        for vectors, rows in zip(centred, weight.flatten(1).view(each, 40, 32), strict=True):
+            near = torch.corrcoef(torch.stack([torch.pdist(vectors), torch.pdist(rows)]))[0, 1]
+            assert near > 0.8  # 32 random directions keep distances to about 1/8
+    changed = {n for n, value in net.state_dict().items() if not torch.equal(value, before[n])}
+    assert changed == {"embedding.weight", "head.3.weight" if each == 1 else "head.out.weight"}
+
+
+def test_codes_of_equal_vectors_start_equal():
+    net = make(6)
+    vectors = torch.randn(3, 5)
+    net.start_from(torch.cat([vectors, vectors])[None], torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        last_layer(net).bias.zero_()
+        codes = torch.randint(3, (2, 4, 4))
+        logits = net(codes)
+        torch.testing.assert_close(net(codes + 3), logits)
+    torch.testing.assert_close(logits[:, :3], logits[:, 3:])
+
+
+@pytest.mark.parametrize("arrangement", ["product", "residual"])
+def test_each_code_is_decoded_on_its_own(arrangement):
+    options = {"init": "uniform", "warmup_steps": 0, "arrangement": arrangement}
+    quantizer = EMAQuantizer(5, 6, codes_per_position=3, **options)
+    with torch.no_grad():
+        quantizer.codebook.normal_()
+    tables = decode_each_code(quantizer)
+    assert tables.shape == (3, 5, 6)
+    width = 2 if arrangement == "product" else 6
+    for book, table in enumerate(tables):
+        start = book * width if arrangement == "product" else 0
+        rows = quantizer.codebook[book]
+        differences = table[:, start : start + width] - table[:1, start : start + width]
+        torch.testing.assert_close(differences, rows - rows[:1])
+
+
+def test_one_codebook_is_decoded_as_its_rows():
+    quantizer = EMAQuantizer(7, 3)
+    assert torch.equal(decode_each_code(quantizer)[0], quantizer.codebook)
+
+
+def test_similar_codes_are_learnt_together():
+    """Codes on a circle: a grid repeats one place on it, each time by one of 8 near codes."""
+    places = torch.arange(64) / 64 * 2 * torch.pi
+    vectors = torch.stack([places.cos(), places.sin()], dim=1)
+    centre = torch.randint(64, (256, 1, 1))
+    codes = (centre + torch.randint(8, (256, 4, 4))) % 64
+    losses = {}
+    for start in ("codebook", "random"):
+        torch.manual_seed(0)
+        net = PixelCNN(64, 4, 4, channels=16, layers=2, dropout=0)
+        if start == "codebook":
+            net.start_from(vectors[None], torch.Generator().manual_seed(0))
+        optimizer = torch.optim.Adam(net.parameters(), 5e-3)
+        for batch in itertools.chain.from_iterable([codes[:128].split(32)] * 15):
+            loss = compute_loss(net(batch), batch, 0.0)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        with torch.no_grad():
+            losses[start] = float(compute_loss(net(codes[128:]), codes[128:], 0.0))
+    assert losses["codebook"] < losses["random"] - 0.2
+
+
+def test_a_training_starts_as_its_config_says(toy, command, monkeypatch):
+    trained = command("vqvae-train", *toy, *TINY_VQVAE)
+    path = trained.folder / "checkpoints/best.ckpt"
+    first = {}
+
+    def remember(self, *_):
+        first[self.start] = self.net.embedding.weight.detach().clone()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(PriorTask, "training_step", remember)
+    for start in ("codebook", "random"):
+        outcome = command(
+            "vqvae-train", "--config-name", "prior", *toy, *TINY_PRIOR,
+            f"vqvae_checkpoint={path}", f"model.start={start}",
+            folder=trained.folder.parent / start,
+        )  # fmt: skip
+        assert outcome.status == 130, outcome.err
+    codebook = load(path).net.quantizer.codebook
+    distances = [torch.pdist(rows - rows.mean(0)) for rows in (codebook, *first.values())]
+    likeness = torch.corrcoef(torch.stack(distances))[0]
+    assert likeness[1] > 0.6 > abs(float(likeness[2]))
+
+
+def test_a_bad_start_is_refused():
+    with pytest.raises(InputError, match="start=rows must be one of codebook, random"):
+        PriorTask(make(4), torch.optim.Adam, start="rows")
