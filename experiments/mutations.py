@@ -830,6 +830,48 @@ MUTATIONS = (
         ),
     ),
     *mutations_of(
+        "quantizers/sonnet.py",
+        "quantizers/test_sonnet.py",
+        (
+            "averages not corrected for their start",
+            "weight = 1 - self.decay**self.steps",
+            "weight = 1.0",
+            "test_the_codebook_is_that_of_sonnets_formulas",
+        ),
+        (
+            "codes without hits stay",
+            "self.codebook.copy_(self.sums / weight / smooth[:, None])",
+            "self.codebook[counts > 0] = (self.sums / weight / smooth[:, None])[counts > 0]",
+            "test_a_code_without_hits_becomes_the_zero_vector",
+        ),
+    ),
+    *mutations_of(
+        "networks/pixelcnn.py",
+        "tasks/test_start.py",
+        (
+            "codes start from vectors that are not centred",
+            "centred = tables.float().cpu() - tables.float().cpu().mean(1, keepdim=True)",
+            "centred = tables.float().cpu()",
+            "test_angles_between_codes_become_those_of_their_vectors",
+        ),
+    ),
+    *mutations_of(
+        "tasks/prior.py",
+        "tasks/test_start.py",
+        (
+            "one codebook decoded for all",
+            "codes[:, 0, 0, book] = torch.arange(num_codes)",
+            "codes[:, 0, 0, 0] = torch.arange(num_codes)",
+            "test_each_code_is_decoded_on_its_own",
+        ),
+        (
+            "any start is random",
+            'if self.start == "codebook":',
+            'if self.start == "rows":',
+            "test_a_training_starts_as_its_config_says",
+        ),
+    ),
+    *mutations_of(
         "pictures.py",
         "stages/test_pipeline.py",
         (

@@ -526,6 +526,7 @@ def tabulate_bits() -> str:
         ("codes in use", "codebook_use", ".1%"),
         ("perplexity of a codebook", "perplexity", ".0f"),
         ("prior, nats per code", "nats_per_code", ".3f"),
+        ("accuracy of a classifier on real images", "real_accuracy", ".1%"),
         ("accuracy of a classifier on samples", "sample_accuracy", ".1%"),
     ):
         values = [r["metrics"][f"test/{name}"]["value"] for r in found.values()]

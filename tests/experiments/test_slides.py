@@ -137,7 +137,7 @@ $$ x $$
 
 ![A chart]({CHART} "labels 16 pt")
 
-Source: [experiments/prior](../../prior/README.md)
+Source: [experiments/bits_per_dim](../../bits_per_dim/README.md)
 
 Notes: Spoken.
 """
@@ -172,7 +172,7 @@ def test_what_does_not_fit_is_refused():
 
 def test_an_unfounded_number_stops_the_build(slides, tmp_path):
     changed = deck.Slide(7, "A title", text=["Error 0.12345"], notes="Spoken.")
-    changed.sources = [("experiments/prior", "../../prior/README.md")]
+    changed.sources = [("experiments/bits_per_dim", "../../bits_per_dim/README.md")]
     with pytest.raises(deck.DeckError, match=r"md:7: 'A title': no cited page.*number 0.12345"):
         deck.build([slides[0], changed], tmp_path)
     assert not list(tmp_path.iterdir())

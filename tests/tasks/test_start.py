@@ -39,6 +39,7 @@ def test_angles_between_codes_become_those_of_their_vectors(each):
         assert float(weight.std() / scale) == pytest.approx(1, rel=0.15)
         for vectors, rows in zip(centred, weight.flatten(1).view(each, 40, 32), strict=True):
             near = torch.corrcoef(torch.stack([torch.pdist(vectors), torch.pdist(rows)]))[0, 1]
+            torch.testing.assert_close(rows.mean(0), torch.zeros(32), rtol=0, atol=1e-5)
             assert near > 0.8  # 32 random directions keep distances to about 1/8
     changed = {n for n, value in net.state_dict().items() if not torch.equal(value, before[n])}
     assert changed == {"embedding.weight", "head.3.weight" if each == 1 else "head.out.weight"}

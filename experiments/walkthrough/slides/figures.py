@@ -86,12 +86,6 @@ def read_number(cell: str) -> float:
     return float(found.group())
 
 
-def read_metrics(study: str) -> dict[str, str]:
-    """Return the metrics of a study's page by name."""
-    rows = read_table(STUDIES / study / "README.md", "metric (test images)", "value")
-    return {row["metric (test images)"].removeprefix("test/"): row["value"] for row in rows}
-
-
 # Parts of figures
 
 
@@ -514,21 +508,6 @@ def draw_bars(
 
 
 @drawing
-def draw_warmup() -> tuple[Figure, Cells]:
-    """Error with and without warm-up, for both ways in which a codebook learns."""
-    rows = read_table(STUDIES / "quantizers/README.md", "quantizer", "warmup_steps", "init=kmeans")
-    kinds = {"ema": "moving average", "loss": "gradient"}
-    names = [
-        kinds[row["quantizer"]] + ("" if row["warmup_steps"] == "0" else "\n+ warm-up")
-        for row in rows
-    ]
-    cells = [row["init=kmeans"].split()[0] for row in rows]
-    figure, (axes,) = make_chart(7.4, 4.9)
-    draw_bars(axes, names, cells, [row["warmup_steps"] != "0" for row in rows], "test NMSE", 1.3)
-    return figure, dict(zip(names, cells, strict=True))
-
-
-@drawing
 def draw_samplers() -> tuple[Figure, Cells]:
     """Fréchet distance of new images from each sampler; that of the PixelCNN is strong."""
     page = STUDIES / "traditional_autoencoders/README.md"
@@ -543,59 +522,20 @@ def draw_samplers() -> tuple[Figure, Cells]:
 
 
 @drawing
-def draw_bottlenecks() -> tuple[Figure, Cells]:
-    """Error of each bottleneck; those with one code of 512 per position are strong."""
-    rows = read_table(STUDIES / "quantizers/README.md", "quantizer=", "codes", "NMSE")
-    names = [row["quantizer="].split(":")[0].split(",")[0] for row in rows]
-    cells = [row["NMSE"] for row in rows]
-    figure, (axes,) = make_chart(7.4, 5.1)
-    draw_bars(axes, names, cells, [row["codes"] == "512" for row in rows], "test NMSE", 1.3)
-    return figure, dict(zip(names, cells, strict=True))
-
-
-@drawing
 def draw_prior() -> tuple[Figure, Cells]:
-    """Cost of a code under three models of the codes of Fashion-MNIST."""
-    rows = read_table(STUDIES / "prior/README.md", "change", "nats per code")
-    metrics = read_metrics("fashion_mnist")
-    uniform = next(row["nats per code"] for row in rows if row["change"].startswith("uniform"))
-    cells = {
-        "uniform": uniform,
-        "histogram": metrics["unigram_nats_per_code"],
-        "one per position": metrics["position_nats_per_code"],
-        "PixelCNN": metrics["nats_per_code"],
+    """Cost of the codes of Fashion-MNIST under three models of them."""
+    rows = read_table(STUDIES / "bits_per_dim/README.md", "bits/dim, test images", "Fashion-MNIST")
+    names = {
+        "rate, uniform codes": "uniform",
+        "rate, histogram of the codes": "histogram",
+        "rate, PixelCNN prior": "PixelCNN",
     }
+    found = {row["bits/dim, test images"]: row["Fashion-MNIST"] for row in rows}
+    cells = {short: found[name] for name, short in names.items()}
     figure, (axes,) = make_chart(7.4, 4.6)
     strong = [name == "PixelCNN" for name in cells]
-    short = [f"{float(cell):.2f}" for cell in cells.values()]
-    draw_bars(axes, list(cells), short, strong, "nats per code", 1.2)
-    return figure, cells
-
-
-@drawing
-def draw_rate() -> tuple[Figure, Cells]:
-    """Bits per dimension of codes and of the pixels given the codes, on three data sets."""
-    studies = {"bundled": "bundled_data", "Fashion-MNIST": "fashion_mnist", "CIFAR-10": "cifar10"}
-    cells: Cells = {}
-    figure, (axes,) = make_chart(7.4, 4.6)
-    for place, (name, study) in enumerate(studies.items()):
-        metrics = read_metrics(study)
-        codes, pixels, total = (
-            metrics[f"{part}_bits_per_dim"] for part in ("prior", "reconstruction", "total")
-        )
-        axes.barh(place, float(codes), color=ACCENT, height=0.62)
-        axes.barh(place, float(pixels), left=float(codes), color=LIGHT, height=0.62)
-        axes.text(float(total) + 0.1, place, f"{float(total):.2f}", va="center", fontsize=NORMAL)
-        middle = (float(codes) + float(total)) / 2
-        axes.text(middle, place, "pixels", ha="center", va="center", fontsize=SMALL, color=DARK)
-        note = {"color": ACCENT, "fontsize": SMALL, "weight": "bold", "va": "top"}
-        axes.text(0, place + 0.33, f"codes {float(codes):.2f}", **note)
-        cells[name] = [codes, pixels, total]
-    axes.set_yticks(range(len(studies)), list(studies))
-    axes.set(xticks=[], xlim=(0, 7.2), ylim=(2.8, -0.45))
-    axes.spines["bottom"].set_visible(False)
-    axes.set_xlabel("bits per dimension", fontsize=SMALL, color=DARK)
-    return figure, cells
+    draw_bars(axes, list(cells), list(cells.values()), strong, "bits per dimension", 1.2)
+    return figure, dict(cells)
 
 
 @drawing
