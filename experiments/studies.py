@@ -373,7 +373,10 @@ def draw_sizes() -> None:
 
 def read_latents() -> list[Row]:
     """Read the jobs of `sweep=posterior_collapse` with what its `analysis.py` measured of each."""
-    with (ROOT / "posterior_collapse/latents.csv").open(newline="") as file:
+    path = ROOT / "posterior_collapse/latents.csv"
+    if not path.is_file():
+        raise SystemExit(f"error: {path} is missing: run analysis.py there first.")
+    with path.open(newline="") as file:
         found = {row["folder"]: row for row in csv.DictReader(file)}
     return [row | found[row["folder"]] for row in read_rows("posterior_collapse")]
 

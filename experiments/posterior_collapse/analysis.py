@@ -176,7 +176,8 @@ def analyse(folder: Path, output: Path, images: int | None = None) -> None:
     writer.writeheader()
     writer.writerows({key: format_value(value) for key, value in row.items()} for row in rows)
     write_text(output / "latents.csv", text.getvalue())
-    save_picture(output / "samples.png", shown, drawn)
+    if drawn:
+        save_picture(output / "samples.png", shown, drawn)
 
 
 def format_value(value: str | float) -> str:

@@ -30,6 +30,12 @@ spec.loader.exec_module(analysis)
 PIXELS = 2 * 8 * 8
 
 
+@pytest.fixture(autouse=True)
+def small_batches(monkeypatch):
+    """Several batches for a few images."""
+    monkeypatch.setattr(analysis, "BATCH", 4)
+
+
 def build(quantizer, decoder=None):
     sizes = {"channels": 2, "hidden": 4, "residual_blocks": 0, "residual_hidden": 2}
     net = VQVAE(quantizer, likelihood=Categorical, decoder=decoder, **sizes).eval()

@@ -20,7 +20,7 @@ from vqvae_lightning.data.sources import Split, Splits
 from vqvae_lightning.errors import DivergenceError, RankError
 from vqvae_lightning.metrics import CodebookUsage, LatentUsage
 from vqvae_lightning.networks.autoencoder import VQVAE
-from vqvae_lightning.quantizers import EMAQuantizer, LossQuantizer
+from vqvae_lightning.quantizers import EMAQuantizer, LossQuantizer, SonnetEMAQuantizer
 
 STEPS = 6
 
@@ -55,12 +55,16 @@ QUANTIZERS = {
     for arrangement in ("product", "residual")
     for init in ("kmeans", "data")
 }
+RECIPE = {"warmup_steps": 2, "revive_below": 0.5, "revive_every": 2}
+QUANTIZERS = {name: (make, RECIPE | options) for name, (make, options) in QUANTIZERS.items()} | {
+    "SonnetEMAQuantizer": (SonnetEMAQuantizer, {})
+}
 
 
 def build(case):
     make, options = QUANTIZERS[case]
     torch.manual_seed(0)
-    return make(24, 4, warmup_steps=2, decay=0.7, revive_below=0.5, revive_every=2, **options)
+    return make(24, 4, decay=0.7, **options)
 
 
 def encode(folder):

@@ -75,3 +75,5 @@ def test_training_goes_on_from_a_checkpoint_as_without_it():
 def test_a_bad_value_is_refused():
     with pytest.raises(InputError, match=r"decay=1 must be below 1"):
         SonnetEMAQuantizer(6, 3, decay=1)
+    with pytest.raises(InputError, match=r"epsilon=0 must be above 0"):
+        SonnetEMAQuantizer(6, 3, epsilon=0)

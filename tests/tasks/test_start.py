@@ -9,7 +9,7 @@ from conftest import TINY_VQVAE
 from vqvae_lightning import load
 from vqvae_lightning.errors import InputError
 from vqvae_lightning.networks.pixelcnn import PixelCNN
-from vqvae_lightning.quantizers import EMAQuantizer
+from vqvae_lightning.quantizers import EMAQuantizer, LibraryQuantizer
 from vqvae_lightning.tasks import PriorTask
 from vqvae_lightning.tasks.prior import compute_loss, decode_each_code
 
@@ -71,6 +71,30 @@ def test_each_code_is_decoded_on_its_own(arrangement):
         rows = quantizer.codebook[book]
         differences = table[:, start : start + width] - table[:1, start : start + width]
         torch.testing.assert_close(differences, rows - rows[:1])
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("FSQ", {"levels": [4, 3]}),
+        ("ResidualVQ", {"codebook_size": 12, "num_quantizers": 2, "rotation_trick": False}),
+    ],
+)
+def test_codes_of_the_library_are_decoded_as_the_decoder_gets_them(name, options):
+    pytest.importorskip("vector_quantize_pytorch")
+    quantizer = LibraryQuantizer(name, 6, options=options).eval()
+    z = torch.randn(3, 6, 4, 4)
+    output = quantizer(z)  # the first call sets the codebooks of some classes
+    tables = decode_each_code(quantizer)
+    codes = output.codes if name == "ResidualVQ" else output.codes[..., None]
+    chosen = torch.stack([table[codes[..., book]] for book, table in enumerate(tables)]).sum(0)
+    others = tables[:, 0].sum(0) * (len(tables) - 1) / len(tables)  # of the codes that were 0
+    torch.testing.assert_close(chosen - others, output.vectors.movedim(1, -1), rtol=1e-4, atol=1e-4)
+
+
+def test_a_config_without_a_start_is_that_of_an_older_run():
+    """Older runs started at random, and repeat so."""
+    assert PriorTask(make(4), torch.optim.Adam).start == "random"
 
 
 def test_one_codebook_is_decoded_as_its_rows():

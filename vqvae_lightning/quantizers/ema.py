@@ -21,7 +21,8 @@ class EMAQuantizer(VectorQuantizer):
     2017 (arXiv:1711.00937), appendix A.1.
 
     The averages start from the codebook with one hit per code, so that a code without hits stays
-    where it is. Counts that start at zero throw unused rows far away and collapse the codebook.
+    where it is. Counts that start at zero, with sums that start at the rows, throw unused rows far
+    away and collapse the codebook.
 
     Args:
         num_codes: Rows of the codebook, or of each codebook (K in the paper).

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from vqvae_lightning.distributed import all_reduce
+from vqvae_lightning.errors import InputError, Key
 from vqvae_lightning.quantizers.ema import EMAQuantizer
 
 
@@ -23,7 +24,8 @@ class SonnetEMAQuantizer(EMAQuantizer):
         code_dim: Channels of `z` (D).
         commitment: Weight of the commitment term.
         decay: Share of the old average kept per optimizer step, in [0, 1).
-        epsilon: Number of vectors added to each count, in the division only (Laplace smoothing).
+        epsilon: Number of vectors added to each count, in the division only, above 0 (Laplace
+            smoothing).
 
     Raises:
         InputError: If a value is outside its range.
@@ -47,6 +49,10 @@ class SonnetEMAQuantizer(EMAQuantizer):
             warmup_steps=0,
             revive_below=0,
         )
+        if epsilon == 0:
+            raise InputError(
+                Key("epsilon"), "=0 must be above 0: a code without hits would be 0 / 0."
+            )
         self.counts.zero_()
         self.sums.zero_()
 
