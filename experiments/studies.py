@@ -249,19 +249,6 @@ def tabulate_collapse() -> str:
     )
 
 
-def tabulate_decay() -> str:
-    """Make the table of `sweep=decay`."""
-    groups = group_rows(read_rows("decay"), *list_swept_keys("decay"))
-    return format_table(["`decay`"], groups, [NMSE, USE, PERPLEXITY], baseline=1)
-
-
-def tabulate_rates() -> str:
-    """Make the table of `sweep=learning_rate`."""
-    groups = group_rows(read_rows("learning_rate"), *list_swept_keys("learning_rate"))
-    titles = ["`lr`", "`revive_below`"]
-    return format_table(titles, groups, [NMSE, USE, PERPLEXITY], baseline=3)
-
-
 def group_cures() -> dict[str, list[Group]]:
     """Group the jobs of `sweep=collapse` by codebook, then by their cures."""
     groups = group_rows(read_rows("collapse"), *list_swept_keys("collapse"))
@@ -492,6 +479,7 @@ def draw_references() -> None:
         axis.set_xscale("log")
     axes[0].set_yscale("log")
     axes[0].yaxis.set_minor_formatter(NullFormatter())
+    axes[0].set_yticks([0.05, 0.1, 0.2, 0.5], ["0.05", "0.1", "0.2", "0.5"])
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
     save(figure, "reference_settings", "curves")
 
