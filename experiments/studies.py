@@ -400,7 +400,7 @@ def draw_latents() -> None:
             places = [number + shift for number in range(len(found))]
             axis.barh(places, means, 0.4, xerr=deviations, capsize=3, color=colour, label=title)
         axis.set_yticks(range(len(found)), [group.key[1] for group in found])
-        axis.set(title=f"decoder: {decoder}", xlabel="bits per image", xscale="symlog")
+        axis.set(title=f"decoder: {decoder}", xlabel="bits per image", xlim=(0, 3500))
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
     save(figure, "posterior_collapse", "latents")
 
