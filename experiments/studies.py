@@ -327,7 +327,7 @@ def tabulate_sizes() -> str:
 
 def draw_sizes() -> None:
     """Draw the error against the cost of the codes, for each number of channels."""
-    figure, axis = plt.subplots(figsize=(10, 5), layout="constrained")
+    figure, axis = plt.subplots(figsize=(10, 4.2), layout="constrained")
     for code_dim, colour in (("4", "#d1495b"), ("64", "#0b6e99")):
         groups = [group for group in group_sizes() if group.key[1] == code_dim]
         rates, spread = zip(*(g.measure(metric("prior_bits_per_dim")) for g in groups), strict=True)
