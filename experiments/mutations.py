@@ -214,7 +214,7 @@ MUTATIONS = (
         ),
         (
             "rows without hits shrink",
-            "torch.where(fresh[..., :1] > 0, rows, self.codebook)",
+            "torch.where(hits[..., None] > 0, rows, self.codebook)",
             "rows",
             "test_codes_without_hits_stay_where_they_are",
         ),

@@ -57,16 +57,25 @@ class EMAQuantizer(VectorQuantizer):
 
     def learn(self) -> None:
         """Apply equations 6 to 8 of appendix A.1 to the statistics of all ranks."""
+        hits = self.average()
+        total = self.counts.sum(-1, keepdim=True)
+        share = (self.counts + self.epsilon) / (total + self.num_codes * self.epsilon)
+        rows = self.scale(self.sums / (share * total)[..., None])
+        # Only rows with hits: smoothing would shrink the others as their counts decay.
+        self.codebook.copy_(torch.where(hits[..., None] > 0, rows, self.codebook))
+
+    def average(self) -> Tensor:
+        """Move counts and sums by the statistics of all ranks (equations 6 and 7).
+
+        Returns:
+            The hits ([Q,] K) of each code since the last call, on all ranks.
+        """
         fresh = all_reduce(torch.cat([self.new_counts[..., None], self.new_sums], dim=-1))
         self.counts.lerp_(fresh[..., 0], 1 - self.decay)
         self.sums.lerp_(fresh[..., 1:], 1 - self.decay)
         self.new_counts.zero_()
         self.new_sums.zero_()
-        total = self.counts.sum(-1, keepdim=True)
-        share = (self.counts + self.epsilon) / (total + self.num_codes * self.epsilon)
-        rows = self.scale(self.sums / (share * total)[..., None])
-        # Only rows with hits: smoothing would shrink the others as their counts decay.
-        self.codebook.copy_(torch.where(fresh[..., :1] > 0, rows, self.codebook))
+        return fresh[..., 0]
 
     def set_rows(self, rows: Tensor, where: Tensor, count: Tensor) -> None:
         """Replace rows, and set counts and sums to match so that the next update keeps them."""

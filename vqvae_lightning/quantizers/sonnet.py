@@ -5,7 +5,6 @@ import math
 import torch
 from torch import Tensor
 
-from vqvae_lightning.distributed import all_reduce
 from vqvae_lightning.errors import InputError, Key
 from vqvae_lightning.quantizers.ema import EMAQuantizer
 
@@ -63,11 +62,7 @@ class SonnetEMAQuantizer(EMAQuantizer):
 
     def learn(self) -> None:
         """Apply equations 6 to 8 of appendix A.1 to averages that are corrected for their start."""
-        fresh = all_reduce(torch.cat([self.new_counts[:, None], self.new_sums], dim=1))
-        self.counts.lerp_(fresh[:, 0], 1 - self.decay)
-        self.sums.lerp_(fresh[:, 1:], 1 - self.decay)
-        self.new_counts.zero_()
-        self.new_sums.zero_()
+        self.average()
         weight = 1 - self.decay**self.steps
         counts = self.counts / weight
         total = counts.sum()
