@@ -22,6 +22,7 @@ import re
 import shutil
 import statistics
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -46,16 +47,21 @@ STUDIES = {
     "codebook_size": "codebook_size",
     "commitment": "training_dynamics",
     "collapse": "training_dynamics",
+    "decay": "training_dynamics",
+    "learning_rate": "training_dynamics",
     "posterior_collapse": "posterior_collapse",
     "sonnet_cifar10": "reference_settings",
     "recipe_cifar10": "reference_settings",
 }
 """Study of each sweep."""
-CURVES = ("train/commitment", "train/latent_power", "train/nmse", "train/perplexity")
-SWEEPS_WITH_CURVES = {"commitment": 1, "sonnet_cifar10": 100, "recipe_cifar10": 100}
+DRIFT = "val/codebook_drift"
+CURVES = ("train/commitment", "train/latent_power", "train/nmse", "train/perplexity", DRIFT)
+SWEEPS_WITH_CURVES = {"commitment": 1, "decay": 1, "sonnet_cifar10": 100, "recipe_cifar10": 100}
 """Number of logged steps whose mean is stored as one, by sweep."""
 BITS = "bits_per_dim"
 """Study of single pipelines."""
+DEFAULT_DECAY, DEFAULT_RATE = 2, 3
+"""Rows of the default recipe in the tables of `sweep=decay` and `sweep=learning_rate`."""
 NO_CURE = ("uniform", "0", "0.0")
 TITLES = {"FashionMNIST": "Fashion-MNIST", "cifar10": "CIFAR-10", "CIFAR10": "CIFAR-10"}
 """Names of data sets in tables and figures."""
@@ -171,13 +177,13 @@ USE = Column("codes in use", metric("codebook_use"), ".1%")
 PERPLEXITY = Column("perplexity", metric("perplexity"), ".0f")
 
 
-def group_quantizers() -> list[Group]:
-    """Group the jobs of `sweep=quantizers`."""
-    return group_rows(read_rows("quantizers"), *list_swept_keys("quantizers"))
+def group_quantizers(sweep: str) -> list[Group]:
+    """Group the jobs of a sweep over quantizers."""
+    return group_rows(read_rows(sweep), *list_swept_keys(sweep))
 
 
-def tabulate_quantizers() -> str:
-    """Make the table of `sweep=quantizers`."""
+def tabulate_quantizers(sweep: str) -> str:
+    """Make the table of a sweep over quantizers."""
     columns = [
         NMSE,
         USE,
@@ -188,12 +194,12 @@ def tabulate_quantizers() -> str:
         Column("Fréchet distance of samples", metric("sample_fid"), ".1f"),
         Column("seconds", lambda row: float(row["seconds"]), ".0f"),
     ]
-    return format_table(["`quantizer=`"], group_quantizers(), columns)
+    return format_table(["`quantizer=`"], group_quantizers(sweep), columns)
 
 
-def draw_quantizers() -> None:
+def draw_quantizers(sweep: str) -> None:
     """Draw error, cost of the codes and accuracy of the samples of each quantizer."""
-    groups = group_quantizers()[::-1]
+    groups = group_quantizers(sweep)[::-1]
     panels = [
         ("test NMSE", metric("nmse")),
         ("prior, nats per position", nats_per_position),
@@ -203,7 +209,7 @@ def draw_quantizers() -> None:
     for axis, (title, value) in zip(axes, panels, strict=True):
         draw_bars(axis, [group.key[0] for group in groups], groups, value, "#0b6e99")
         axis.set_title(title)
-    save(figure, "quantizers", "quantizers")
+    save(figure, "quantizers", sweep)
 
 
 def draw_bars(
@@ -261,11 +267,74 @@ def list_cures(key: Sequence[str]) -> list[str]:
     return [word for word, value in zip(words, key[1:], strict=True) if value not in NO_CURE]
 
 
+def tabulate_decay() -> str:
+    """Make the table of `sweep=decay`."""
+    ends = read_ends("decay")
+    columns = [
+        NMSE,
+        USE,
+        PERPLEXITY,
+        Column("drift", lambda row: float(ends[row["folder"]][DRIFT]), ".3f"),
+    ]
+    return format_table(["`decay`"], group_decays(), columns, baseline=DEFAULT_DECAY)
+
+
+def group_decays() -> list[Group]:
+    """Group the jobs of `sweep=decay`."""
+    return group_rows(read_rows("decay"), *list_swept_keys("decay"))
+
+
+def draw_decay() -> None:
+    """Draw the error of each decay, and how far its codebook moves between validations."""
+    groups = group_decays()
+    figure, axes = plt.subplots(1, 2, figsize=(12, 4.5), layout="constrained")
+    decays = [group.key[0] for group in groups]
+    draw_bars(axes[0], decays[::-1], groups[::-1], metric("nmse"), "#d1495b")
+    axes[0].set(xlabel="test NMSE", ylabel="decay")
+    curves = read_curves_of("decay")
+    for shade, group in enumerate(groups):
+        drift = average_curve(group.rows, curves, lambda point: float(point[DRIFT]), DRIFT)
+        colour = plt.get_cmap("viridis")(0.9 - 0.28 * shade)
+        axes[1].plot(*drift, "o-", color=colour, linewidth=2.5, label=group.key[0])
+    axes[1].set(xlabel="updates", ylabel="drift since the last validation", ylim=(0, None))
+    names = axes[1].get_legend_handles_labels()
+    figure.legend(*names, title="decay", loc="outside lower center", ncols=len(groups))
+    save(figure, "training_dynamics", "decay")
+
+
+def group_rates() -> list[Group]:
+    """Group the jobs of `sweep=learning_rate`."""
+    return group_rows(read_rows("learning_rate"), *list_swept_keys("learning_rate"))
+
+
+def tabulate_rates() -> str:
+    """Make the table of `sweep=learning_rate`."""
+    titles = ["`lr`", "`revive_below`"]
+    return format_table(titles, group_rates(), [NMSE, USE, PERPLEXITY], baseline=DEFAULT_RATE)
+
+
+def draw_rates() -> None:
+    """Draw error and perplexity of each learning rate, with and without revival."""
+    groups = group_rates()[::-1]
+    keys = [group.key for group in groups]
+    labels = [f"{rate}{', revival' if float(below) else ''}" for rate, below in keys]
+    figure, axes = plt.subplots(1, 2, figsize=(12, 4.5), sharey=True, layout="constrained")
+    panels = (("NMSE", metric("nmse"), "#d1495b"), ("perplexity", metric("perplexity"), "#0b6e99"))
+    for axis, (title, value, colour) in zip(axes, panels, strict=True):
+        draw_bars(axis, labels, groups, value, colour)
+        axis.set_title(title)
+    axes[0].set_ylabel("learning rate")
+    save(figure, "training_dynamics", "learning_rate")
+
+
 def average_curve(
-    rows: Sequence[Row], curves: dict[str, list[Row]], value: Callable[[Row], float]
+    rows: Sequence[Row],
+    curves: dict[str, list[Row]],
+    value: Callable[[Row], float],
+    needs: str = CURVES[0],
 ) -> tuple[list[int], list[float]]:
-    """Average a curve over jobs, at the steps that all of them have logged."""
-    found = [{int(p["step"]): value(p) for p in curves[r["folder"]] if p[CURVES[0]]} for r in rows]
+    """Average a curve over jobs, at the steps at which all of them have logged `needs`."""
+    found = [{int(p["step"]): value(p) for p in curves[r["folder"]] if p[needs]} for r in rows]
     steps = sorted(set.intersection(*map(set, found)))
     return steps, [statistics.fmean(one[step] for one in found) for step in steps]
 
@@ -595,11 +664,13 @@ def tabulate_settings() -> str:
 
 
 TABLES: dict[str, dict[str, Callable[[], str]]] = {
-    "quantizers": {"quantizers": tabulate_quantizers},
+    "quantizers": {name: partial(tabulate_quantizers, name) for name in ("quantizers",)},
     "codebook_size": {"sizes": tabulate_sizes},
     "training_dynamics": {
         "commitment": tabulate_commitment,
         "collapse": tabulate_collapse,
+        "learning_rate": tabulate_rates,
+        "decay": tabulate_decay,
     },
     "posterior_collapse": {"latents": tabulate_latents},
     "reference_settings": {"references": tabulate_references},
@@ -608,9 +679,14 @@ TABLES: dict[str, dict[str, Callable[[], str]]] = {
 }
 """Tables of each study, by the name in its README."""
 FIGURES: dict[str, dict[str, Callable[[], None]]] = {
-    "quantizers": {"quantizers": draw_quantizers},
+    "quantizers": {name: partial(draw_quantizers, name) for name in ("quantizers",)},
     "codebook_size": {"rate_distortion": draw_sizes},
-    "training_dynamics": {"commitment": draw_commitment, "collapse": draw_collapse},
+    "training_dynamics": {
+        "commitment": draw_commitment,
+        "collapse": draw_collapse,
+        "learning_rate": draw_rates,
+        "decay": draw_decay,
+    },
     "posterior_collapse": {"latents": draw_latents},
     "reference_settings": {"curves": draw_references},
     BITS: {"bits": draw_bits},

@@ -46,8 +46,8 @@ def test_every_quantizer_builds(quantizer, tmp_path):
     cfg = compose("vqvae", f"quantizer={quantizer}", "model.net.channels=1", folder=tmp_path)
     task = build(cfg.model)
     continuous = quantizer == "none" or quantizer.startswith("gaussian")
-    expected = 0 if continuous else {"residual_3x8": 8}.get(quantizer, 512)
-    assert task.net.quantizer.num_codes == expected
+    expected = 4096 if quantizer.endswith("_4096") else 8 if quantizer.endswith("x8") else 512
+    assert task.net.quantizer.num_codes == (0 if continuous else expected)
 
 
 @pytest.mark.parametrize("decoder", options("model/decoder"))
@@ -57,7 +57,7 @@ def test_every_decoder_builds(decoder, tmp_path):
 
 
 @pytest.mark.parametrize("trainer", [t for t in options("trainer") if t != "as_stage_one"])
-@pytest.mark.parametrize(("config", "budget"), [("vqvae", 4000), ("prior", 1200)])
+@pytest.mark.parametrize(("config", "budget"), [("vqvae", 4000), ("prior", 2400)])
 def test_every_trainer_builds(trainer, config, budget, tmp_path):
     if trainer in ("gpu", "ddp", "multinode"):
         torch = pytest.importorskip("torch")
@@ -225,6 +225,14 @@ def test_a_job_of_every_sweep_trains(sweep, toy, command):
     outcome = command(name, f"sweep={sweep}", "hydra.mode=RUN", *first, *shrink(name, toy))
     assert outcome.status == 0, outcome.err
     assert json.loads((outcome.folder / "result.json").read_text())["objective"] > 0
+
+
+@pytest.mark.parametrize(("sweep", "bits"), [("quantizers", 9), ("quantizers_4096", 12)])
+def test_compared_quantizers_have_equal_bits_per_position(sweep, bits, tmp_path):
+    for quantizer in read_preset(sweep)[1]["quantizer"]:
+        cfg = compose("vqvae", f"quantizer={quantizer}", "model.net.channels=1", folder=tmp_path)
+        found = build(cfg.model).net.quantizer
+        assert found.num_codes**found.codes_per_position == 2**bits, quantizer
 
 
 def test_a_sweep_of_pipelines_lists_the_metrics_of_the_samples(toy, command):

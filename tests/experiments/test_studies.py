@@ -121,8 +121,9 @@ def test_a_stored_curve_has_the_means_of_whole_windows(tmp_path, monkeypatch):
     lines += [f"{step},0,{'' if step < 2 else 2 * step},{step},{step % 2}" for step in range(9)]
     (tmp_path / "0/metrics.csv").write_text("\n".join(lines) + "\n")
     points = list(studies.list_points(tmp_path / "0", tmp_path, 4))
-    # Columns: folder, updates done, commitment, latent power, NMSE, perplexity. Steps count from 0.
-    assert points == [["0", "4", "5", "", "1.5", "0.5"], ["0", "8", "11", "", "5.5", "0.5"]]
+    # Columns: folder, updates done, commitment, latent power, NMSE, perplexity, drift. Steps count
+    # from 0.
+    assert points == [["0", "4", "5", "", "1.5", "0.5", ""], ["0", "8", "11", "", "5.5", "0.5", ""]]
 
 
 def test_sonnets_printed_numbers_stand_next_to_ours(invented):

@@ -1,4 +1,4 @@
-"""A prior starts with similar weights for codes whose vectors are similar."""
+"""A prior starts with similar weights for codes whose vectors are similar, and with open gates."""
 
 import itertools
 
@@ -42,7 +42,43 @@ def test_angles_between_codes_become_those_of_their_vectors(each):
             torch.testing.assert_close(rows.mean(0), torch.zeros(32), rtol=0, atol=1e-5)
             assert near > 0.8  # 32 random directions keep distances to about 1/8
     changed = {n for n, value in net.state_dict().items() if not torch.equal(value, before[n])}
+    changed = {name for name in changed if not name.startswith("layers.")}
     assert changed == {"embedding.weight", "head.3.weight" if each == 1 else "head.out.weight"}
+
+
+def compute_last_vertical(net, codes, labels):
+    """Vertical stack after the last layer."""
+    vertical = horizontal = net.embed(codes).movedim(-1, 1)
+    for layer in net.layers:
+        vertical, horizontal, _ = layer(vertical, horizontal, labels, None)
+    return vertical
+
+
+@torch.no_grad()
+def test_the_codes_reach_the_last_layer_of_the_vertical_stack():
+    codes, labels = torch.randint(40, (64, 7, 7)), torch.zeros(64, dtype=torch.long)
+    spread = {}
+    for start in ("random", "codebook"):
+        torch.manual_seed(0)
+        net = PixelCNN(40, 7, 7, num_classes=10, channels=32, layers=8).eval()
+        if start == "codebook":
+            net.start_from(torch.randn(1, 40, 6), torch.Generator().manual_seed(0))
+        # Over the grids: what biases and labels add is the same for all of them.
+        spread[start] = float(compute_last_vertical(net, codes, labels).std(0)[:, 2:].mean())
+    assert spread["codebook"] > 20 * spread["random"]
+
+
+@torch.no_grad()
+def test_all_classes_start_alike_and_can_become_different():
+    net = PixelCNN(40, 4, 4, num_classes=3, null_label_rate=0.5, channels=8, layers=2).eval()
+    net.start_from(torch.randn(1, 40, 6), torch.Generator().manual_seed(0))
+    codes = torch.randint(40, (1, 4, 4)).expand(4, 4, 4)
+    logits = net(codes, torch.arange(4))
+    torch.testing.assert_close(logits, logits[:1].expand(4, -1, -1, -1))
+    with torch.enable_grad():
+        net(codes[:2], torch.tensor([0, 2])).square().sum().backward()
+    moved = [layer.label.weight.grad.abs().sum(1) > 0 for layer in net.layers]
+    assert all(found.tolist() == [True, False, True, False] for found in moved)
 
 
 def test_codes_of_equal_vectors_start_equal():

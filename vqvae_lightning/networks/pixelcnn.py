@@ -59,6 +59,30 @@ class GatedLayer(nn.Module):
         self.context = nn.Conv2d(context_channels, 4 * channels, 1) if context_channels else None
         self.dropout = BatchDropout(dropout)
 
+    @torch.no_grad()
+    def start_open(self) -> None:
+        """Start with larger weights, and with the same gates for all labels.
+
+        The gate halves a small signal, because tanh(a) * sigmoid(b) is a / 2 near 0, and the usual
+        weights of torch shrink it as well: without residual connections, little of the codes would
+        reach the last layers of the vertical stack at first. Twice the usual weights counter that.
+        The usual embedding of a label, N(0, 1), would give each class other gates in every layer,
+        so that no class could use what the others learn.
+        """
+        convolutions = (
+            self.vertical,
+            self.horizontal,
+            self.vertical_to_horizontal,
+            self.residual,
+            self.skip,
+        )
+        for convolution in convolutions:
+            if convolution is not None:
+                convolution.weight.mul_(2)
+                cast(Tensor, convolution.bias).zero_()
+        if self.label is not None:
+            self.label.weight.zero_()
+
     def forward(
         self,
         vertical: Tensor,
@@ -238,7 +262,8 @@ class PixelCNN(nn.Module):
         With random weights, the model must find out for each code alone when it occurs. Here the
         embedding and the weights of the last layer start as random projections of the vectors of
         the codes, so that from the first step a code learns from the codes near it. Both have the
-        scale of their usual start, and all of them are trained as usual.
+        scale of their usual start. The layers start open (`GatedLayer.start_open`). All weights are
+        trained as usual.
 
         Args:
             tables: Vectors (Q, K, D) of each code of each codebook.
@@ -252,6 +277,8 @@ class PixelCNN(nn.Module):
             shape = (*scaled.shape[::2], weight.shape[1])
             projected = scaled @ torch.randn(shape, generator=generator) / scaled.shape[2] ** 0.5
             weight.copy_(projected.view(weight.shape) * weight.std())
+        for layer in self.layers:
+            cast(GatedLayer, layer).start_open()
 
     @property
     def layers_needed(self) -> int:

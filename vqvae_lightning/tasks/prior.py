@@ -65,8 +65,8 @@ class PriorTask(WatchedTask):
         optimizer: Builds the optimizer from the parameters.
         schedule: Factor on the learning rate; None keeps it constant.
         label_smoothing: As in `compute_loss`. Logged nats per code are never smoothed.
-        start: First weights for each code: `codebook` takes them from the codes' vectors, so that
-            similar codes start alike (`PixelCNN.start_from`); `random` ignores the vectors.
+        start: First weights: with `codebook`, similar codes start alike and gates open
+            (`PixelCNN.start_from`); `random` has the usual weights of torch.
         channels_last: Store maps and weights with the channels innermost.
         compile: Compile the network with `torch.compile`.
 
