@@ -854,6 +854,18 @@ MUTATIONS = (
             "centred = tables.float().cpu()",
             "test_angles_between_codes_become_those_of_their_vectors",
         ),
+        (
+            "gates start with the usual weights",
+            "convolution.weight.mul_(2)",
+            "convolution.weight.mul_(1)",
+            "test_the_codes_reach_the_last_layer_of_the_vertical_stack",
+        ),
+        (
+            "each class starts with its own gates",
+            "self.label.weight.zero_()",
+            "self.label.weight.mul_(1)",
+            "test_all_classes_start_alike_and_can_become_different",
+        ),
     ),
     *mutations_of(
         "tasks/prior.py",
