@@ -855,10 +855,10 @@ MUTATIONS = (
             "test_angles_between_codes_become_those_of_their_vectors",
         ),
         (
-            "gates start with the usual weights",
+            "layers start with the usual weights",
             "convolution.weight.mul_(2)",
             "convolution.weight.mul_(1)",
-            "test_the_codes_reach_the_last_layer_of_the_vertical_stack",
+            "test_a_layer_starts_with_twice_the_usual_weights_and_nothing_else",
         ),
         (
             "each class starts with its own gates",

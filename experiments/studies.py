@@ -55,13 +55,28 @@ STUDIES = {
 }
 """Study of each sweep."""
 DRIFT = "val/codebook_drift"
-CURVES = ("train/commitment", "train/latent_power", "train/nmse", "train/perplexity", DRIFT)
-SWEEPS_WITH_CURVES = {"commitment": 1, "decay": 1, "sonnet_cifar10": 100, "recipe_cifar10": 100}
+CURVES = (
+    "train/commitment",
+    "train/latent_power",
+    "train/nmse",
+    "train/perplexity",
+    DRIFT,
+    "train/codebook",
+    "train/codebook_use",
+    "train/revived_codes",
+)
+SWEEPS_WITH_CURVES = {
+    "commitment": 1,
+    "dynamics": 1,
+    "decay": 1,
+    "sonnet_cifar10": 100,
+    "recipe_cifar10": 100,
+}
 """Number of logged steps whose mean is stored as one, by sweep."""
 BITS = "bits_per_dim"
 """Study of single pipelines."""
-DEFAULT_DECAY, DEFAULT_RATE = 2, 3
-"""Rows of the default recipe in the tables of `sweep=decay` and `sweep=learning_rate`."""
+BASELINES = {"commitment": 1, "decay": 2, "learning_rate": 3}
+"""Row of the default recipe in the table of a sweep."""
 NO_CURE = ("uniform", "0", "0.0")
 TITLES = {"FashionMNIST": "Fashion-MNIST", "cifar10": "CIFAR-10", "CIFAR10": "CIFAR-10"}
 """Names of data sets in tables and figures."""
@@ -244,7 +259,7 @@ def tabulate_commitment() -> str:
         Column("latent power", end("train/latent_power"), ".3g"),
         Column("term / power", lambda row: compute_relative_term(ends[row["folder"]]), ".3f"),
     ]
-    return format_table(["`commitment`"], groups, columns, baseline=1)
+    return format_table(["`commitment`"], groups, columns, baseline=BASELINES["commitment"])
 
 
 def tabulate_collapse() -> str:
@@ -267,6 +282,39 @@ def list_cures(key: Sequence[str]) -> list[str]:
     return [word for word, value in zip(words, key[1:], strict=True) if value not in NO_CURE]
 
 
+def tabulate_dynamics() -> str:
+    """Make the table of `sweep=dynamics`."""
+    groups = group_rows(read_rows("dynamics"), *list_swept_keys("dynamics"))
+    return format_table(["`quantizer=`"], groups, [NMSE, USE, PERPLEXITY])
+
+
+def draw_dynamics() -> None:
+    """Draw everything that is logged of a codebook over the updates."""
+    groups = group_rows(read_rows("dynamics"), *list_swept_keys("dynamics"))
+    curves = read_curves_of("dynamics")
+    panels = {
+        "train/nmse": "NMSE",
+        "train/commitment": "commitment term",
+        "train/codebook": "codebook term",
+        "train/latent_power": "latent power",
+        "train/codebook_use": "codes in use, of a batch",
+        "train/perplexity": "perplexity of a batch",
+        "train/revived_codes": "revived codes of a check",
+        DRIFT: "drift over 100 updates",
+    }
+    figure, axes = plt.subplots(2, 4, figsize=(15, 7), layout="constrained")
+    for axis, (name, title) in zip(axes.flat, panels.items(), strict=True):
+        for group, colour in zip(groups, ("#0b6e99", "#d1495b"), strict=True):
+            curve = average_curve(group.rows, curves, lambda p, key=name: float(p[key]), name)
+            axis.plot(*curve, color=colour, linewidth=2, label=f"quantizer={group.key[0]}")
+        axis.set(title=title, xlabel="updates", xlim=(0, None))
+        axis.set_ylim(bottom=0)
+    axes[0, 0].set(ylim=(0.03, 1), yscale="log")
+    names = axes[0, 0].get_legend_handles_labels()
+    figure.legend(*names, loc="outside lower center", ncols=len(groups))
+    save(figure, "training_dynamics", "dynamics")
+
+
 def tabulate_decay() -> str:
     """Make the table of `sweep=decay`."""
     ends = read_ends("decay")
@@ -276,7 +324,7 @@ def tabulate_decay() -> str:
         PERPLEXITY,
         Column("drift", lambda row: float(ends[row["folder"]][DRIFT]), ".3f"),
     ]
-    return format_table(["`decay`"], group_decays(), columns, baseline=DEFAULT_DECAY)
+    return format_table(["`decay`"], group_decays(), columns, baseline=BASELINES["decay"])
 
 
 def group_decays() -> list[Group]:
@@ -310,7 +358,9 @@ def group_rates() -> list[Group]:
 def tabulate_rates() -> str:
     """Make the table of `sweep=learning_rate`."""
     titles = ["`lr`", "`revive_below`"]
-    return format_table(titles, group_rates(), [NMSE, USE, PERPLEXITY], baseline=DEFAULT_RATE)
+    return format_table(
+        titles, group_rates(), [NMSE, USE, PERPLEXITY], baseline=BASELINES["learning_rate"]
+    )
 
 
 def draw_rates() -> None:

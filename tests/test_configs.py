@@ -227,6 +227,21 @@ def test_a_job_of_every_sweep_trains(sweep, toy, command):
     assert json.loads((outcome.folder / "result.json").read_text())["objective"] > 0
 
 
+@pytest.mark.parametrize(
+    "preset",
+    [
+        "sweep=quantizers",
+        "sweep=codebook_size",
+        "experiment=bits_per_dim_fashion_mnist",
+        "experiment=bits_per_dim_cifar10",
+    ],
+)
+def test_a_preset_repeats_the_prior_with_which_its_study_was_measured(preset, tmp_path):
+    prior = compose("pipeline", preset, folder=tmp_path).prior
+    recipe = (prior.batch_size, prior.model.optimizer.lr, prior.model.net.first_kernel)
+    assert (*recipe, prior.model.start) == (64, 2e-3, 7, "random")
+
+
 @pytest.mark.parametrize(("sweep", "bits"), [("quantizers", 9), ("quantizers_4096", 12)])
 def test_compared_quantizers_have_equal_bits_per_position(sweep, bits, tmp_path):
     for quantizer in read_preset(sweep)[1]["quantizer"]:

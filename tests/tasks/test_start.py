@@ -1,4 +1,4 @@
-"""A prior starts with similar weights for codes whose vectors are similar, and with open gates."""
+"""A prior starts with large weights, similar ones for codes whose vectors are similar."""
 
 import itertools
 
@@ -66,6 +66,20 @@ def test_the_codes_reach_the_last_layer_of_the_vertical_stack():
         # Over the grids: what biases and labels add is the same for all of them.
         spread[start] = float(compute_last_vertical(net, codes, labels).std(0)[:, 2:].mean())
     assert spread["codebook"] > 20 * spread["random"]
+
+
+def test_a_layer_starts_with_twice_the_usual_weights_and_nothing_else():
+    net = PixelCNN(40, 4, 4, num_classes=3, context_channels=2, channels=8, layers=3)
+    before = {name: value.clone() for name, value in net.layers.state_dict().items()}
+    net.start_from(torch.randn(1, 40, 6), torch.Generator().manual_seed(0))
+    after = net.layers.state_dict()
+    assert {name.split(".", 1)[1] for name in after} >= {"vertical.bias", "residual.weight"}
+    for name, value in after.items():
+        if ".context." in name:
+            factor = 1
+        else:
+            factor = 0 if name.endswith(".bias") or ".label." in name else 2
+        assert torch.equal(value, factor * before[name]), name
 
 
 @torch.no_grad()

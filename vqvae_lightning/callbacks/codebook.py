@@ -74,8 +74,8 @@ class CodebookDrift(Callback):
     """Logs how far the codebook moved, and checks that all ranks have the same codebook.
 
     `val/codebook_drift` is the mean distance that a row moved since the last validation, divided by
-    the mean length of a row. It should fall towards 0, because a prior needs codes that no longer
-    change.
+    the mean length of a row. It includes the jumps of revived rows. It should fall towards 0:
+    the decoder learns to read codes that hold still.
     """
 
     def __init__(self) -> None:

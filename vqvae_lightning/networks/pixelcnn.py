@@ -60,14 +60,14 @@ class GatedLayer(nn.Module):
         self.dropout = BatchDropout(dropout)
 
     @torch.no_grad()
-    def start_open(self) -> None:
-        """Start with larger weights, and with the same gates for all labels.
+    def start_larger(self) -> None:
+        """Start with twice the usual weights, without biases, and with equal gates for all labels.
 
         The gate halves a small signal, because tanh(a) * sigmoid(b) is a / 2 near 0, and the usual
-        weights of torch shrink it as well: without residual connections, little of the codes would
-        reach the last layers of the vertical stack at first. Twice the usual weights counter that.
+        weights of torch shrink it as well. The vertical stack has no residual connections, so a
+        fifth of the signal would be left after each layer; with twice the weights, it is a half.
         The usual embedding of a label, N(0, 1), would give each class other gates in every layer,
-        so that no class could use what the others learn.
+        so that the classes share little at first.
         """
         convolutions = (
             self.vertical,
@@ -262,8 +262,8 @@ class PixelCNN(nn.Module):
         With random weights, the model must find out for each code alone when it occurs. Here the
         embedding and the weights of the last layer start as random projections of the vectors of
         the codes, so that from the first step a code learns from the codes near it. Both have the
-        scale of their usual start. The layers start open (`GatedLayer.start_open`). All weights are
-        trained as usual.
+        scale of their usual start. The layers start as in
+        `GatedLayer.start_larger`. All weights are trained as usual.
 
         Args:
             tables: Vectors (Q, K, D) of each code of each codebook.
@@ -278,7 +278,7 @@ class PixelCNN(nn.Module):
             projected = scaled @ torch.randn(shape, generator=generator) / scaled.shape[2] ** 0.5
             weight.copy_(projected.view(weight.shape) * weight.std())
         for layer in self.layers:
-            cast(GatedLayer, layer).start_open()
+            cast(GatedLayer, layer).start_larger()
 
     @property
     def layers_needed(self) -> int:

@@ -65,8 +65,9 @@ class PriorTask(WatchedTask):
         optimizer: Builds the optimizer from the parameters.
         schedule: Factor on the learning rate; None keeps it constant.
         label_smoothing: As in `compute_loss`. Logged nats per code are never smoothed.
-        start: First weights: with `codebook`, similar codes start alike and gates open
-            (`PixelCNN.start_from`); `random` has the usual weights of torch.
+        start: First weights. With `codebook`, similar codes start alike, layers start with larger
+            weights, and all classes with the same (`PixelCNN.start_from`). `random` has the usual
+            weights of torch.
         channels_last: Store maps and weights with the channels innermost.
         compile: Compile the network with `torch.compile`.
 
@@ -101,7 +102,7 @@ class PriorTask(WatchedTask):
         self.register_buffer("unigram", torch.zeros(shape), persistent=False)
 
     def start_from(self, quantizer: Quantizer, generator: torch.Generator) -> None:
-        """Set the first weights for each code, before the first step of a training.
+        """Set the first weights, before the first step of a training.
 
         Args:
             quantizer: Quantizer of the VQ-VAE, trained.
