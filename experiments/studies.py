@@ -47,6 +47,7 @@ STUDIES = {
     "codebook_size": "codebook_size",
     "commitment": "training_dynamics",
     "collapse": "training_dynamics",
+    "dynamics": "training_dynamics",
     "decay": "training_dynamics",
     "learning_rate": "training_dynamics",
     "posterior_collapse": "posterior_collapse",
@@ -297,9 +298,9 @@ def draw_dynamics() -> None:
         "train/commitment": "commitment term",
         "train/codebook": "codebook term",
         "train/latent_power": "latent power",
-        "train/codebook_use": "codes in use, of a batch",
-        "train/perplexity": "perplexity of a batch",
-        "train/revived_codes": "revived codes of a check",
+        "train/codebook_use": "codes in use in 10 batches",
+        "train/perplexity": "perplexity of 10 batches",
+        "train/revived_codes": "revived codes, each 20 updates",
         DRIFT: "drift over 100 updates",
     }
     figure, axes = plt.subplots(2, 4, figsize=(15, 7), layout="constrained")
@@ -717,6 +718,7 @@ TABLES: dict[str, dict[str, Callable[[], str]]] = {
     "quantizers": {name: partial(tabulate_quantizers, name) for name in ("quantizers",)},
     "codebook_size": {"sizes": tabulate_sizes},
     "training_dynamics": {
+        "dynamics": tabulate_dynamics,
         "commitment": tabulate_commitment,
         "collapse": tabulate_collapse,
         "learning_rate": tabulate_rates,
@@ -732,6 +734,7 @@ FIGURES: dict[str, dict[str, Callable[[], None]]] = {
     "quantizers": {name: partial(draw_quantizers, name) for name in ("quantizers",)},
     "codebook_size": {"rate_distortion": draw_sizes},
     "training_dynamics": {
+        "dynamics": draw_dynamics,
         "commitment": draw_commitment,
         "collapse": draw_collapse,
         "learning_rate": draw_rates,

@@ -101,7 +101,7 @@ def test_a_finished_sweep_becomes_a_table_and_curves(toy, command, tmp_path, mon
     outcome = command("vqvae-train", "-m", *options, weights, "seed=0,1")
     assert outcome.status == 0, outcome.err
     folder = outcome.folder.parent / "sweep"
-    with pytest.raises(SystemExit, match="needs a place for its table: <!-- table collapse -->"):
+    with pytest.raises(SystemExit, match="needs a place for its table: <!-- table dynamics -->"):
         studies.collect(folder)
     assert not list(page.parent.glob("*.csv"))
     only = {"training_dynamics": {"commitment": studies.tabulate_commitment}}

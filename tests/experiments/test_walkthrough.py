@@ -66,6 +66,13 @@ def test_its_outputs_are_stored_without_errors(notebook):
     assert NOTEBOOK.stat().st_size < LARGEST
 
 
+def test_its_stored_outputs_come_from_the_command_in_its_source(notebook):
+    (cell,) = [cell for cell in notebook.cells if "options = [" in cell.source]
+    options = re.findall(r'^    "(.*)",$', cell.source, re.MULTILINE)
+    printed = cell.outputs[0].text.splitlines()[0].split()
+    assert printed == ["vqvae-pipeline", *options, "hydra.run.dir=walkthrough_run"]
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # warnings of Jupyter
 @pytest.mark.usefixtures("cold")
