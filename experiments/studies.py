@@ -44,6 +44,7 @@ from vqvae_lightning.runs.results import read_curves
 ROOT = Path(__file__).parent
 STUDIES = {
     "quantizers": "quantizers",
+    "quantizers_4096": "quantizers",
     "codebook_size": "codebook_size",
     "commitment": "training_dynamics",
     "collapse": "training_dynamics",
@@ -715,7 +716,9 @@ def tabulate_settings() -> str:
 
 
 TABLES: dict[str, dict[str, Callable[[], str]]] = {
-    "quantizers": {name: partial(tabulate_quantizers, name) for name in ("quantizers",)},
+    "quantizers": {
+        name: partial(tabulate_quantizers, name) for name in ("quantizers", "quantizers_4096")
+    },
     "codebook_size": {"sizes": tabulate_sizes},
     "training_dynamics": {
         "dynamics": tabulate_dynamics,
@@ -731,7 +734,9 @@ TABLES: dict[str, dict[str, Callable[[], str]]] = {
 }
 """Tables of each study, by the name in its README."""
 FIGURES: dict[str, dict[str, Callable[[], None]]] = {
-    "quantizers": {name: partial(draw_quantizers, name) for name in ("quantizers",)},
+    "quantizers": {
+        name: partial(draw_quantizers, name) for name in ("quantizers", "quantizers_4096")
+    },
     "codebook_size": {"rate_distortion": draw_sizes},
     "training_dynamics": {
         "dynamics": draw_dynamics,
