@@ -860,12 +860,6 @@ MUTATIONS = (
             "convolution.weight.mul_(1)",
             "test_a_layer_starts_with_twice_the_usual_weights_and_nothing_else",
         ),
-        (
-            "each class starts with its own gates",
-            "self.label.weight.zero_()",
-            "self.label.weight.mul_(1)",
-            "test_all_classes_start_alike_and_can_become_different",
-        ),
     ),
     *mutations_of(
         "tasks/prior.py",

@@ -65,9 +65,8 @@ class PriorTask(WatchedTask):
         optimizer: Builds the optimizer from the parameters.
         schedule: Factor on the learning rate; None keeps it constant.
         label_smoothing: As in `compute_loss`. Logged nats per code are never smoothed.
-        start: First weights. With `codebook`, similar codes start alike, layers start with larger
-            weights, and all classes with the same (`PixelCNN.start_from`). `random` has the usual
-            weights of torch.
+        start: First weights. With `codebook`, similar codes start alike and layers start with
+            larger weights (`PixelCNN.start_from`). `random` has the usual weights of torch.
         channels_last: Store maps and weights with the channels innermost.
         compile: Compile the network with `torch.compile`.
 
