@@ -67,8 +67,8 @@ class GatedLayer(nn.Module):
         weights of torch shrink it as well. The vertical stack has no residual connections, so a
         fifth of the signal would be left after each layer; with twice the weights, it is a half.
 
-        The embedding of the labels keeps its usual start, N(0, 1). Zeros lowered the loss, but the
-        samples then belonged to their class less often (experiments/reference_settings).
+        The embedding of the labels keeps its usual start, N(0, 1). Zeros lowered the loss, but in
+        short runs fewer samples then belonged to their class (experiments/reference_settings).
         """
         convolutions = (
             self.vertical,
