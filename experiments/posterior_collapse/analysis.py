@@ -1,9 +1,10 @@
-"""Measure whether the decoders of `vqvae-train sweep=posterior_collapse` use their latents.
+"""Measure whether the decoders of a sweep use their latents.
 
 uv run python experiments/posterior_collapse/analysis.py FOLDER
 
-FOLDER is the folder of the finished sweep. The script writes `latents.csv`, a row per job, and
-`samples.png` to this folder. README.md says what the numbers mean.
+FOLDER is the folder of a finished `vqvae-train sweep=posterior_collapse` or `sweep=beta`. The
+script writes `SWEEP_latents.csv`, a row per job, and `SWEEP_samples.png` to this folder. README.md
+says what the numbers mean.
 """
 
 import argparse
@@ -34,7 +35,7 @@ from vqvae_lightning.stages.inputs import load_checkpoint_images
 
 HERE = Path(__file__).parent
 COLUMNS = ("folder", "rate", "own", "other")
-"""Of `latents.csv`; the last three in bits per dimension."""
+"""Of `SWEEP_latents.csv`; the last three in bits per dimension."""
 BATCH = 50
 SHOWN = 12  # images in a row of the picture
 DRAWN = 3  # samples given the latents of each
@@ -42,9 +43,14 @@ DPI = 100
 LARGE = 18  # points
 
 
-def read_swept(job: Job) -> dict[str, str]:
-    """Read what the sweep chose for a job, by key."""
-    return {key: str(value) for key, value in job.chosen.items()}
+def name_setting(job: Job) -> str:
+    """Name what the sweep chose for a job, except its seed and decoder."""
+    others = ("seed", "model/decoder", "sweep")
+    chosen = {key: value for key, value in job.chosen.items() if key not in others}
+    return ", ".join(
+        str(value) if key == "quantizer" else f"{key.rpartition('.')[2]}={value}"
+        for key, value in chosen.items()
+    )
 
 
 def draw_latents(net: VQVAE, images: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -160,24 +166,24 @@ def analyse(folder: Path, output: Path, images: int | None = None) -> None:
     drawn: dict[str, list[Tensor]] = {}
     shown = torch.empty(0)
     for number, job in enumerate(jobs, start=1):
-        chosen = read_swept(job)
-        named = ", ".join(chosen.values())
-        print_line(f"job {number}/{len(jobs)}: {named}")
+        setting = name_setting(job)
+        print_line(f"job {number}/{len(jobs)}: {setting}")
         loaded = load(RunFolder(job.folder).best_checkpoint, "vqvae")
         data = load_checkpoint_images(loaded, ())
         levels = data.datasets["test"].preview(images or sys.maxsize).data
         seed = int(job.config["seed"])
         rows.append({"folder": job.name, **measure(loaded.net, levels, seed)})
-        if loaded.net.autoregressive and chosen["quantizer"] not in drawn:
+        if loaded.net.autoregressive and setting not in drawn:
             shown = levels[:SHOWN]
-            drawn[chosen["quantizer"]] = draw_images(loaded.net, shown, seed)
+            drawn[setting] = draw_images(loaded.net, shown, seed)
     text = io.StringIO()
     writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
     writer.writeheader()
     writer.writerows({key: format_value(value) for key, value in row.items()} for row in rows)
-    write_text(output / "latents.csv", text.getvalue())
+    study = jobs[0].config["study"]
+    write_text(output / f"{study}_latents.csv", text.getvalue())
     if drawn:
-        save_picture(output / "samples.png", shown, drawn)
+        save_picture(output / f"{study}_samples.png", shown, drawn)
 
 
 def format_value(value: str | float) -> str:

@@ -6,6 +6,7 @@ import math
 import sys
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -106,6 +107,14 @@ def test_a_decoder_that_ignores_its_latents_gains_nothing_from_them():
     assert found["other"] == pytest.approx(found["own"], abs=1e-6)
 
 
+def test_a_setting_is_named_by_what_the_sweep_varies():
+    def name(**chosen):
+        return analysis.name_setting(SimpleNamespace(chosen=chosen))
+
+    assert name(**{"model/decoder": "pixelcnn", "quantizer": "ema", "seed": 1}) == "ema"
+    assert name(**{"model.net.quantizer.beta": 0.4, "seed": 1, "sweep": "beta"}) == "beta=0.4"
+
+
 def run(monkeypatch, main, *arguments):
     monkeypatch.setattr(sys, "argv", [main.__module__, *map(str, arguments)])
     main()
@@ -121,14 +130,14 @@ def test_the_study_runs_from_the_sweep_to_its_picture(toy, tmp_path, monkeypatch
     run(monkeypatch, train, "sweep=posterior_collapse", *small, *few, "hydra.sweep.dir=sweep")
     (tmp_path / "results").mkdir()
     run(monkeypatch, analysis.main, "sweep", "--output", "results", "--images", "14")
-    with (tmp_path / "results/latents.csv").open(newline="") as file:
+    with (tmp_path / "results/posterior_collapse_latents.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert [row["folder"] for row in rows] == ["0", "1", "2", "3"]
     codes = [row for row in rows if row["folder"] in ("1", "3")]  # ema: 3x2 codes of 512
     for row in codes:
         assert float(row["rate"]) == pytest.approx(6 * 9 / (3 * 12 * 8), rel=1e-5)
     assert all(6 < float(row["own"]) < 9 for row in rows)  # barely trained: about 8 bits
-    with Image.open(tmp_path / "results/samples.png") as picture:
+    with Image.open(tmp_path / "results/posterior_collapse_samples.png") as picture:
         assert min(picture.size) > 500
     (tmp_path / "sweep/2/result.json").unlink()
     with pytest.raises(SystemExit, match="error: sweep/2 is unfinished"):

@@ -16,9 +16,12 @@ from vqvae_lightning.configs import CONF_DIR
 
 EXPERIMENTS = Path(__file__).parents[2] / "experiments"
 sys.path.insert(0, str(EXPERIMENTS))
+import pages  # noqa: E402
 import studies  # noqa: E402
+from pages import figures, reference_settings, results, settings, tables  # noqa: E402
 
 DONE = studies.list_stored()
+LATENTS = [sweep for sweep, study in results.STUDIES.items() if study == "posterior_collapse"]
 
 
 @pytest.mark.parametrize("study", [*DONE, "."])
@@ -28,42 +31,41 @@ def test_the_tables_of_a_page_are_those_of_its_raw_results(study):
 
 @pytest.mark.parametrize("study", DONE)
 def test_the_figures_show_the_stored_results(study):
-    for name in studies.FIGURES[study]:
+    for name in pages.FIGURES[study]:
         with Image.open(EXPERIMENTS / study / f"{name}.png") as figure:
-            assert figure.info["Source"] == studies.hash_data(study), name
+            assert figure.info["Source"] == figures.hash_data(study), name
 
 
-@pytest.mark.parametrize("sweep", sorted(set(studies.STUDIES)))
+@pytest.mark.parametrize("sweep", sorted(set(results.STUDIES)))
 def test_every_setting_of_a_study_has_three_seeds(sweep):
-    path = EXPERIMENTS / studies.STUDIES[sweep] / f"{sweep}.csv"
-    if studies.STUDIES[sweep] not in DONE:
+    path = EXPERIMENTS / results.STUDIES[sweep] / f"{sweep}.csv"
+    if results.STUDIES[sweep] not in DONE:
         assert not path.exists()
         return
-    rows = studies.read_rows(sweep)
-    groups = studies.group_rows(rows, *studies.list_swept_keys(sweep))
+    groups = results.group_sweep(sweep)
     assert all(sorted(row["seed"] for row in group.rows) == ["0", "1", "2"] for group in groups)
     preset = OmegaConf.load(CONF_DIR / "sweep" / f"{sweep}.yaml").hydra.sweeper.params
     values = [str(given).split(",") for key, given in preset.items() if key != "seed"]
     assert sorted(group.key for group in groups) == sorted(itertools.product(*values))
 
 
-@pytest.mark.parametrize("sweep", sorted(studies.BASELINES))
+@pytest.mark.parametrize("sweep", sorted(results.BASELINES))
 def test_other_rows_are_compared_with_the_default_recipe(sweep, tmp_path):
-    keys = studies.list_swept_keys(sweep)
-    group = studies.group_rows(studies.read_rows(sweep), *keys)[studies.BASELINES[sweep]]
+    keys = results.list_swept_keys(sweep)
+    group = results.group_sweep(sweep)[results.BASELINES[sweep]]
     cfg = compose("vqvae", folder=tmp_path)
     assert group.key == tuple(str(OmegaConf.select(cfg, key)) for key in keys)
 
 
 def make_group(name, values):
     rows = [{"folder": str(n), "test/nmse": str(value)} for n, value in enumerate(values)]
-    return studies.Group((name,), rows)
+    return results.Group((name,), rows)
 
 
 def test_a_table_has_the_mean_and_deviation_of_numpy():
     first, second = [0.04, 0.05, 0.045], [0.1, 0.2, 0.6]
-    table = studies.format_table(
-        ["name"], [make_group("a", first), make_group("b", second)], [studies.NMSE]
+    table = tables.format_table(
+        ["name"], [make_group("a", first), make_group("b", second)], [tables.NMSE]
     )
     for name, values in (("a", first), ("b", second)):
         (line,) = [line for line in table.splitlines() if line.startswith(f"| `{name}`")]
@@ -81,21 +83,21 @@ def test_a_table_has_the_mean_and_deviation_of_numpy():
 )
 def test_a_gap_within_twice_the_spread_is_marked_as_equal(second, equal):
     groups = [make_group("a", [1.0, 2.0, 3.0]), make_group("b", second)]
-    lines = studies.format_table(["name"], groups, [studies.NMSE]).splitlines()
+    lines = tables.format_table(["name"], groups, [tables.NMSE]).splitlines()
     assert lines[-1].endswith("= |") == equal
     assert "=" not in lines[-2]
-    turned = studies.format_table(["name"], groups, [studies.NMSE], baseline=1).splitlines()
+    turned = tables.format_table(["name"], groups, [tables.NMSE], baseline=1).splitlines()
     assert turned[-2].endswith("= |") == equal
     assert "=" not in turned[-1]
 
 
 def test_a_finished_sweep_becomes_a_table_and_curves(toy, command, tmp_path, monkeypatch):
-    monkeypatch.setattr(studies, "ROOT", tmp_path / "studies")
+    monkeypatch.setattr(results, "ROOT", tmp_path / "studies")
     page = tmp_path / "studies/training_dynamics/README.md"
     page.parent.mkdir(parents=True)
     marks = [f"<!-- table {name} -->\nold\n<!-- end -->" for name in ("commitment",)]
     page.write_text("\n".join(["before", *marks, "after"]))
-    weights = f"{studies.KEY}commitment=0.5,5"
+    weights = "model.net.quantizer.commitment=0.5,5"
     steps = ("trainer.max_steps=4", "trainer.log_every_n_steps=2")
     options = [*toy, *TINY_VQVAE, *steps, "study=commitment", "hydra.sweep.dir=sweep"]
     outcome = command("vqvae-train", "-m", *options, weights, "seed=0,1")
@@ -104,8 +106,8 @@ def test_a_finished_sweep_becomes_a_table_and_curves(toy, command, tmp_path, mon
     with pytest.raises(SystemExit, match="needs a place for its table: <!-- table dynamics -->"):
         studies.collect(folder)
     assert not list(page.parent.glob("*.csv"))
-    only = {"training_dynamics": {"commitment": studies.tabulate_commitment}}
-    monkeypatch.setattr(studies, "TABLES", only)
+    dynamics = pages.TABLES["training_dynamics"]
+    monkeypatch.setitem(pages.TABLES, "training_dynamics", {"commitment": dynamics["commitment"]})
     assert studies.collect(folder) == "training_dynamics"
     text = studies.fill_tables("training_dynamics")
     assert text.startswith("before\n")
@@ -119,7 +121,7 @@ def test_a_finished_sweep_becomes_a_table_and_curves(toy, command, tmp_path, mon
         errors["0.5" if "commitment: 0.5" in config else "5"].append(float(logged[-1]["test/nmse"]))
     for weight, values in errors.items():
         assert f"| `{weight}` | {np.mean(values):.4f} ± {np.std(values, ddof=1):.4f}" in text
-    curves = studies.read_curves_of("commitment")
+    curves = results.read_curves_of("commitment")
     assert [len(rows) for rows in curves.values()] == [2] * 4
 
 
@@ -139,7 +141,7 @@ def test_a_stored_curve_has_the_means_of_whole_windows(tmp_path, monkeypatch):
 def test_sonnets_printed_numbers_stand_next_to_ours(invented):
     text = studies.fill_tables("reference_settings")
     assert "| sonnet's notebook, one run | 0.056 | 326 |" in text
-    for sweep, title in studies.REFERENCES.items():
+    for sweep, title in reference_settings.REFERENCES.items():
         path = invented / f"reference_settings/{sweep}_curves.csv"
         with path.open(newline="") as file:
             ends = [
@@ -152,15 +154,15 @@ def test_sonnets_printed_numbers_stand_next_to_ours(invented):
 @pytest.fixture
 def invented(tmp_path, monkeypatch):
     """Raw results of every sweep, drawn at random, and a page for each study."""
-    monkeypatch.setattr(studies, "ROOT", tmp_path)
+    monkeypatch.setattr(results, "ROOT", tmp_path)
     numbers = np.random.default_rng(0)
-    for sweep, study in studies.STUDIES.items():
+    for sweep, study in results.STUDIES.items():
         path = tmp_path / study / f"{sweep}.csv"
         path.parent.mkdir(exist_ok=True)
-        keys = [*studies.list_swept_keys(sweep), "seed"]
+        keys = [*results.list_swept_keys(sweep), "seed"]
         params = OmegaConf.load(CONF_DIR / "sweep" / f"{sweep}.yaml").hydra.sweeper.params
         jobs = list(itertools.product(*(str(params[key]).split(",") for key in keys)))
-        names = [*studies.METRICS, "uniform_bits_per_dim"]
+        names = [*settings.METRICS, "uniform_bits_per_dim"]
         with path.open("w", newline="") as file:
             writer = csv.writer(file)
             facts = ["folder", "state", "seconds", "commit"]
@@ -170,52 +172,52 @@ def invented(tmp_path, monkeypatch):
                 writer.writerow([number, "finished", 9.5, "abcdefghij", *values, *drawn])
         with path.with_name(f"{sweep}_curves.csv").open("w", newline="") as file:
             writer = csv.writer(file)
-            writer.writerow(["folder", "step", *studies.CURVES])
+            writer.writerow(["folder", "step", *results.CURVES])
             for number, step in itertools.product(range(len(jobs)), (50, 100)):
-                writer.writerow([number, step, *numbers.uniform(1, 2, len(studies.CURVES))])
-    with (tmp_path / "posterior_collapse/latents.csv").open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["folder", "rate", "own", "other"])
-        with (tmp_path / "posterior_collapse/posterior_collapse.csv").open(newline="") as jobs:
-            for row in csv.DictReader(jobs):
+                writer.writerow([number, step, *numbers.uniform(1, 2, len(results.CURVES))])
+    for sweep in LATENTS:
+        measured = tmp_path / f"posterior_collapse/{sweep}_latents.csv"
+        with measured.open("w", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(["folder", "rate", "own", "other"])
+            for row in results.read_rows(sweep):
                 writer.writerow([row["folder"], *numbers.uniform(0.1, 1, 3)])
-    for study, tables in studies.TABLES.items():
-        marks = [f"<!-- table {name} -->\n<!-- end -->" for name in tables]
+    for study, tabulated in pages.TABLES.items():
+        marks = [f"<!-- table {name} -->\n<!-- end -->" for name in tabulated]
         (tmp_path / study).mkdir(exist_ok=True)
         (tmp_path / study / "README.md").write_text("\n".join(marks))
     return tmp_path
 
 
-@pytest.mark.parametrize("sweep", sorted(studies.STUDIES))
+@pytest.mark.parametrize("sweep", sorted(results.STUDIES))
 def test_tables_and_figures_show_all_settings_of_a_sweep(sweep, invented):
-    study = studies.STUDIES[sweep]
+    study = results.STUDIES[sweep]
     text = studies.fill_tables(study)
-    with (invented / study / f"{sweep}.csv").open(newline="") as file:
+    path, name, digits = invented / study / f"{sweep}.csv", "test/nmse", 4
+    if sweep in LATENTS:  # an autoregressive decoder has no reconstruction
+        path, name, digits = path.with_stem(f"{sweep}_latents"), "own", 3
+    with path.open(newline="") as file:
         rows = list(csv.DictReader(file))
-    name = "test/nmse"
-    if sweep == "posterior_collapse":  # an autoregressive decoder has no reconstruction
-        rows, name = studies.read_latents(), "own"
-    digits = 3 if name == "own" else 4
     for start in range(0, len(rows), 3):  # the seeds vary fastest
         errors = [float(row[name]) for row in rows[start : start + 3]]
         mean, deviation = np.mean(errors), np.std(errors, ddof=1)
         assert f"{mean:.{digits}f} ± {deviation:.{digits}f}" in text
-    for name, draw in studies.FIGURES[study].items():
+    for name, draw in pages.FIGURES[study].items():
         draw()
         with Image.open(invented / study / f"{name}.png") as figure:
-            assert figure.info["Source"] == studies.hash_data(study)
+            assert figure.info["Source"] == figures.hash_data(study)
             assert min(figure.size) > 500
 
 
 def test_the_table_of_all_settings_has_a_row_for_each(invented):
     lines = [line for line in studies.fill_tables(".").splitlines() if line.startswith("| [")]
-    settings = [row for sweep in studies.STUDIES for row in studies.read_rows(sweep)]
+    settings = [row for sweep in results.STUDIES for row in results.read_rows(sweep)]
     assert len(lines) == len(settings) / 3
     assert sum("| 3, abcdefg |" in line for line in lines) == len(lines)
 
 
 def test_a_finished_pipeline_becomes_a_table_without_folders_of_its_machine(tmp_path, monkeypatch):
-    monkeypatch.setattr(studies, "ROOT", tmp_path)
+    monkeypatch.setattr(results, "ROOT", tmp_path)
     (tmp_path / "bits_per_dim").mkdir()
     (tmp_path / "bits_per_dim/README.md").write_text("<!-- table bits -->\n<!-- end -->")
     run = tmp_path / "run"

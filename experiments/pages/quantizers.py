@@ -1,0 +1,54 @@
+"""Quantizers, judged up to the samples: the same table and figure for each sweep."""
+
+import math
+from collections.abc import Callable
+from functools import partial
+
+import matplotlib.pyplot as plt
+
+from pages.figures import draw_bars, save
+from pages.results import Row, group_sweep, metric
+from pages.tables import NMSE, PERPLEXITY, USE, Column, tabulate_sweep
+
+DIMENSIONS = {"quantizers": 16, "quantizers_4096": 16}
+"""Pixels times channels that belong to a position of the codes, by sweep."""
+
+
+def nats_per_position(sweep: str) -> Callable[[Row], float]:
+    """Return the cost of all codes of a position under the prior, for one code or several."""
+    nats = DIMENSIONS[sweep] * math.log(2)
+    return lambda row: float(row["test/prior_bits_per_dim"]) * nats
+
+
+def tabulate_quantizers(sweep: str) -> str:
+    """Make the table of a sweep over quantizers."""
+    columns = [
+        NMSE,
+        USE,
+        PERPLEXITY,
+        Column("prior, nats per position", nats_per_position(sweep), ".2f"),
+        Column("rate, bits/dim", metric("prior_bits_per_dim")),
+        Column("accuracy of samples", metric("sample_accuracy"), ".1%"),
+        Column("Fréchet distance of samples", metric("sample_fid"), ".1f"),
+        Column("seconds", lambda row: float(row["seconds"]), ".0f"),
+    ]
+    return tabulate_sweep(sweep, ["`quantizer=`"], columns)
+
+
+def draw_quantizers(sweep: str) -> None:
+    """Draw error, cost of the codes and accuracy of the samples of each quantizer."""
+    groups = group_sweep(sweep)[::-1]
+    panels = [
+        ("test NMSE", metric("nmse")),
+        ("prior, nats per position", nats_per_position(sweep)),
+        ("accuracy of samples", metric("sample_accuracy")),
+    ]
+    figure, axes = plt.subplots(1, 3, figsize=(12, 4.8), sharey=True, layout="constrained")
+    for axis, (title, value) in zip(axes, panels, strict=True):
+        draw_bars(axis, [group.key[0] for group in groups], groups, value, "#0b6e99")
+        axis.set_title(title)
+    save(figure, "quantizers", sweep)
+
+
+TABLES = {sweep: partial(tabulate_quantizers, sweep) for sweep in DIMENSIONS}
+FIGURES = {sweep: partial(draw_quantizers, sweep) for sweep in DIMENSIONS}

@@ -1,0 +1,80 @@
+"""DeepMind's example for sonnet, and the defaults of this package in its place."""
+
+import matplotlib.pyplot as plt
+from matplotlib.ticker import NullFormatter
+
+from pages.figures import save
+from pages.results import Group, average_curve, end, read_curves_of, read_rows
+from pages.tables import NMSE, PERPLEXITY, USE, Column, format_mean
+
+SONNET = {
+    100: (0.483, 10.4),
+    500: (0.147, 34.3),
+    1000: (0.105, 71.8),
+    2000: (0.081, 154),
+    3000: (0.071, 227),
+    5000: (0.061, 327),
+    7500: (0.058, 329),
+    10000: (0.056, 326),
+}
+"""Training NMSE and perplexity that sonnet's notebook printed, by updates."""
+REFERENCES = {
+    "sonnet_cifar10": "sonnet's setting, here",
+    "recipe_cifar10": "our defaults",
+}
+"""Sweeps of the study `reference_settings`."""
+
+
+def tabulate_references() -> str:
+    """Make the table of the sweeps of `reference_settings`, with the numbers of sonnet's run."""
+    error, perplexity = SONNET[10000]
+    titles = (
+        "run",
+        "training NMSE",
+        "training perplexity",
+        "test NMSE",
+        "perplexity",
+        "codes in use",
+    )
+    lines = [
+        f"| {' | '.join(titles)} |",
+        "| --- |" + " ---: |" * (len(titles) - 1),
+        f"| sonnet's notebook, one run | {error:.3f} | {perplexity:.0f} | - | - | - |",
+    ]
+    for sweep, title in REFERENCES.items():
+        group = Group((title,), read_rows(sweep))
+        columns = [
+            Column("", end(sweep, "train/nmse")),
+            Column("", end(sweep, "train/perplexity"), ".0f"),
+            NMSE,
+            PERPLEXITY,
+            USE,
+        ]
+        cells = [title, *(format_mean(group, column) for column in columns)]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def draw_references() -> None:
+    """Draw error and perplexity over the updates, with the numbers of sonnet's run."""
+    figure, axes = plt.subplots(1, 2, figsize=(12, 4.8), layout="constrained")
+    panels = ("train/nmse", "train/perplexity")
+    for number, (axis, name) in enumerate(zip(axes, panels, strict=True)):
+        for sweep, colour in zip(REFERENCES, ("#d1495b", "#0b6e99"), strict=True):
+            steps, means = average_curve(
+                read_rows(sweep), read_curves_of(sweep), lambda point, key=name: float(point[key])
+            )
+            axis.plot(steps, means, color=colour, linewidth=2.5, label=REFERENCES[sweep])
+        printed = [values[number] for values in SONNET.values()]
+        axis.plot(list(SONNET), printed, "ko", markersize=7, label="sonnet's notebook")
+        axis.set(xlabel="updates", title=("NMSE", "perplexity of a batch")[number])
+        axis.set_xscale("log")
+    axes[0].set_yscale("log")
+    axes[0].yaxis.set_minor_formatter(NullFormatter())
+    axes[0].set_yticks([0.05, 0.1, 0.2, 0.5], ["0.05", "0.1", "0.2", "0.5"])
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    save(figure, "reference_settings", "curves")
+
+
+TABLES = {"references": tabulate_references}
+FIGURES = {"curves": draw_references}

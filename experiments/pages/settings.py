@@ -1,0 +1,70 @@
+"""The table of all settings of all studies."""
+
+from collections.abc import Iterator
+
+from pages import results
+from pages.bits_per_dim import BITS, read_pipelines
+from pages.results import STUDIES, group_sweep, list_swept_keys, metric
+
+METRICS = {
+    "nmse": "NMSE",
+    "codebook_use": "codes in use",
+    "perplexity": "perplexity",
+    "nats_per_code": "nats per code",
+    "prior_bits_per_dim": "rate, bits/dim",
+    "total_bits_per_dim": "total, bits/dim",
+    "real_accuracy": "accuracy, real",
+    "sample_accuracy": "accuracy, samples",
+    "sample_fid": "Fréchet, samples",
+}
+"""Columns of the table of all settings, by metric."""
+
+
+def list_settings() -> Iterator[tuple[str, str, str, dict[str, tuple[float, float] | float]]]:
+    """List the study, setting, seeds with commit, and metrics of each setting of all studies.
+
+    A metric is its mean and standard deviation, or one value of a single run.
+    """
+    for sweep, study in STUDIES.items():
+        if not (results.ROOT / study / f"{sweep}.csv").is_file():
+            continue
+        swept = list_swept_keys(sweep)
+        for group in group_sweep(sweep):
+            setting = ", ".join(
+                f"{key.rpartition('.')[2]}={value}"
+                for key, value in zip(swept, group.key, strict=True)
+            )
+            setting = setting or f"sweep={sweep}"
+            commits = sorted({row["commit"][:7] for row in group.rows})
+            metrics = {
+                name: group.measure(metric(name))
+                for name in METRICS
+                if group.rows[0].get(f"test/{name}")
+            }
+            yield study, setting, f"{len(group.rows)}, {' '.join(commits)}", metrics
+    for data, result in read_pipelines().items():
+        found = {name: result["metrics"][f"test/{name}"]["value"] for name in METRICS}
+        yield BITS, data, f"1, {result['commit'][:7]}", found
+
+
+def tabulate_settings() -> str:
+    """Make the table of all settings of all studies."""
+    lines = [
+        f"| study | setting | seeds, commit | {' | '.join(METRICS.values())} |",
+        f"| --- | --- | --- |{' ---: |' * len(METRICS)}",
+    ]
+    for study, setting, seeds, metrics in list_settings():
+        cells = []
+        for name in METRICS:
+            value = metrics.get(name)
+            if isinstance(value, tuple):
+                cells.append(f"{value[0]:.4g} ± {value[1]:.2g}")
+            else:
+                cells.append("" if value is None else f"{value:.4g}")
+        lines.append(
+            f"| [{study}]({study}/README.md) | `{setting}` | {seeds} | {' | '.join(cells)} |"
+        )
+    return "\n".join(lines)
+
+
+TABLES = {"settings": tabulate_settings}
