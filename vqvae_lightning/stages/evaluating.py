@@ -49,12 +49,13 @@ from vqvae_lightning.runs.results import read_result, write_config, write_result
 from vqvae_lightning.runs.stopwatch import Stopwatch, time_stage
 from vqvae_lightning.stages.chosen_run import choose_checkpoints
 from vqvae_lightning.stages.inputs import build_codes, load_checkpoint_images, load_images
+from vqvae_lightning.stages.sampling import choose_drawing
 from vqvae_lightning.tasks import ClassifierTask
 from vqvae_lightning.tasks.optimization import check_optimizer
 
 
 def check_evaluation(cfg: DictConfig) -> None:
-    """Check the settings in `conf/evaluation`, except those of the classifier.
+    """Check the settings in `conf/evaluation`, except those of the classifier and of the drawing.
 
     Raises:
         InputError: If a setting cannot work; it names the key.
@@ -73,7 +74,6 @@ def check_evaluation(cfg: DictConfig) -> None:
         raise InputError(
             Key("num_samples"), f"={cfg.num_samples} must be at least 4 for precision and recall."
         )
-    check_range("temperature", cfg.temperature, 0)
     if cfg.get("classifier_seed") is not None:
         check_range("classifier_seed", cfg.classifier_seed, 0)
 
@@ -213,6 +213,7 @@ def _evaluate(cfg: DictConfig, images: PixelDataModule | None, watch: Stopwatch)
     if prior is not None:
         with torch.random.fork_rng(devices=[]):
             build_classifier(cfg, images)  # raises before anything is measured
+        drawing = choose_drawing(cfg, prior.num_classes, prior.null_label_rate)
     nets = load_networks(bool(cfg.get("perceptual")), cfg.get("weights") or {}, images)
     if nets.missing is not None:
         print_line(nets.missing)
@@ -256,7 +257,7 @@ def _evaluate(cfg: DictConfig, images: PixelDataModule | None, watch: Stopwatch)
             labels,
             cfg.seed,
             devices,
-            temperature=cfg.temperature,
+            **drawing,
         ).images
         nearest = find_nearest_images(images, drawn[:10])
         save_png(arrange_pairs(drawn[:10], nearest), run.nearest_picture)

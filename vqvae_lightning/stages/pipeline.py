@@ -24,7 +24,7 @@ from vqvae_lightning.runs.resume import move_paths, read_run_config
 from vqvae_lightning.runs.stopwatch import Stopwatch, time_stage
 from vqvae_lightning.stages.evaluating import build_classifier, check_evaluation, evaluate
 from vqvae_lightning.stages.inputs import load_images, print_survey
-from vqvae_lightning.stages.sampling import check_sampling, draw_samples
+from vqvae_lightning.stages.sampling import check_sampling, choose_drawing, draw_samples
 from vqvae_lightning.stages.training import (
     build_task,
     check_fingerprint,
@@ -134,13 +134,14 @@ def check_stages(
         surveys["prior"] = survey_stage(prior, build_task(prior), codes)
     with prefix_stage_keys(cfg, "evaluation"):
         check_evaluation(judge)
+        net = prior.model.net
+        choose_drawing(judge, net.num_classes, net.null_label_rate)
         build_classifier(judge, images)
         load_networks(bool(judge.get("perceptual")), judge.get("weights") or {}, images)
         with prefix_keys("trainer"):
             choose_devices(judge.trainer.accelerator, count_ranks(judge.trainer))
     with prefix_stage_keys(cfg, "samples"):
         choose_devices(drawing.accelerator, drawing.devices)
-        net = prior.model.net
         check_sampling(drawing, net.num_classes, net.height, net.null_label_rate)
     return surveys
 
