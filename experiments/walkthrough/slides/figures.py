@@ -1,4 +1,4 @@
-"""Draw the deck's own figures into figures/: diagrams, toy examples, and charts of the studies.
+"""Draw the deck's own figures into figures/: diagrams, and charts of the studies.
 
 uv run python experiments/walkthrough/slides/figures.py
 
@@ -295,6 +295,17 @@ def draw_model() -> tuple[Figure, Cells]:
     return figure, {}
 
 
+def draw_regions(axes: Axes, rows: np.ndarray) -> None:
+    """Draw the border of each row's region."""
+    (left, right), (low, high) = axes.get_xlim(), axes.get_ylim()
+    x, y = np.meshgrid(np.linspace(left, right, 120), np.linspace(low, high, 120))
+    places = np.stack([x, y], -1)
+    distances = np.sqrt(((places[None] - rows[:, None, None]) ** 2).sum(-1))
+    for row, own in enumerate(distances):
+        lead = own - np.delete(distances, row, axis=0).min(0)
+        axes.contour(x, y, lead, levels=[0], colors=LIGHT, linewidths=1.5, zorder=0)
+
+
 @drawing
 def draw_nearest() -> tuple[Figure, Cells]:
     """Vectors in the plane move to the nearest of a few rows; lines bound the rows' regions."""
@@ -303,7 +314,8 @@ def draw_nearest() -> tuple[Figure, Cells]:
     rows = np.array([(1.1, 1.1), (3.2, 0.9), (5.4, 1.4), (1.6, 3.4), (3.9, 2.9), (5.7, 3.8)])
     vectors = np.concatenate([row + generator.normal(0, 0.42, (5, 2)) for row in rows])
     draw_regions(axes, rows)
-    for vector, row in zip(vectors, rows[find_nearest(vectors, rows)], strict=True):
+    nearest = ((vectors[:, None] - rows) ** 2).sum(-1).argmin(1)
+    for vector, row in zip(vectors, rows[nearest], strict=True):
         axes.plot(*zip(vector, row, strict=True), color=LIGHT, linewidth=2, zorder=1)
     axes.scatter(*vectors.T, s=70, color=GREY, zorder=2)
     axes.scatter(*rows.T, s=330, color=ACCENT, zorder=3)
@@ -384,96 +396,6 @@ def draw_order() -> tuple[Figure, Cells]:
         y = 3.7 - 0.6 * number
         axes.add_patch(Rectangle((5.3, y - 0.2), 1.7 * share, 0.4, facecolor=ACCENT))
         write(axes, 5.08, y, str(number), size=SMALL)
-    return figure, {}
-
-
-# Toy examples: rows follow vectors in the plane
-
-
-def find_nearest(vectors: np.ndarray, rows: np.ndarray) -> np.ndarray:
-    """Return the number of the nearest row for each vector."""
-    return ((vectors[:, None] - rows) ** 2).sum(-1).argmin(1)
-
-
-def follow(vectors: np.ndarray, rows: np.ndarray, steps: int, revive: bool = False) -> np.ndarray:
-    """Return the rows at each step of moving averages, as `EMAQuantizer` computes them."""
-    generator = np.random.default_rng(SEED)
-    counts, sums, path = np.ones(len(rows)), rows.copy(), [rows.copy()]
-    for step in range(steps):
-        batch = generator.permutation(vectors)[:64]
-        chosen = find_nearest(batch, rows)
-        hits = np.bincount(chosen, minlength=len(rows))
-        counts = 0.9 * counts + 0.1 * hits
-        fresh = np.zeros_like(rows)
-        np.add.at(fresh, chosen, batch)
-        sums = 0.9 * sums + 0.1 * fresh
-        rows = np.where(hits[:, None] > 0, sums / counts[:, None], rows)
-        if revive and step % 10 == 9:
-            unused = counts < 0.5
-            rows[unused] = generator.permutation(vectors)[: unused.sum()]
-            counts[unused], sums[unused] = 1, rows[unused]
-        path.append(rows.copy())
-    return np.stack(path)
-
-
-def make_vectors() -> np.ndarray:
-    """Return vectors in six groups."""
-    generator = np.random.default_rng(SEED)
-    centres = np.array([(0.9, 1.0), (2.1, 0.8), (3.1, 1.7), (0.9, 2.5), (2.0, 2.1), (2.8, 3.2)])
-    return np.concatenate([c + generator.normal(0, 0.22, (60, 2)) for c in centres])
-
-
-def draw_regions(axes: Axes, rows: np.ndarray) -> None:
-    """Draw the border of each row's region."""
-    (left, right), (low, high) = axes.get_xlim(), axes.get_ylim()
-    x, y = np.meshgrid(np.linspace(left, right, 120), np.linspace(low, high, 120))
-    places = np.stack([x, y], -1)
-    distances = np.sqrt(((places[None] - rows[:, None, None]) ** 2).sum(-1))
-    for row, own in enumerate(distances):
-        lead = own - np.delete(distances, row, axis=0).min(0)
-        axes.contour(x, y, lead, levels=[0], colors=LIGHT, linewidths=1.5, zorder=0)
-
-
-def draw_plane(axes: Axes, x: float, vectors: np.ndarray, path: np.ndarray, title: str) -> None:
-    """Draw vectors, the last rows of a path, and their way; hollow rows have no vectors."""
-    shift = np.array([x, 0])
-    moved = path + shift
-    used = np.bincount(find_nearest(vectors, path[-1]), minlength=len(path[-1])) > 0
-    axes.scatter(*(vectors + shift).T, s=22, color=LIGHT, zorder=1)
-    jumps = np.abs(np.diff(path, axis=0)).max(-1) > 0.4  # a revived row has no way
-    ways = np.where(np.pad(jumps, ((1, 0), (0, 0)))[..., None], np.nan, moved)
-    for way in ways.swapaxes(0, 1):
-        axes.plot(*way.T, color=ACCENT, linewidth=2, alpha=0.55, zorder=2)
-    for row, filled in zip(moved[-1], used, strict=True):
-        face = ACCENT if filled else "white"
-        axes.scatter(*row, s=190, facecolor=face, edgecolor=ACCENT, linewidth=2.5, zorder=3)
-    write(axes, x + 1.9, 4.3, title)
-
-
-@drawing
-def draw_dynamics() -> tuple[Figure, Cells]:
-    """Rows that start on a few vectors move to the centres of groups."""
-    vectors = make_vectors()
-    first = np.random.default_rng(1).permutation(vectors)[:8]
-    path = follow(vectors, first, 120)
-    figure, axes = make_canvas(12.1, 4.6)
-    for x, step, title in ((0.1, 0, "start"), (4.1, 8, "a few steps"), (8.1, 120, "end")):
-        draw_plane(axes, x, vectors, path[: step + 1], title)
-    return figure, {}
-
-
-@drawing
-def draw_collapse() -> tuple[Figure, Cells]:
-    """Rows that start far away stay unused, unless they start on data or are revived."""
-    vectors = 0.68 * make_vectors() + (1.2, 0.05)
-    generator = np.random.default_rng(2)
-    far = np.linspace((0.75, 3.15), (0.1, 3.9), 8) + generator.normal(0, 0.06, (8, 2))
-    near = np.random.default_rng(1).permutation(vectors)[:8]
-    figure, axes = make_canvas(12.1, 4.6)
-    draw_plane(axes, 0.1, vectors, follow(vectors, far, 120), "rows start far away")
-    write(axes, 1.7, 3.5, "unused", color=ACCENT)
-    draw_plane(axes, 4.1, vectors, follow(vectors, near, 120), "rows start on data")
-    draw_plane(axes, 8.1, vectors, follow(vectors, far, 120, True), "unused rows revived")
     return figure, {}
 
 
