@@ -2,6 +2,8 @@
 
     uv run python experiments/mutations.py [--only NAME ...] [--list]
 
+A run of all mutations writes mutations.md.
+
 Each mutation is one edit, with the tests that should fail because of it. The edits are made in a
 temporary copy of the working tree, never in the tree itself. The exit status is 1 if a text to
 replace is gone, if the named tests fail before any edit, or if more than `MOST_SURVIVORS` mutations
@@ -19,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,6 +30,7 @@ from rich.table import Table
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = "vqvae_lightning"
+PAGE = ROOT / "experiments/mutations.md"
 MOST_SURVIVORS = 3
 SECONDS = 300  # for the tests of one mutation; a mutation that makes them take longer is caught
 WHOLE = 3600  # seconds for all tests before any mutation
@@ -788,6 +792,12 @@ MUTATIONS = (
             'measure_likelihood(found.codes, found.prior, "test", device)',
             "test_the_command_measures_the_split_it_names",
         ),
+        (
+            "samples drawn without their options",
+            "            **drawing,",
+            "            temperature=cfg.temperature,",
+            "evaluation/test_drawing.py::test_the_evaluated_samples_are_those_of_vqvae_sample",
+        ),
     ),
     *mutations_of(
         "callbacks/codebook.py",
@@ -959,11 +969,17 @@ def run_pytest(tree: str, tests: tuple[str, ...], log: str) -> None:
     sys.exit(pytest.main(["-x", "-q", "-p", "no:cacheprovider", *nodes]))
 
 
-def find_survivors(mutations: list[Mutation], tree: Path, console: Console) -> list[Mutation]:
-    """Try each mutation in `tree` and print a table of the outcomes.
+class Outcome(NamedTuple):
+    """What became of a mutation."""
 
-    Returns:
-        Mutations that no test noticed.
+    mutation: Mutation
+    caught: bool
+    words: str
+    seconds: float
+
+
+def try_mutations(mutations: list[Mutation], tree: Path, console: Console) -> list[Outcome]:
+    """Try each mutation in `tree` and print a table of the outcomes.
 
     Raises:
         RuntimeError: If the tests fail without any mutation.
@@ -973,7 +989,7 @@ def find_survivors(mutations: list[Mutation], tree: Path, console: Console) -> l
     if not passed:
         raise RuntimeError(f"the tests fail before any mutation:\n{output}")
     table = Table("mutation", "outcome", "seconds", "tests")
-    found = []
+    outcomes = []
     for mutation in mutations:
         start = time.perf_counter()
         text = mutation.apply(tree)
@@ -981,18 +997,48 @@ def find_survivors(mutations: list[Mutation], tree: Path, console: Console) -> l
             passed, output = run_tests(tree, mutation.tests)
         finally:
             (tree / PACKAGE / mutation.file).write_text(text)
-        seconds = f"{time.perf_counter() - start:.0f}"
-        outcome = "survived" if passed else "caught"
-        if output.startswith("more than"):
-            outcome = f"caught: {output}"
-        console.print(f"{mutation.name}: {outcome} ({seconds} s)", highlight=False)
+        seconds = time.perf_counter() - start
+        words = "caught"
         if passed:
-            found.append(mutation)
-            outcome = f"survived: {mutation.survives or 'reason unknown'}"
-        table.add_row(mutation.name, outcome, seconds, "\n".join(mutation.tests))
+            words = f"survived: {mutation.survives or 'reason unknown'}"
+        elif output.startswith("more than"):
+            words = f"caught: {output}"
+        console.print(f"{mutation.name}: {words} ({seconds:.0f} s)", highlight=False)
+        outcomes.append(Outcome(mutation, not passed, words, seconds))
+        table.add_row(mutation.name, words, f"{seconds:.0f}", "\n".join(mutation.tests))
     console.print(table)
-    console.print(f"{len(mutations) - len(found)} of {len(mutations)} caught")
-    return found
+    return outcomes
+
+
+def count_survivors(outcomes: list[Outcome]) -> int:
+    """Count the mutations that no test noticed."""
+    return sum(not outcome.caught for outcome in outcomes)
+
+
+def write_page(outcomes: list[Outcome], path: Path) -> None:
+    """Write the outcomes of all mutations as a page."""
+    survived = count_survivors(outcomes)
+    commit = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True
+    )
+    minutes = sum(outcome.seconds for outcome in outcomes) / 60
+    lines = [
+        "# Do the tests notice a wrong line?",
+        "",
+        "`uv run python experiments/mutations.py` breaks one line of the code at a time, runs the",
+        f"tests that should fail, and writes this page. At commit {commit.stdout.strip()},",
+        f"{len(outcomes) - survived} of {len(outcomes)} mutations were caught and {survived} "
+        f"survived, in {minutes:.0f} minutes",
+        f"with {os.cpu_count()} CPU threads and torch {version('torch')}.",
+        "",
+        "| mutation | outcome | tests |",
+        "| --- | --- | --- |",
+    ]
+    for mutation, _, words, _ in outcomes:
+        files = dict.fromkeys(test.partition("::")[0] for test in mutation.tests)
+        tests = ", ".join(f"`{file}`" for file in files)
+        lines.append(f"| {mutation.name} | {words} | {tests} |")
+    path.write_text("\n".join(lines) + "\n")
 
 
 def main() -> int:
@@ -1013,11 +1059,15 @@ def main() -> int:
         tree = Path(folder)
         copy_tree(tree)
         try:
-            found = find_survivors(chosen, tree, console)
+            outcomes = try_mutations(chosen, tree, console)
         except (RuntimeError, ValueError) as error:
             console.print(f"error: {error}", highlight=False, markup=False)
             return 1
-    return int(len(found) > MOST_SURVIVORS)
+    survived = count_survivors(outcomes)
+    console.print(f"{len(outcomes) - survived} of {len(outcomes)} caught")
+    if chosen == list(MUTATIONS):
+        write_page(outcomes, PAGE)
+    return int(survived > MOST_SURVIVORS)
 
 
 if __name__ == "__main__":

@@ -42,3 +42,20 @@ def test_at_least_sixty_mutations_have_unique_names():
     assert max(counted.values()) == 1
     assert len(counted) >= 60
     assert sum(bool(mutation.survives) for mutation in mutations.MUTATIONS) <= 3
+
+
+def test_the_page_counts_and_lists_what_became_of_each(tmp_path):
+    first, second = mutations.MUTATIONS[:2]
+    mutations.write_page(
+        [
+            mutations.Outcome(first, True, "caught", 100.0),
+            mutations.Outcome(second, False, "survived: no reason", 80.0),
+        ],
+        tmp_path / "page.md",
+    )
+    text = (tmp_path / "page.md").read_text()
+    assert "1 of 2 mutations were caught and 1 survived, in 3 minutes" in text
+    rows = [line for line in text.splitlines() if line.startswith("| ")][2:]
+    file = first.tests[0].partition("::")[0]
+    assert rows[0] == f"| {first.name} | caught | `{file}` |"
+    assert rows[1].startswith(f"| {second.name} | survived: no reason | `")
