@@ -106,22 +106,25 @@ def draw_dynamics() -> None:
         "train/commitment": "commitment term",
         "train/codebook": "codebook term",
         "train/latent_power": "latent power",
-        "train/codebook_use": "codes in use in 10 batches",
-        "train/perplexity": "perplexity of 10 batches",
-        "train/revived_codes": "revived codes, each 20 updates",
-        DRIFT: "drift over 100 updates",
+        "train/codebook_use": "codes in use",
+        "train/perplexity": "perplexity",
+        "train/revived_codes": "revived codes",
+        DRIFT: "drift",
     }
-    figure, axes = plt.subplots(2, 4, figsize=(15, 7), layout="constrained")
-    for axis, (name, title) in zip(axes.flat, panels.items(), strict=True):
-        for group, colour in zip(groups, ("#0b6e99", "#d1495b"), strict=True):
-            curve = average_curve(group.rows, curves, lambda p, key=name: float(p[key]), name)
-            axis.plot(*curve, color=colour, linewidth=2, label=f"quantizer={group.key[0]}")
-        axis.set(title=title, xlabel="updates", xlim=(0, None))
-        axis.set_ylim(bottom=0)
-    axes[0, 0].set(ylim=(0.03, 1), yscale="log")
-    names = axes[0, 0].get_legend_handles_labels()
-    figure.legend(*names, loc="outside lower center", ncols=len(groups))
-    save(figure, "training_dynamics", "dynamics")
+    with plt.rc_context({"font.size": 18, "axes.titlesize": 18}):
+        figure, axes = plt.subplots(2, 4, figsize=(15, 7.5), layout="constrained", sharex=True)
+        for axis, (name, title) in zip(axes.flat, panels.items(), strict=True):
+            for group, colour in zip(groups, ("#0b6e99", "#d1495b"), strict=True):
+                curve = average_curve(group.rows, curves, lambda p, key=name: float(p[key]), name)
+                axis.plot(*curve, color=colour, linewidth=2, label=f"quantizer={group.key[0]}")
+            axis.set(title=title, xlim=(0, None))
+            axis.set_ylim(bottom=0)
+        axes[0, 0].set(ylim=(0.03, 1), yscale="log")
+        for axis in axes[1]:
+            axis.set_xlabel("updates")
+        names = axes[0, 0].get_legend_handles_labels()
+        figure.legend(*names, loc="outside lower center", ncols=len(groups))
+        save(figure, "training_dynamics", "dynamics")
 
 
 def tabulate_decay() -> str:
