@@ -111,7 +111,7 @@ def draw_dynamics() -> None:
         "train/revived_codes": "revived codes",
         DRIFT: "drift",
     }
-    with plt.rc_context({"font.size": 18, "axes.titlesize": 18}):
+    with plt.rc_context({"font.size": 22, "axes.titlesize": 22}):
         figure, axes = plt.subplots(2, 4, figsize=(15, 7.5), layout="constrained", sharex=True)
         for axis, (name, title) in zip(axes.flat, panels.items(), strict=True):
             for group, colour in zip(groups, ("#0b6e99", "#d1495b"), strict=True):
