@@ -112,18 +112,17 @@ def draw_dynamics() -> None:
         DRIFT: "drift",
     }
     with plt.rc_context({"font.size": 22, "axes.titlesize": 22}):
-        figure, axes = plt.subplots(2, 4, figsize=(15, 7.5), layout="constrained", sharex=True)
+        figure, axes = plt.subplots(2, 4, figsize=(15, 6.2), layout="constrained", sharex=True)
         for axis, (name, title) in zip(axes.flat, panels.items(), strict=True):
             for group, colour in zip(groups, ("#0b6e99", "#d1495b"), strict=True):
                 curve = average_curve(group.rows, curves, lambda p, key=name: float(p[key]), name)
-                axis.plot(*curve, color=colour, linewidth=2, label=f"quantizer={group.key[0]}")
+                axis.plot(*curve, color=colour, linewidth=2.5, label=group.key[0])
             axis.set(title=title, xlim=(0, None))
             axis.set_ylim(bottom=0)
         axes[0, 0].set(ylim=(0.03, 1), yscale="log")
         for axis in axes[1]:
             axis.set_xlabel("updates")
-        names = axes[0, 0].get_legend_handles_labels()
-        figure.legend(*names, loc="outside lower center", ncols=len(groups))
+        axes[0, 0].legend(frameon=False)
         save(figure, "training_dynamics", "dynamics")
 
 
