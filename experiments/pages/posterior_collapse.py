@@ -42,25 +42,41 @@ def tabulate_latents(sweep: str, *titles: str) -> str:
 
 
 def draw_latents() -> None:
-    """Draw the bits that the latents cost and those that each decoder uses."""
+    """Draw the bits that the latents cost and that each decoder uses, for `posterior_collapse`."""
     groups = group_latents("posterior_collapse")
     figure, axes = plt.subplots(1, 2, figsize=(12, 4.5), sharey=True, layout="constrained")
     for axis, decoder in zip(axes, ("convolutional", "pixelcnn"), strict=True):
-        found = [group for group in groups if group.key[0] == decoder][::-1]
-        for shift, title, value, colour in (
-            (0.2, "cost of the latents", lambda row: float(row["rate"]) * PIXELS, "#b8c4cc"),
-            (-0.2, "used by the decoder", bits_used, "#0b6e99"),
-        ):
-            means, deviations = zip(*(group.measure(value) for group in found), strict=True)
-            places = [number + shift for number in range(len(found))]
-            axis.barh(places, means, 0.4, xerr=deviations, capsize=3, color=colour, label=title)
-        axis.set_yticks(range(len(found)), [group.key[1] for group in found])
-        axis.set(title=f"decoder: {decoder}", xlabel="bits per image", xlim=(0, 3500))
+        draw_bits(axis, {group.key[1]: group for group in groups if group.key[0] == decoder})
+        axis.set(title=f"decoder: {decoder}", xlim=(0, 3500))
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
     save(figure, "posterior_collapse", "latents")
 
 
+def draw_beta() -> None:
+    """Draw the bits that the latents cost and that the decoder uses, for `beta`."""
+    figure, axis = plt.subplots(figsize=(10, 3.6), layout="constrained")
+    draw_bits(axis, {f"beta {group.key[0]}": group for group in group_latents("beta")})
+    axis.set_xlim(0, None)
+    figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=2)
+    save(figure, "posterior_collapse", "beta")
+
+
+def draw_bits(axis: plt.Axes, groups: dict[str, Group]) -> None:
+    """Draw two bars per group, from top to bottom: the cost of the latents, and their use."""
+    found = list(groups.values())[::-1]
+    for shift, title, value, colour in (
+        (0.2, "cost of the latents", lambda row: float(row["rate"]) * PIXELS, "#b8c4cc"),
+        (-0.2, "used by the decoder", bits_used, "#0b6e99"),
+    ):
+        means, deviations = zip(*(group.measure(value) for group in found), strict=True)
+        places = [number + shift for number in range(len(found))]
+        axis.barh(places, means, 0.4, xerr=deviations, capsize=3, color=colour, label=title)
+    axis.set_yticks(range(len(found)), list(groups)[::-1])
+    axis.set_xlabel("bits per image")
+
+
 TABLES = {
     "latents": partial(tabulate_latents, "posterior_collapse", "`model/decoder=`", "`quantizer=`"),
+    "beta": partial(tabulate_latents, "beta", "`beta`"),
 }
-FIGURES = {"latents": draw_latents}
+FIGURES = {"latents": draw_latents, "beta": draw_beta}

@@ -10,7 +10,7 @@ from pages.figures import draw_bars, save
 from pages.results import Row, group_sweep, metric
 from pages.tables import NMSE, PERPLEXITY, USE, Column, tabulate_sweep
 
-DIMENSIONS = {"quantizers": 16, "quantizers_4096": 16}
+DIMENSIONS = {"quantizers": 16, "quantizers_4096": 16, "quantizers_cifar10": 48}
 """Pixels times channels that belong to a position of the codes, by sweep."""
 
 

@@ -14,6 +14,7 @@ ROOT = Path(__file__).parents[1]
 STUDIES = {
     "quantizers": "quantizers",
     "quantizers_4096": "quantizers",
+    "quantizers_cifar10": "quantizers",
     "codebook_size": "codebook_size",
     "commitment": "training_dynamics",
     "collapse": "training_dynamics",
@@ -21,6 +22,7 @@ STUDIES = {
     "decay": "training_dynamics",
     "learning_rate": "training_dynamics",
     "posterior_collapse": "posterior_collapse",
+    "beta": "posterior_collapse",
     "sonnet_cifar10": "reference_settings",
     "recipe_cifar10": "reference_settings",
 }
