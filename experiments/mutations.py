@@ -28,6 +28,8 @@ from typing import NamedTuple
 from rich.console import Console
 from rich.table import Table
 
+from vqvae_lightning.runs.results import find_commit
+
 ROOT = Path(__file__).parents[1]
 PACKAGE = "vqvae_lightning"
 PAGE = ROOT / "experiments/mutations.md"
@@ -1015,18 +1017,15 @@ def count_survivors(outcomes: list[Outcome]) -> int:
     return sum(not outcome.caught for outcome in outcomes)
 
 
-def write_page(outcomes: list[Outcome], path: Path) -> None:
-    """Write the outcomes of all mutations as a page."""
+def write_page(outcomes: list[Outcome], commit: str | None, path: Path) -> None:
+    """Write the outcomes of all mutations of a commit as a page."""
     survived = count_survivors(outcomes)
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True
-    )
     minutes = sum(outcome.seconds for outcome in outcomes) / 60
     lines = [
         "# Do the tests notice a wrong line?",
         "",
         "`uv run python experiments/mutations.py` breaks one line of the code at a time, runs the",
-        f"tests that should fail, and writes this page. At commit {commit.stdout.strip()},",
+        f"tests that should fail, and writes this page. At commit {commit},",
         f"{len(outcomes) - survived} of {len(outcomes)} mutations were caught and {survived} "
         f"survived, in {minutes:.0f} minutes",
         f"with {os.cpu_count()} CPU threads and torch {version('torch')}.",
@@ -1058,6 +1057,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         tree = Path(folder)
         copy_tree(tree)
+        commit = find_commit()
         try:
             outcomes = try_mutations(chosen, tree, console)
         except (RuntimeError, ValueError) as error:
@@ -1066,7 +1066,7 @@ def main() -> int:
     survived = count_survivors(outcomes)
     console.print(f"{len(outcomes) - survived} of {len(outcomes)} caught")
     if chosen == list(MUTATIONS):
-        write_page(outcomes, PAGE)
+        write_page(outcomes, commit, PAGE)
     return int(survived > MOST_SURVIVORS)
 
 

@@ -139,7 +139,7 @@ def main() -> None:
     studies = list(dict.fromkeys(map(collect, folders))) or list_stored()
     for study in [*studies, "."]:
         (results.ROOT / study / "README.md").write_text(fill_tables(study))
-        for draw in FIGURES.get(study, {}).values():
+        for draw in FIGURES[study].values():
             draw()
         Console().print(f"experiments/{study}", highlight=False)
 

@@ -242,7 +242,9 @@ def test_a_preset_repeats_the_prior_with_which_its_study_was_measured(preset, tm
     assert (*recipe, prior.model.start) == (64, 2e-3, 7, "random")
 
 
-@pytest.mark.parametrize(("sweep", "bits"), [("quantizers", 9), ("quantizers_4096", 12)])
+@pytest.mark.parametrize(
+    ("sweep", "bits"), [("quantizers", 9), ("quantizers_cifar10", 9), ("quantizers_4096", 12)]
+)
 def test_compared_quantizers_have_equal_bits_per_position(sweep, bits, tmp_path):
     for quantizer in read_preset(sweep)[1]["quantizer"]:
         cfg = compose("vqvae", f"quantizer={quantizer}", "model.net.channels=1", folder=tmp_path)

@@ -51,9 +51,11 @@ def test_the_page_counts_and_lists_what_became_of_each(tmp_path):
             mutations.Outcome(first, True, "caught", 100.0),
             mutations.Outcome(second, False, "survived: no reason", 80.0),
         ],
+        "abcdef",
         tmp_path / "page.md",
     )
     text = (tmp_path / "page.md").read_text()
+    assert "At commit abcdef," in text
     assert "1 of 2 mutations were caught and 1 survived, in 3 minutes" in text
     rows = [line for line in text.splitlines() if line.startswith("| ")][2:]
     file = first.tests[0].partition("::")[0]

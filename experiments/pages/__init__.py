@@ -12,22 +12,20 @@ from pages import (
     training_dynamics,
 )
 
+PAGES = {
+    "quantizers": quantizers,
+    "codebook_size": codebook_size,
+    "training_dynamics": training_dynamics,
+    "posterior_collapse": posterior_collapse,
+    "reference_settings": reference_settings,
+    bits_per_dim.BITS: bits_per_dim,
+    ".": settings,
+}
 TABLES: dict[str, dict[str, Callable[[], str]]] = {
-    "quantizers": quantizers.TABLES,
-    "codebook_size": codebook_size.TABLES,
-    "training_dynamics": training_dynamics.TABLES,
-    "posterior_collapse": posterior_collapse.TABLES,
-    "reference_settings": reference_settings.TABLES,
-    bits_per_dim.BITS: bits_per_dim.TABLES,
-    ".": settings.TABLES,
+    study: page.TABLES for study, page in PAGES.items()
 }
 """Tables of each study, by the name in its README; `.` is the page of all studies."""
 FIGURES: dict[str, dict[str, Callable[[], None]]] = {
-    "quantizers": quantizers.FIGURES,
-    "codebook_size": codebook_size.FIGURES,
-    "training_dynamics": training_dynamics.FIGURES,
-    "posterior_collapse": posterior_collapse.FIGURES,
-    "reference_settings": reference_settings.FIGURES,
-    bits_per_dim.BITS: bits_per_dim.FIGURES,
+    study: page.FIGURES for study, page in PAGES.items()
 }
 """Figures of each study, by the name of the PNG file."""

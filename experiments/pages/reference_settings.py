@@ -4,7 +4,7 @@ import matplotlib.pyplot as plt
 from matplotlib.ticker import NullFormatter
 
 from pages.figures import save
-from pages.results import Group, average_curve, end, read_curves_of, read_rows
+from pages.results import Group, average_curve, read_curves_of, read_end, read_rows
 from pages.tables import NMSE, PERPLEXITY, USE, Column, format_mean
 
 SONNET = {
@@ -44,8 +44,8 @@ def tabulate_references() -> str:
     for sweep, title in REFERENCES.items():
         group = Group((title,), read_rows(sweep))
         columns = [
-            Column("", end(sweep, "train/nmse")),
-            Column("", end(sweep, "train/perplexity"), ".0f"),
+            Column("", read_end(sweep, "train/nmse")),
+            Column("", read_end(sweep, "train/perplexity"), ".0f"),
             NMSE,
             PERPLEXITY,
             USE,

@@ -66,7 +66,10 @@ class Group(NamedTuple):
 
 def read_rows(sweep: str) -> list[Row]:
     """Read the jobs of a sweep; each must have finished."""
-    with (ROOT / STUDIES[sweep] / f"{sweep}.csv").open(newline="") as file:
+    path = ROOT / STUDIES[sweep] / f"{sweep}.csv"
+    if not path.is_file():
+        raise SystemExit(f"error: {path} is missing: run sweep={sweep}, then studies.py FOLDER.")
+    with path.open(newline="") as file:
         rows = list(csv.DictReader(file))
     unfinished = [row["folder"] for row in rows if row["state"] != "finished"]
     if unfinished:
@@ -108,7 +111,7 @@ def read_curves_of(sweep: str) -> dict[str, list[Row]]:
     return found
 
 
-def end(sweep: str, name: str) -> Callable[[Row], float]:
+def read_end(sweep: str, name: str) -> Callable[[Row], float]:
     """Return the function that reads the last stored value of a job's curve."""
     ends = {folder: rows[-1] for folder, rows in read_curves_of(sweep).items()}
     return lambda row: float(ends[row["folder"]][name])

@@ -1,6 +1,6 @@
 """The table of all settings of all studies."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from pages import results
 from pages.bits_per_dim import BITS, read_pipelines
@@ -68,3 +68,4 @@ def tabulate_settings() -> str:
 
 
 TABLES = {"settings": tabulate_settings}
+FIGURES: dict[str, Callable[[], None]] = {}

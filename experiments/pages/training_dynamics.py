@@ -12,10 +12,10 @@ from pages.results import (
     Group,
     Row,
     average_curve,
-    end,
     group_sweep,
     metric,
     read_curves_of,
+    read_end,
 )
 from pages.tables import NMSE, PERPLEXITY, USE, Column, format_table, tabulate_sweep
 
@@ -30,7 +30,9 @@ def compute_relative_term(point: Row) -> float:
 
 def tabulate_commitment() -> str:
     """Make the table of `sweep=commitment`."""
-    term, power = (end("commitment", name) for name in ("train/commitment", "train/latent_power"))
+    term, power = (
+        read_end("commitment", name) for name in ("train/commitment", "train/latent_power")
+    )
     columns = [
         NMSE,
         PERPLEXITY,
@@ -128,7 +130,7 @@ def draw_dynamics() -> None:
 
 def tabulate_decay() -> str:
     """Make the table of `sweep=decay`."""
-    columns = [NMSE, USE, PERPLEXITY, Column("drift", end("decay", DRIFT), ".3f")]
+    columns = [NMSE, USE, PERPLEXITY, Column("drift", read_end("decay", DRIFT), ".3f")]
     return tabulate_sweep("decay", ["`decay`"], columns)
 
 

@@ -30,6 +30,12 @@ from vqvae_lightning.pixels import from_uint8, to_uint8
 from vqvae_lightning.quantizers import GaussianBottleneck
 from vqvae_lightning.randomness import derive_seed
 from vqvae_lightning.report.jobs import Job, read_jobs
+from vqvae_lightning.report.sweep import (
+    get_value,
+    label_job,
+    list_differing_keys,
+    shorten_keys,
+)
 from vqvae_lightning.runs.folder import RunFolder
 from vqvae_lightning.stages.inputs import load_checkpoint_images
 
@@ -43,14 +49,18 @@ DPI = 100
 LARGE = 18  # points
 
 
-def name_setting(job: Job) -> str:
-    """Name what the sweep chose for a job, except its seed and decoder."""
-    others = ("seed", "model/decoder", "sweep")
-    chosen = {key: value for key, value in job.chosen.items() if key not in others}
-    return ", ".join(
-        str(value) if key == "quantizer" else f"{key.rpartition('.')[2]}={value}"
-        for key, value in chosen.items()
-    )
+def name_settings(jobs: list[Job]) -> list[str]:
+    """Name what the sweep varies between the jobs, except seed and decoder."""
+    differing = [key for key in list_differing_keys(jobs) if any(key in job.chosen for job in jobs)]
+    keys = [key for key in differing if key not in ("seed", "model/decoder")]
+    titles = shorten_keys(keys)
+    return [
+        ", ".join(
+            str(value) if key == "quantizer" else f"{titles[key]}={value}"
+            for key, value in ((key, get_value(job, key)) for key in keys)
+        )
+        for job in jobs
+    ]
 
 
 def draw_latents(net: VQVAE, images: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -165,9 +175,8 @@ def analyse(folder: Path, output: Path, images: int | None = None) -> None:
     rows: list[dict[str, Any]] = []
     drawn: dict[str, list[Tensor]] = {}
     shown = torch.empty(0)
-    for number, job in enumerate(jobs, start=1):
-        setting = name_setting(job)
-        print_line(f"job {number}/{len(jobs)}: {setting}")
+    for number, (job, setting) in enumerate(zip(jobs, name_settings(jobs), strict=True), start=1):
+        print_line(f"job {number}/{len(jobs)}: {label_job(job, list(job.chosen))}")
         loaded = load(RunFolder(job.folder).best_checkpoint, "vqvae")
         data = load_checkpoint_images(loaded, ())
         levels = data.datasets["test"].preview(images or sys.maxsize).data

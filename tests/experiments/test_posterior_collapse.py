@@ -107,12 +107,24 @@ def test_a_decoder_that_ignores_its_latents_gains_nothing_from_them():
     assert found["other"] == pytest.approx(found["own"], abs=1e-6)
 
 
-def test_a_setting_is_named_by_what_the_sweep_varies():
-    def name(**chosen):
-        return analysis.name_setting(SimpleNamespace(chosen=chosen))
-
-    assert name(**{"model/decoder": "pixelcnn", "quantizer": "ema", "seed": 1}) == "ema"
-    assert name(**{"model.net.quantizer.beta": 0.4, "seed": 1, "sweep": "beta"}) == "beta=0.4"
+@pytest.mark.parametrize(
+    ("key", "values", "names"),
+    [
+        ("quantizer", ("ema", "gaussian"), ["ema", "ema", "gaussian", "gaussian"]),
+        ("model.net.quantizer.beta", (0.4, 0.04), ["beta=0.4", "beta=0.4", "beta=0.04"]),
+    ],
+)
+def test_a_setting_is_named_by_what_the_sweep_varies(key, values, names):
+    common = {"data_dir": "/data", "trainer": "cpu"}
+    decoders = ("convolutional", "pixelcnn")
+    jobs = [
+        SimpleNamespace(
+            chosen={**common, key: value, "seed": seed, "model/decoder": decoders[seed]}, config={}
+        )
+        for value in values
+        for seed in (0, 1)
+    ]
+    assert analysis.name_settings(jobs)[: len(names)] == names
 
 
 def run(monkeypatch, main, *arguments):

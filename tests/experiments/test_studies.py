@@ -57,6 +57,16 @@ def test_other_rows_are_compared_with_the_default_recipe(sweep, tmp_path):
     assert group.key == tuple(str(OmegaConf.select(cfg, key)) for key in keys)
 
 
+@pytest.mark.parametrize("sweep", sorted(pages.quantizers.DIMENSIONS))
+def test_a_position_with_one_code_costs_what_the_code_costs(sweep):
+    cost = pages.quantizers.nats_per_position(sweep)
+    several = ("residual_3x8", "residual_4x8")
+    rows = [row for row in results.read_rows(sweep) if row["quantizer"] not in several]
+    assert rows
+    for row in rows:
+        assert cost(row) == pytest.approx(float(row["test/nats_per_code"]), rel=1e-5)
+
+
 def make_group(name, values):
     rows = [{"folder": str(n), "test/nmse": str(value)} for n, value in enumerate(values)]
     return results.Group((name,), rows)
@@ -211,8 +221,8 @@ def test_tables_and_figures_show_all_settings_of_a_sweep(sweep, invented):
 
 def test_the_table_of_all_settings_has_a_row_for_each(invented):
     lines = [line for line in studies.fill_tables(".").splitlines() if line.startswith("| [")]
-    settings = [row for sweep in results.STUDIES for row in results.read_rows(sweep)]
-    assert len(lines) == len(settings) / 3
+    jobs = [row for sweep in results.STUDIES for row in results.read_rows(sweep)]
+    assert len(lines) == len(jobs) / 3
     assert sum("| 3, abcdefg |" in line for line in lines) == len(lines)
 
 

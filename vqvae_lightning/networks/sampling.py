@@ -122,14 +122,16 @@ def sample_batches(
         )
 
 
-def check_top_p(top_p: object) -> None:
-    """Check that `top_p` is in (0, 1].
+def check_top_p(top_p: object) -> float:
+    """Return `top_p` if it is in (0, 1].
 
     Raises:
         InputError: If it is not.
     """
-    if check_range("top_p", top_p, 0, 1) == 0:
+    share = check_range("top_p", top_p, 0, 1)
+    if share == 0:
         raise InputError(Key("top_p"), "=0 leaves no code: use a value in (0, 1]; 1 keeps all.")
+    return share
 
 
 def check_guidance(guidance: float, num_classes: int, null_label_rate: float) -> None:

@@ -42,6 +42,7 @@ from vqvae_lightning.loggers.media import log_result
 from vqvae_lightning.loggers.wandb import name_run
 from vqvae_lightning.networks.autoencoder import VQVAE
 from vqvae_lightning.networks.pixelcnn import PixelCNN
+from vqvae_lightning.networks.sampling import check_guidance
 from vqvae_lightning.pictures import arrange_pairs, save_png
 from vqvae_lightning.randomness import derive_seed
 from vqvae_lightning.runs.folder import RunFolder
@@ -55,7 +56,7 @@ from vqvae_lightning.tasks.optimization import check_optimizer
 
 
 def check_evaluation(cfg: DictConfig) -> None:
-    """Check the settings in `conf/evaluation`, except those of the classifier and of the drawing.
+    """Check the settings in `conf/evaluation`, except those of the classifier.
 
     Raises:
         InputError: If a setting cannot work; it names the key.
@@ -74,6 +75,7 @@ def check_evaluation(cfg: DictConfig) -> None:
         raise InputError(
             Key("num_samples"), f"={cfg.num_samples} must be at least 4 for precision and recall."
         )
+    choose_drawing(cfg)
     if cfg.get("classifier_seed") is not None:
         check_range("classifier_seed", cfg.classifier_seed, 0)
 
@@ -213,7 +215,8 @@ def _evaluate(cfg: DictConfig, images: PixelDataModule | None, watch: Stopwatch)
     if prior is not None:
         with torch.random.fork_rng(devices=[]):
             build_classifier(cfg, images)  # raises before anything is measured
-        drawing = choose_drawing(cfg, prior.num_classes, prior.null_label_rate)
+        drawing = choose_drawing(cfg)
+        check_guidance(drawing["guidance"], prior.num_classes, prior.null_label_rate)
     nets = load_networks(bool(cfg.get("perceptual")), cfg.get("weights") or {}, images)
     if nets.missing is not None:
         print_line(nets.missing)
@@ -304,6 +307,7 @@ def _evaluate(cfg: DictConfig, images: PixelDataModule | None, watch: Stopwatch)
         split=cfg.split,
         images=len(codes.datasets[cfg.split]),
         samples=0 if prior is None else cfg.num_samples,
+        drawing=None if prior is None else drawing,
         vqvae_checkpoint=str(vqvae_path),
         prior_checkpoint=cfg.prior_checkpoint,
         data_fingerprint=images.fingerprint,

@@ -17,6 +17,7 @@ from vqvae_lightning.errors import prefix_keys, rename_keys
 from vqvae_lightning.evaluation.features import load_networks
 from vqvae_lightning.files import replace_file
 from vqvae_lightning.jobs.ranks import count_ranks
+from vqvae_lightning.networks.sampling import check_guidance
 from vqvae_lightning.report.run import write_report
 from vqvae_lightning.runs.folder import STAGES, RunFolder
 from vqvae_lightning.runs.results import read_result, write_config, write_result
@@ -121,7 +122,7 @@ def check_stages(
         InputError: Naming the key as the pipeline's config has it.
     """
     require_codes(build(configs["vqvae"].model.net.quantizer))
-    judge, drawing = configs["evaluation"], configs["samples"]
+    judge, samples = configs["evaluation"], configs["samples"]
     vqvae, prior = configs["vqvae"].copy(), configs["prior"].copy()
     check_fingerprint(vqvae, images)
     complete_config(vqvae, images)
@@ -135,14 +136,14 @@ def check_stages(
     with prefix_stage_keys(cfg, "evaluation"):
         check_evaluation(judge)
         net = prior.model.net
-        choose_drawing(judge, net.num_classes, net.null_label_rate)
+        check_guidance(choose_drawing(judge)["guidance"], net.num_classes, net.null_label_rate)
         build_classifier(judge, images)
         load_networks(bool(judge.get("perceptual")), judge.get("weights") or {}, images)
         with prefix_keys("trainer"):
             choose_devices(judge.trainer.accelerator, count_ranks(judge.trainer))
     with prefix_stage_keys(cfg, "samples"):
-        choose_devices(drawing.accelerator, drawing.devices)
-        check_sampling(drawing, net.num_classes, net.height, net.null_label_rate)
+        choose_devices(samples.accelerator, samples.devices)
+        check_sampling(samples, net.num_classes, net.height, net.null_label_rate)
     return surveys
 
 

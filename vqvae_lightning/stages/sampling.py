@@ -33,31 +33,26 @@ from vqvae_lightning.runs.stopwatch import Stopwatch, time_stage
 from vqvae_lightning.stages.inputs import load_checkpoint_images
 
 
-def choose_drawing(cfg: DictConfig, num_classes: int, null_label_rate: float) -> dict[str, Any]:
+def choose_drawing(cfg: DictConfig) -> dict[str, Any]:
     """Choose how a prior draws codes.
 
     Args:
         cfg: Config with `temperature`, and optionally `top_k`, `top_p` and `guidance`, which the
             evaluations of older runs lack.
-        num_classes: Classes of the prior; 0 for an unconditional prior.
-        null_label_rate: Share of the training samples whose class was hidden from the prior.
 
     Returns:
         These arguments of `sample_batches`.
 
     Raises:
-        InputError: If a value cannot work; it names the key.
+        InputError: If a value is out of range; it names the key.
     """
     top_k = cfg.get("top_k")
-    options = {
+    return {
         "temperature": check_range("temperature", cfg.temperature, 0),
         "top_k": None if top_k is None else check_positive("top_k", top_k),
-        "top_p": cfg.get("top_p", 1.0),
+        "top_p": check_top_p(cfg.get("top_p", 1.0)),
         "guidance": check_range("guidance", cfg.get("guidance", 1.0), 0),
     }
-    check_top_p(options["top_p"])
-    check_guidance(options["guidance"], num_classes, null_label_rate)
-    return options
 
 
 def check_sampling(cfg: DictConfig, num_classes: int, height: int, null_label_rate: float) -> None:
@@ -77,7 +72,7 @@ def check_sampling(cfg: DictConfig, num_classes: int, height: int, null_label_ra
     if cfg.batch_size is not None:
         check_positive("batch_size", cfg.batch_size)
     check_range("keep_rows", cfg.keep_rows, 0, 1)
-    choose_drawing(cfg, num_classes, null_label_rate)
+    check_guidance(choose_drawing(cfg)["guidance"], num_classes, null_label_rate)
     if cfg.complete is not None:
         if round(cfg.keep_rows * height) >= height:
             raise InputError(
@@ -169,7 +164,7 @@ def _draw_samples(cfg: DictConfig, watch: Stopwatch) -> dict[str, Any]:
         keep_finished=True,
         known=known,
         batch_size=cfg.batch_size,
-        **choose_drawing(cfg, prior.num_classes, prior.null_label_rate),
+        **choose_drawing(cfg),
     )
     done = len(samples.images)
     if originals is None:
