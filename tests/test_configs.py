@@ -238,8 +238,15 @@ def test_a_job_of_every_sweep_trains(sweep, toy, command):
 )
 def test_a_preset_repeats_the_prior_with_which_its_study_was_measured(preset, tmp_path):
     prior = compose("pipeline", preset, folder=tmp_path).prior
-    recipe = (prior.batch_size, prior.model.optimizer.lr, prior.model.net.first_kernel)
-    assert (*recipe, prior.model.start) == (64, 2e-3, 7, "random")
+    net = prior.model.net
+    recipe = (prior.batch_size, prior.model.optimizer.lr, net.first_kernel, net.null_label_rate)
+    assert (*recipe, prior.model.start) == (64, 2e-3, 7, 0, "random")
+
+
+@pytest.mark.parametrize("sweep", ["quantizers_4096", "quantizers_cifar10"])
+def test_a_preset_repeats_the_labels_with_which_its_study_was_measured(sweep, tmp_path):
+    prior = compose("pipeline", f"sweep={sweep}", folder=tmp_path).prior
+    assert prior.model.net.null_label_rate == 0
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import pytest
 from conftest import compose
 from omegaconf import OmegaConf
 
+from vqvae_lightning.configs import CONF_DIR
 from vqvae_lightning.networks.sampling import sample_batches
 from vqvae_lightning.runs.results import read_result
 from vqvae_lightning.stages import evaluating
@@ -52,9 +53,21 @@ def test_the_evaluated_samples_are_those_of_vqvae_sample(guided, command, tmp_pa
 
 
 def test_an_evaluation_of_an_older_run_draws_with_the_defaults():
-    chosen = choose_drawing(OmegaConf.create({"temperature": 1.0}))
+    chosen = choose_drawing(OmegaConf.create({"temperature": 1.0}), 3, 0.1)
     parameters = inspect.signature(sample_batches).parameters
     assert chosen == {name: parameters[name].default for name in OPTIONS}
+
+
+@pytest.mark.parametrize(
+    ("num_classes", "null_label_rate", "guidance"),
+    [(3, 0.1, 1.5), (3, 0.0, 1), (0, 0.1, 1)],
+)
+@pytest.mark.parametrize("group", ["evaluation", "sampling"])
+def test_samples_are_guided_by_default_where_the_prior_allows_it(
+    group, num_classes, null_label_rate, guidance
+):
+    cfg = OmegaConf.load(CONF_DIR / f"{group}/default.yaml")
+    assert choose_drawing(cfg, num_classes, null_label_rate)["guidance"] == guidance
 
 
 @pytest.mark.parametrize(

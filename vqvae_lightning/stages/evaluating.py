@@ -42,7 +42,6 @@ from vqvae_lightning.loggers.media import log_result
 from vqvae_lightning.loggers.wandb import name_run
 from vqvae_lightning.networks.autoencoder import VQVAE
 from vqvae_lightning.networks.pixelcnn import PixelCNN
-from vqvae_lightning.networks.sampling import check_guidance
 from vqvae_lightning.pictures import arrange_pairs, save_png
 from vqvae_lightning.randomness import derive_seed
 from vqvae_lightning.runs.folder import RunFolder
@@ -50,7 +49,7 @@ from vqvae_lightning.runs.results import read_result, write_config, write_result
 from vqvae_lightning.runs.stopwatch import Stopwatch, time_stage
 from vqvae_lightning.stages.chosen_run import choose_checkpoints
 from vqvae_lightning.stages.inputs import build_codes, load_checkpoint_images, load_images
-from vqvae_lightning.stages.sampling import choose_drawing
+from vqvae_lightning.stages.sampling import check_drawing, choose_drawing
 from vqvae_lightning.tasks import ClassifierTask
 from vqvae_lightning.tasks.optimization import check_optimizer
 
@@ -75,7 +74,7 @@ def check_evaluation(cfg: DictConfig) -> None:
         raise InputError(
             Key("num_samples"), f"={cfg.num_samples} must be at least 4 for precision and recall."
         )
-    choose_drawing(cfg)
+    check_drawing(cfg)
     if cfg.get("classifier_seed") is not None:
         check_range("classifier_seed", cfg.classifier_seed, 0)
 
@@ -215,8 +214,7 @@ def _evaluate(cfg: DictConfig, images: PixelDataModule | None, watch: Stopwatch)
     if prior is not None:
         with torch.random.fork_rng(devices=[]):
             build_classifier(cfg, images)  # raises before anything is measured
-        drawing = choose_drawing(cfg)
-        check_guidance(drawing["guidance"], prior.num_classes, prior.null_label_rate)
+        drawing = choose_drawing(cfg, prior.num_classes, prior.null_label_rate)
     nets = load_networks(bool(cfg.get("perceptual")), cfg.get("weights") or {}, images)
     if nets.missing is not None:
         print_line(nets.missing)

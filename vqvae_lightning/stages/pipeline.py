@@ -17,7 +17,6 @@ from vqvae_lightning.errors import prefix_keys, rename_keys
 from vqvae_lightning.evaluation.features import load_networks
 from vqvae_lightning.files import replace_file
 from vqvae_lightning.jobs.ranks import count_ranks
-from vqvae_lightning.networks.sampling import check_guidance
 from vqvae_lightning.report.run import write_report
 from vqvae_lightning.runs.folder import STAGES, RunFolder
 from vqvae_lightning.runs.results import read_result, write_config, write_result
@@ -136,7 +135,7 @@ def check_stages(
     with prefix_stage_keys(cfg, "evaluation"):
         check_evaluation(judge)
         net = prior.model.net
-        check_guidance(choose_drawing(judge)["guidance"], net.num_classes, net.null_label_rate)
+        choose_drawing(judge, net.num_classes, net.null_label_rate)
         build_classifier(judge, images)
         load_networks(bool(judge.get("perceptual")), judge.get("weights") or {}, images)
         with prefix_keys("trainer"):

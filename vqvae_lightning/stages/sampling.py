@@ -33,25 +33,43 @@ from vqvae_lightning.runs.stopwatch import Stopwatch, time_stage
 from vqvae_lightning.stages.inputs import load_checkpoint_images
 
 
-def choose_drawing(cfg: DictConfig) -> dict[str, Any]:
+GUIDANCE = 1.5
+"""Default for priors that allow guidance: experiments/reference_settings."""
+
+
+def check_drawing(cfg: DictConfig) -> None:
+    """Check how codes are to be drawn, without the prior.
+
+    Raises:
+        InputError: If a value is out of range; it names the key.
+    """
+    choose_drawing(cfg, 1, 1.0)
+
+
+def choose_drawing(cfg: DictConfig, num_classes: int, null_label_rate: float) -> dict[str, Any]:
     """Choose how a prior draws codes.
 
     Args:
         cfg: Config with `temperature`, and optionally `top_k`, `top_p` and `guidance`, which the
-            evaluations of older runs lack.
+            evaluations of older runs lack: they drew without guidance.
+        num_classes: Classes of the prior; 0 for an unconditional prior.
+        null_label_rate: Share of the training samples whose class was hidden from the prior.
 
     Returns:
         These arguments of `sample_batches`.
 
     Raises:
-        InputError: If a value is out of range; it names the key.
+        InputError: If a value cannot work; it names the key.
     """
-    top_k = cfg.get("top_k")
+    top_k, guidance = cfg.get("top_k"), cfg.get("guidance", 1.0)
+    if guidance is None:
+        guidance = GUIDANCE if num_classes and null_label_rate else 1.0
+    check_guidance(check_range("guidance", guidance, 0), num_classes, null_label_rate)
     return {
         "temperature": check_range("temperature", cfg.temperature, 0),
         "top_k": None if top_k is None else check_positive("top_k", top_k),
         "top_p": check_top_p(cfg.get("top_p", 1.0)),
-        "guidance": check_range("guidance", cfg.get("guidance", 1.0), 0),
+        "guidance": guidance,
     }
 
 
@@ -72,7 +90,7 @@ def check_sampling(cfg: DictConfig, num_classes: int, height: int, null_label_ra
     if cfg.batch_size is not None:
         check_positive("batch_size", cfg.batch_size)
     check_range("keep_rows", cfg.keep_rows, 0, 1)
-    check_guidance(choose_drawing(cfg)["guidance"], num_classes, null_label_rate)
+    choose_drawing(cfg, num_classes, null_label_rate)
     if cfg.complete is not None:
         if round(cfg.keep_rows * height) >= height:
             raise InputError(
@@ -164,7 +182,7 @@ def _draw_samples(cfg: DictConfig, watch: Stopwatch) -> dict[str, Any]:
         keep_finished=True,
         known=known,
         batch_size=cfg.batch_size,
-        **choose_drawing(cfg),
+        **choose_drawing(cfg, prior.num_classes, prior.null_label_rate),
     )
     done = len(samples.images)
     if originals is None:
