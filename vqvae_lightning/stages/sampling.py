@@ -32,7 +32,6 @@ from vqvae_lightning.runs.results import read_result, write_config, write_result
 from vqvae_lightning.runs.stopwatch import Stopwatch, time_stage
 from vqvae_lightning.stages.inputs import load_checkpoint_images
 
-
 GUIDANCE = 1.5
 """Default for priors that allow guidance: experiments/reference_settings."""
 
