@@ -154,6 +154,7 @@ def checkpoints(toy_npz, tmp_path_factory) -> Path:
     for seed in (0, 1):
         train(compose("vqvae", *toy, *TINY_VQVAE, f"seed={seed}", folder=folder / f"vqvae{seed}"))
     prior = ("trainer=debug", "model.net.channels=8", "model.net.layers=2", "batch_size=8")
+    prior += ("model.net.null_label_rate=0",)
     path = folder / "vqvae0/checkpoints/best.ckpt"
     train(compose("prior", *toy, *prior, f"vqvae_checkpoint={path}", folder=folder / "prior"))
     return folder

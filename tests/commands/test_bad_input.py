@@ -152,10 +152,12 @@ def test_vqvae_sample_says_what_is_wrong(overrides, words, checkpoints, command)
     assert not (outcome.folder / "config.yaml").exists(), "the folder can be used again"
 
 
-def test_guidance_that_cannot_be_is_found_before_anything_trains(toy, command):
-    outcome = command("vqvae-pipeline", *toy, "experiment=smoke", "sampling.guidance=2")
+@pytest.mark.parametrize("stage", ["sampling", "evaluation"])
+def test_guidance_that_cannot_be_is_found_before_anything_trains(stage, toy, command):
+    never = "prior.model.net.null_label_rate=0"
+    outcome = command("vqvae-pipeline", *toy, "experiment=smoke", never, f"{stage}.guidance=2")
     assert outcome.status == 1
-    assert "sampling.guidance=2" in outcome.err
+    assert f"{stage}.guidance=2 needs a prior" in outcome.err
     assert not (outcome.folder / "vqvae" / "checkpoints").exists()
 
 

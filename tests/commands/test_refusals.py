@@ -99,7 +99,6 @@ PIPELINE = [
     ("evaluation.temperature=-1", "evaluation.temperature=-1", "at least 0"),
     ("evaluation.top_k=0", "evaluation.top_k=0", "at least 1"),
     ("evaluation.top_p=0", "evaluation.top_p=0", "(0, 1]"),
-    ("evaluation.guidance=2", "evaluation.guidance=2", "null_label_rate"),
     ("evaluation.guidance=-1", "evaluation.guidance=-1", "at least 0"),
     ("evaluation.split=all", "evaluation.split=all", "train, val, test"),
     ("evaluation.weights.inception=no.pth", "evaluation.weights.inception=no.pth", "download"),

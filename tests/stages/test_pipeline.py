@@ -261,13 +261,6 @@ def test_ctrl_c_keeps_finished_samples(finished, command, monkeypatch):
         assert len(arrays["images"]) == len(arrays["labels"]) == 8
 
 
-def test_guidance_of_a_prior_trained_without_the_null_label_is_refused(finished, command):
-    prior = f"prior_checkpoint={finished}/prior/checkpoints/best.ckpt"
-    outcome = command("vqvae-sample", prior, "guidance=2")
-    assert outcome.status == 1
-    assert "null_label_rate" in outcome.err
-
-
 def test_images_are_reconstructed_through_a_continuous_bottleneck(command, toy, tmp_path):
     first = command(
         "vqvae-train", "quantizer=gaussian", "trainer=debug", "model.net.hidden=8", *toy
