@@ -54,7 +54,7 @@ def draw_latents() -> None:
 
 def draw_beta() -> None:
     """Draw the bits that the latents cost and that the decoder uses, for `beta`."""
-    figure, axis = plt.subplots(figsize=(10, 3.6), layout="constrained")
+    figure, axis = plt.subplots(figsize=(10, 4.4), layout="constrained")
     draw_bits(axis, {f"beta {group.key[0]}": group for group in group_latents("beta")})
     axis.set_xlim(0, None)
     figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=2)
