@@ -7,7 +7,7 @@ import matplotlib.pyplot as plt
 
 from pages import results
 from pages.figures import save
-from pages.results import Group, Row, group_rows, list_swept_keys, read_rows
+from pages.results import Group, Row, group_rows, list_swept_keys, read_rows, reader
 from pages.tables import Column, format_table
 
 PIXELS = 28 * 28
@@ -32,10 +32,10 @@ def bits_used(row: Row) -> float:
 def tabulate_latents(sweep: str, *titles: str) -> str:
     """Make the table of a sweep."""
     columns = [
-        Column("rate, bits/dim", lambda row: float(row["rate"]), ".3f"),
-        Column("distortion", lambda row: float(row["own"]), ".3f"),
+        Column("rate, bits/dim", reader("rate"), ".3f"),
+        Column("distortion", reader("own"), ".3f"),
         Column("total", lambda row: float(row["own"]) + float(row["rate"]), ".3f"),
-        Column("distortion, latents of another image", lambda row: float(row["other"]), ".3f"),
+        Column("distortion, latents of another image", reader("other"), ".3f"),
         Column("bits per image that the decoder uses", bits_used, ".0f"),
     ]
     return format_table(titles, group_latents(sweep), columns)

@@ -7,7 +7,7 @@ from functools import partial
 import matplotlib.pyplot as plt
 
 from pages.figures import draw_bars, save
-from pages.results import Row, group_sweep, metric
+from pages.results import Row, group_sweep, metric, reader
 from pages.tables import NMSE, PERPLEXITY, USE, Column, tabulate_sweep
 
 DIMENSIONS = {"quantizers": 16, "quantizers_4096": 16, "quantizers_cifar10": 48}
@@ -30,7 +30,7 @@ def tabulate_quantizers(sweep: str) -> str:
         Column("rate, bits/dim", metric("prior_bits_per_dim")),
         Column("accuracy of samples", metric("sample_accuracy"), ".1%"),
         Column("Fréchet distance of samples", metric("sample_fid"), ".1f"),
-        Column("seconds", lambda row: float(row["seconds"]), ".0f"),
+        Column("seconds", reader("seconds"), ".0f"),
     ]
     return tabulate_sweep(sweep, ["`quantizer=`"], columns)
 

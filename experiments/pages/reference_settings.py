@@ -4,7 +4,7 @@ import matplotlib.pyplot as plt
 from matplotlib.ticker import NullFormatter
 
 from pages.figures import save
-from pages.results import Group, average_curve, read_curves_of, read_end, read_rows
+from pages.results import Group, at_end, average_curve, read_curves_of, read_rows, reader
 from pages.tables import NMSE, PERPLEXITY, USE, Column, format_mean
 
 SONNET = {
@@ -44,8 +44,8 @@ def tabulate_references() -> str:
     for sweep, title in REFERENCES.items():
         group = Group((title,), read_rows(sweep))
         columns = [
-            Column("", read_end(sweep, "train/nmse")),
-            Column("", read_end(sweep, "train/perplexity"), ".0f"),
+            Column("", at_end(sweep, reader("train/nmse"))),
+            Column("", at_end(sweep, reader("train/perplexity")), ".0f"),
             NMSE,
             PERPLEXITY,
             USE,
@@ -61,9 +61,7 @@ def draw_references() -> None:
     panels = ("train/nmse", "train/perplexity")
     for number, (axis, name) in enumerate(zip(axes, panels, strict=True)):
         for sweep, colour in zip(REFERENCES, ("#d1495b", "#0b6e99"), strict=True):
-            steps, means = average_curve(
-                read_rows(sweep), read_curves_of(sweep), lambda point, key=name: float(point[key])
-            )
+            steps, means = average_curve(read_rows(sweep), read_curves_of(sweep), reader(name))
             axis.plot(steps, means, color=colour, linewidth=2.5, label=REFERENCES[sweep])
         printed = [values[number] for values in SONNET.values()]
         axis.plot(list(SONNET), printed, "ko", markersize=7, label="sonnet's notebook")

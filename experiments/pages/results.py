@@ -97,9 +97,14 @@ def list_swept_keys(sweep: str) -> list[str]:
     return [key for key in preset.hydra.sweeper.params if key != "seed"]
 
 
+def reader(name: str) -> Callable[[Row], float]:
+    """Return the function that reads a number of a row."""
+    return lambda row: float(row[name])
+
+
 def metric(name: str) -> Callable[[Row], float]:
     """Return the function that reads a test metric of a job."""
-    return lambda row: float(row[f"test/{name}"])
+    return reader(f"test/{name}")
 
 
 def read_curves_of(sweep: str) -> dict[str, list[Row]]:
@@ -111,10 +116,10 @@ def read_curves_of(sweep: str) -> dict[str, list[Row]]:
     return found
 
 
-def read_end(sweep: str, name: str) -> Callable[[Row], float]:
-    """Return the function that reads the last stored value of a job's curve."""
+def at_end(sweep: str, value: Callable[[Row], float]) -> Callable[[Row], float]:
+    """Return the function that measures the last stored point of a job's curves."""
     ends = {folder: rows[-1] for folder, rows in read_curves_of(sweep).items()}
-    return lambda row: float(ends[row["folder"]][name])
+    return lambda row: value(ends[row["folder"]])
 
 
 def average_curve(

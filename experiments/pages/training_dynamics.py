@@ -11,11 +11,12 @@ from pages.results import (
     DRIFT,
     Group,
     Row,
+    at_end,
     average_curve,
     group_sweep,
     metric,
     read_curves_of,
-    read_end,
+    reader,
 )
 from pages.tables import NMSE, PERPLEXITY, USE, Column, format_table, tabulate_sweep
 
@@ -23,22 +24,23 @@ NO_CURE = ("uniform", "0", "0.0")
 """Values of the keys of `sweep=collapse` that switch a cure off."""
 
 
+TERM = reader("train/commitment")
+POWER = reader("train/latent_power")
+
+
 def compute_relative_term(point: Row) -> float:
     """Compute the commitment term relative to the latent power, at a logged step."""
-    return float(point["train/commitment"]) / float(point["train/latent_power"])
+    return TERM(point) / POWER(point)
 
 
 def tabulate_commitment() -> str:
     """Make the table of `sweep=commitment`."""
-    term, power = (
-        read_end("commitment", name) for name in ("train/commitment", "train/latent_power")
-    )
     columns = [
         NMSE,
         PERPLEXITY,
-        Column("commitment term", term, ".3g"),
-        Column("latent power", power, ".3g"),
-        Column("term / power", lambda row: term(row) / power(row), ".3f"),
+        Column("commitment term", at_end("commitment", TERM), ".3g"),
+        Column("latent power", at_end("commitment", POWER), ".3g"),
+        Column("term / power", at_end("commitment", compute_relative_term), ".3f"),
     ]
     return tabulate_sweep("commitment", ["`commitment`"], columns)
 
@@ -48,8 +50,8 @@ def draw_commitment() -> None:
     groups = group_sweep("commitment")
     curves = read_curves_of("commitment")
     panels: list[tuple[str, Callable[[Row], float]]] = [
-        ("commitment term", lambda p: float(p["train/commitment"])),
-        ("latent power", lambda p: float(p["train/latent_power"])),
+        ("commitment term", TERM),
+        ("latent power", POWER),
         ("term / power", compute_relative_term),
     ]
     figure, axes = plt.subplots(1, 3, figsize=(12, 4.5), layout="constrained")
@@ -117,7 +119,7 @@ def draw_dynamics() -> None:
         figure, axes = plt.subplots(2, 4, figsize=(15, 6.2), layout="constrained", sharex=True)
         for axis, (name, title) in zip(axes.flat, panels.items(), strict=True):
             for group, colour in zip(groups, ("#0b6e99", "#d1495b"), strict=True):
-                curve = average_curve(group.rows, curves, lambda p, key=name: float(p[key]), name)
+                curve = average_curve(group.rows, curves, reader(name), name)
                 axis.plot(*curve, color=colour, linewidth=2.5, label=group.key[0])
             axis.set(title=title, xlim=(0, None))
             axis.set_ylim(bottom=0)
@@ -130,7 +132,7 @@ def draw_dynamics() -> None:
 
 def tabulate_decay() -> str:
     """Make the table of `sweep=decay`."""
-    columns = [NMSE, USE, PERPLEXITY, Column("drift", read_end("decay", DRIFT), ".3f")]
+    columns = [NMSE, USE, PERPLEXITY, Column("drift", at_end("decay", reader(DRIFT)), ".3f")]
     return tabulate_sweep("decay", ["`decay`"], columns)
 
 
@@ -143,7 +145,7 @@ def draw_decay() -> None:
     axes[0].set(xlabel="test NMSE", ylabel="decay")
     curves = read_curves_of("decay")
     for shade, group in enumerate(groups):
-        drift = average_curve(group.rows, curves, lambda point: float(point[DRIFT]), DRIFT)
+        drift = average_curve(group.rows, curves, reader(DRIFT), DRIFT)
         colour = plt.get_cmap("viridis")(0.9 - 0.28 * shade)
         axes[1].plot(*drift, "o-", color=colour, linewidth=2.5, label=group.key[0])
     axes[1].set(xlabel="updates", ylabel="drift since the last validation", ylim=(0, None))

@@ -32,6 +32,7 @@ from vqvae_lightning.randomness import derive_seed
 from vqvae_lightning.report.jobs import Job, read_jobs
 from vqvae_lightning.report.sweep import (
     get_value,
+    keep_chosen,
     label_job,
     list_differing_keys,
     shorten_keys,
@@ -51,15 +52,11 @@ LARGE = 18  # points
 
 def name_settings(jobs: list[Job]) -> list[str]:
     """Name what the sweep varies between the jobs, except seed and decoder."""
-    differing = [key for key in list_differing_keys(jobs) if any(key in job.chosen for job in jobs)]
-    keys = [key for key in differing if key not in ("seed", "model/decoder")]
-    titles = shorten_keys(keys)
+    swept = keep_chosen(list_differing_keys(jobs), jobs)
+    titles = shorten_keys([key for key in swept if key not in ("seed", "model/decoder")])
+    starts = {key: "" if key == "quantizer" else f"{title}=" for key, title in titles.items()}
     return [
-        ", ".join(
-            str(value) if key == "quantizer" else f"{titles[key]}={value}"
-            for key, value in ((key, get_value(job, key)) for key in keys)
-        )
-        for job in jobs
+        ", ".join(f"{start}{get_value(job, key)}" for key, start in starts.items()) for job in jobs
     ]
 
 

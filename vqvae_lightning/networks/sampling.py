@@ -134,13 +134,18 @@ def check_top_p(top_p: object) -> float:
     return share
 
 
+def allows_guidance(num_classes: int, null_label_rate: float) -> bool:
+    """Tell whether a prior has learnt both with and without the class."""
+    return num_classes > 0 and null_label_rate > 0
+
+
 def check_guidance(guidance: float, num_classes: int, null_label_rate: float) -> None:
     """Check that guidance is used only with a prior that has also learnt without the class.
 
     Raises:
         InputError: If it is used with another prior.
     """
-    if guidance != 1 and not (num_classes and null_label_rate):
+    if guidance != 1 and not allows_guidance(num_classes, null_label_rate):
         raise InputError(
             Key("guidance"),
             f"={guidance} needs a prior that was trained with classes and "

@@ -51,7 +51,7 @@ def write_sweep_report(folder: Path) -> list[Path]:
     """
     jobs = read_jobs(folder)
     keys = list_differing_keys(jobs)
-    short = [key for key in keys if any(key in job.chosen for job in jobs)] or keys
+    short = keep_chosen(keys, jobs) or keys
     names = list(dict.fromkeys(name for job in jobs for name in job.metrics))
     shown = [name for name in names if name.rpartition("/")[2] in COMPARED]
     finished = [job for job in jobs if job.objective is not None]
@@ -105,6 +105,11 @@ def list_differing_keys(jobs: list[Job]) -> list[str]:
     different = [key for key in chosen if differ([get_value(job, key) for job in jobs])]
     different += [key for key in keys if differ([get_value(job, key) for job in configured])]
     return list(dict.fromkeys(different))
+
+
+def keep_chosen(keys: list[str], jobs: list[Job]) -> list[str]:
+    """Keep the keys that the command of a job overrides."""
+    return [key for key in keys if any(key in job.chosen for job in jobs)]
 
 
 def get_value(job: Job, key: str) -> Any:

@@ -24,7 +24,7 @@ from vqvae_lightning.files import replace_file
 from vqvae_lightning.jobs.launched_ranks import detect_launcher
 from vqvae_lightning.networks.autoencoder import VQVAE
 from vqvae_lightning.networks.pixelcnn import PixelCNN
-from vqvae_lightning.networks.sampling import check_guidance, check_top_p
+from vqvae_lightning.networks.sampling import allows_guidance, check_guidance, check_top_p
 from vqvae_lightning.pictures import arrange_grid, save_png
 from vqvae_lightning.pixels import from_uint8
 from vqvae_lightning.runs.folder import RunFolder
@@ -42,7 +42,7 @@ def check_drawing(cfg: DictConfig) -> None:
     Raises:
         InputError: If a value is out of range; it names the key.
     """
-    choose_drawing(cfg, 1, 1.0)
+    choose_drawing(cfg, num_classes=1, null_label_rate=1.0)  # of a prior that allows guidance
 
 
 def choose_drawing(cfg: DictConfig, num_classes: int, null_label_rate: float) -> dict[str, Any]:
@@ -62,7 +62,7 @@ def choose_drawing(cfg: DictConfig, num_classes: int, null_label_rate: float) ->
     """
     top_k, guidance = cfg.get("top_k"), cfg.get("guidance", 1.0)
     if guidance is None:
-        guidance = GUIDANCE if num_classes and null_label_rate else 1.0
+        guidance = GUIDANCE if allows_guidance(num_classes, null_label_rate) else 1.0
     check_guidance(check_range("guidance", guidance, 0), num_classes, null_label_rate)
     return {
         "temperature": check_range("temperature", cfg.temperature, 0),
