@@ -28,8 +28,6 @@ from typing import NamedTuple
 from rich.console import Console
 from rich.table import Table
 
-from vqvae_lightning.runs.results import find_commit
-
 ROOT = Path(__file__).parents[1]
 PACKAGE = "vqvae_lightning"
 PAGE = ROOT / "experiments/mutations.md"
@@ -1057,6 +1055,10 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         tree = Path(folder)
         copy_tree(tree)
+        # Not at the top: the processes that run the tests import this file first, and would then
+        # have the package itself instead of the mutated copy.
+        from vqvae_lightning.runs.results import find_commit
+
         commit = find_commit()
         try:
             outcomes = try_mutations(chosen, tree, console)

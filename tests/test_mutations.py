@@ -2,6 +2,8 @@
 
 import ast
 import importlib.util
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -26,6 +28,13 @@ def test_each_mutation_replaces_one_text_by_code_and_names_existing_tests(mutati
     for test in mutation.tests:
         file, _, name = test.partition("::")
         assert f"\ndef {name}(" in (ROOT / "tests" / file).read_text(), test
+
+
+def test_the_processes_of_the_tests_do_not_get_the_package_itself():
+    # They import the script before they put the mutated copy first on the path.
+    code = "import sys, mutations; sys.exit('vqvae_lightning' in sys.modules)"
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT / "experiments", check=False)
+    assert run.returncode == 0
 
 
 def test_a_missing_text_is_an_error(tmp_path):
