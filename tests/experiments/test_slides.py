@@ -15,7 +15,7 @@ from pypdf import PdfReader
 
 FOLDER = Path(__file__).parents[2] / "experiments/walkthrough/slides"
 FILES = [FOLDER / "slides.pptx", FOLDER / "slides.pdf"]
-CHART = FOLDER / "figures/prior.png"
+CHART = FOLDER / "figures/samplers.png"
 LARGEST = 5_000_000  # bytes of both files
 
 
@@ -116,7 +116,7 @@ def test_each_cited_page_exists(slides):
         ("A few words.", "An arrow \u2192.", "Helvetica lacks '\u2192'"),
         ("labels 16 pt", "labels 4 pt", "Labels of 4 pt become"),
         ("labels 16 pt", "16 pt", "this is no figure"),
-        ("figures/prior.png", "figures/nowhere.png", "nowhere.png is missing"),
+        ("figures/samplers.png", "figures/nowhere.png", "nowhere.png is missing"),
         ("![A chart]", "![]", "has no text for those who cannot see it"),
         ("Notes: ", "", "no speaker notes"),
         ("Source: ", "From: ", "no source"),

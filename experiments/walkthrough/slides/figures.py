@@ -99,19 +99,6 @@ def make_canvas(width: float, height: float) -> tuple[Figure, Axes]:
     return figure, axes
 
 
-def make_chart(
-    width: float, height: float, panels: int = 1, **options: Any
-) -> tuple[Figure, list[Axes]]:
-    """Return a figure with charts side by side, without frames."""
-    figure = Figure((width, height), facecolor="white", layout="constrained")
-    FigureCanvasAgg(figure)
-    every = figure.subplots(1, panels, squeeze=False, **options)[0]
-    for axes in every:
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.tick_params(labelsize=SMALL, colors=DARK, length=0)
-    return figure, list(every)
-
-
 def write(axes: Axes, x: float, y: float, text: str, size: float = NORMAL, **options: Any) -> None:
     """Write centred text."""
     options = {"ha": "center", "va": "center", "color": DARK, **options}
@@ -402,33 +389,6 @@ def draw_order() -> tuple[Figure, Cells]:
 # Charts of the studies
 
 
-def draw_bars(
-    axes: Axes, names: list[str], cells: list[str], strong: list[bool], unit: str, pad: float = 1.15
-) -> None:
-    """Draw horizontal bars with the number of each, from top to bottom."""
-    values = [read_number(cell) for cell in cells]
-    colours = [ACCENT if one else LIGHT for one in strong]
-    axes.barh(range(len(names)), values, color=colours, height=0.68)
-    axes.set_yticks(range(len(names)), names)
-    axes.invert_yaxis()
-    axes.set(xticks=[], xlim=(0, pad * max(values)))
-    axes.spines["bottom"].set_visible(False)
-    axes.set_xlabel(unit, fontsize=SMALL, color=DARK)
-    for place, (value, cell, one) in enumerate(zip(values, cells, strong, strict=True)):
-        shown = re.search(r"\d+(?:\.\d+)?", cell)
-        text = shown.group() if shown else ""
-        weight = "bold" if one else "normal"
-        axes.text(
-            value + 0.02 * max(values),
-            place,
-            text,
-            va="center",
-            fontsize=NORMAL,
-            color=DARK,
-            weight=weight,
-        )
-
-
 @drawing
 def draw_samplers() -> tuple[Figure, Cells]:
     """Fréchet distance of new images from each sampler; that of the PixelCNN is strong."""
@@ -437,47 +397,21 @@ def draw_samplers() -> tuple[Figure, Cells]:
     rows = [row for row in rows if "reconstructions" not in row["images"]]
     names = [row["images"] for row in rows]
     cells = [row["Fréchet distance"].split()[0] for row in rows]
-    figure, (axes,) = make_chart(7.8, 5.1)
-    strong = ["PixelCNN" in name for name in names]
-    draw_bars(axes, names, cells, strong, "Fréchet distance, lower is better", 1.3)
+    values = [read_number(cell) for cell in cells]
+    figure = Figure((7.8, 5.1), facecolor="white", layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    axes.spines[["top", "right", "bottom"]].set_visible(False)
+    axes.tick_params(labelsize=SMALL, colors=DARK, length=0)
+    colours = [ACCENT if "PixelCNN" in name else LIGHT for name in names]
+    bars = axes.barh(names, values, color=colours, height=0.68)
+    labels = axes.bar_label(bars, cells, padding=6, fontsize=NORMAL, color=DARK)
+    for name, label in zip(names, labels, strict=True):
+        label.set_weight("bold" if "PixelCNN" in name else "normal")
+    axes.invert_yaxis()
+    axes.set(xticks=[], xlim=(0, 1.3 * max(values)))
+    axes.set_xlabel("Fréchet distance, lower is better", fontsize=SMALL, color=DARK)
     return figure, dict(zip(names, cells, strict=True))
-
-
-@drawing
-def draw_prior() -> tuple[Figure, Cells]:
-    """Cost of the codes of Fashion-MNIST under three models of them."""
-    rows = read_table(STUDIES / "bits_per_dim/README.md", "bits/dim, test images", "Fashion-MNIST")
-    names = {
-        "rate, uniform codes": "uniform",
-        "rate, histogram of the codes": "histogram",
-        "rate, PixelCNN prior": "PixelCNN",
-    }
-    found = {row["bits/dim, test images"]: row["Fashion-MNIST"] for row in rows}
-    cells = {short: found[name] for name, short in names.items()}
-    figure, (axes,) = make_chart(7.4, 4.6)
-    strong = [name == "PixelCNN" for name in cells]
-    draw_bars(axes, list(cells), list(cells.values()), strong, "bits per dimension", 1.2)
-    return figure, dict(cells)
-
-
-@drawing
-def draw_speed() -> tuple[Figure, Cells]:
-    """Time of a step of the quantizer, and of sampling by full re-evaluation, from benchmarks."""
-    page = STUDIES / "benchmarks/README.md"
-    step = next(
-        row
-        for row in read_table(page, "N", "K", "D", "ours, ms", "rounds")
-        if (row["N"], row["K"], row["D"]) == ("16384", "8192", "64")
-    )
-    grids = [row for row in read_table(page, "grid", "naive / ours") if row["batch"] == "64"]
-    figure, (left, right) = make_chart(12.1, 3.9, panels=2)
-    names = ["ours", "textbook", "library"]
-    cells = [step[f"{name}, ms"] for name in names]
-    draw_bars(left, names, cells, [True, False, False], "quantizer: ms per step", 1.35)
-    ratios = [row["naive / ours"] for row in grids]
-    sizes = [row["grid"] for row in grids]
-    draw_bars(right, sizes, ratios, [True] * 3, "sampling: times as fast", 1.25)
-    return figure, {"step": cells, "grids": sizes, "ratios": ratios}
 
 
 if __name__ == "__main__":
