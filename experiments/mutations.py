@@ -536,7 +536,7 @@ MUTATIONS = (
         ),
         (
             "smoothed nats in training",
-            "nats = F.cross_entropy(logits, codes)\n                accuracy",
+            "nats = compute_loss(logits, codes)\n                accuracy",
             "nats = loss\n                accuracy",
             PRIOR_STEP,
         ),

@@ -24,8 +24,8 @@ from vqvae_lightning.tasks.optimization import (
 STARTS = ("codebook", "random")
 
 
-def compute_loss(logits: Tensor, codes: Tensor, label_smoothing: float) -> Tensor:
-    """Compute the training loss, the mean cross-entropy of the codes in nats.
+def compute_loss(logits: Tensor, codes: Tensor, label_smoothing: float = 0.0) -> Tensor:
+    """Compute the mean cross-entropy of the codes in nats.
 
     Args:
         logits: (B, K, h, w) scores of each code, or (B, K, h, w, Q).
@@ -33,7 +33,10 @@ def compute_loss(logits: Tensor, codes: Tensor, label_smoothing: float) -> Tenso
         label_smoothing: Share of the target that is spread over all codes (Szegedy et al. 2015,
             arXiv:1512.00567, section 7).
     """
-    return F.cross_entropy(logits, codes, label_smoothing=label_smoothing)
+    # With the scores of a code side by side, as channels_last stores them, the softmax needs no
+    # copy.
+    scores = logits.movedim(1, -1).flatten(0, -2)
+    return F.cross_entropy(scores, codes.flatten(), label_smoothing=label_smoothing)
 
 
 def decode_each_code(quantizer: Quantizer) -> Tensor:
@@ -125,7 +128,7 @@ class PriorTask(WatchedTask):
         self.losses.add(self.global_step, loss, {"loss": loss})
         if (self.global_step + 1) % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
             with torch.no_grad():
-                nats = F.cross_entropy(logits, codes)
+                nats = compute_loss(logits, codes)
                 accuracy = (logits.argmax(1) == codes).float().mean()
             self.log("train/nats_per_code", nats, prog_bar=True)
             self.log("train/bits_per_code", nats / math.log(2))
@@ -169,7 +172,7 @@ class PriorTask(WatchedTask):
 
     def _evaluate(self, batch: Batch, split: str) -> None:
         logits, codes = self._compute_logits(batch), batch.data
-        nats = F.cross_entropy(logits, codes)
+        nats = compute_loss(logits, codes)
         options: dict[str, Any] = {
             "on_step": False,
             "on_epoch": True,
