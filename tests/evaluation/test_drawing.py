@@ -47,6 +47,7 @@ def test_the_evaluated_samples_are_those_of_vqvae_sample(guided, command, tmp_pa
         folder = tmp_path / str(left_out)
         found = command("vqvae-sample", guided, "num_samples=9", *given, folder=folder)
         assert found.status == 0, found.err
+        assert (read_result(folder)["drawing"] == OPTIONS) == (left_out is None), left_out
         with np.load(folder / "samples.npz") as arrays:
             images = np.moveaxis(arrays["images"], -1, 1)
         assert np.array_equal(drawn[0], images) == (left_out is None), left_out

@@ -24,7 +24,8 @@ def finished(toy_npz, tmp_path_factory):
     """A finished pipeline on the toy data."""
     folder = tmp_path_factory.mktemp("report") / "run"
     data = ("dataset=npz", f"dataset.source.path={toy_npz}")
-    arguments = ["vqvae-pipeline", *SMOKE, *data, "seed=3", f"hydra.run.dir={folder}"]
+    drawing = ("evaluation.guidance=2", "sampling.temperature=0.9", "sampling.top_k=5")
+    arguments = ["vqvae-pipeline", *SMOKE, *data, *drawing, "seed=3", f"hydra.run.dir={folder}"]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", arguments)
         pipeline.main()
@@ -42,6 +43,12 @@ def test_report_stands_alone_and_shows_everything(finished):
     for name in result["metrics"]:
         assert name in page
     assert result["command"].split("dataset.source")[0].strip() in page
+
+
+def test_report_says_how_its_samples_were_drawn(finished):
+    page = " ".join((finished / "report.html").read_text().split())
+    assert "Drawn with temperature 0.9, top-k 5, guidance 1.5." in page
+    assert "12 samples, drawn with temperature 1, guidance 2, as the intended class." in page
 
 
 def test_pipelines_and_unfinished_runs_are_compared(finished, tmp_path, capsys, monkeypatch):

@@ -45,6 +45,8 @@ def write_report(folder: Path) -> Path:
         split=split,
         value=lambda name: result["metrics"].get(f"{split}/{name}", {}).get("value"),
         conditional=bool(names),
+        drawn=describe_drawing(stages["samples"].get("drawing")),
+        judged=describe_drawing(stages["evaluation"].get("drawing")),
         columns=[names[number] for number in stages["samples"]["column_classes"]],
         stages=result["seconds"],
         pictures={name: inline_png(path) for name, path in pictures.items()},
@@ -60,6 +62,14 @@ def write_report(folder: Path) -> Path:
     )
     write_text(run.report, page)
     return run.report
+
+
+def describe_drawing(drawing: dict[str, Any] | None) -> str:
+    """Describe how samples were drawn; nothing for results of older versions, which do not say."""
+    given = {name: value for name, value in (drawing or {}).items() if value is not None}
+    if given.get("top_p") == 1:
+        del given["top_p"]  # all codes, as without it
+    return ", ".join(f"{name.replace('_', '-')} {value:g}" for name, value in given.items())
 
 
 def load_template(name: str) -> Template:

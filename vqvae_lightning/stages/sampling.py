@@ -153,6 +153,7 @@ def _draw_samples(cfg: DictConfig, watch: Stopwatch) -> dict[str, Any]:
     loaded, vqvae = load_pair(cfg.prior_checkpoint, cfg.vqvae_checkpoint, cfg.trust)
     prior = loaded.net
     check_sampling(cfg, prior.num_classes, prior.height, prior.null_label_rate)
+    drawing = choose_drawing(cfg, prior.num_classes, prior.null_label_rate)
     # Each rank of a launcher has a device of its own.
     devices = choose_devices(cfg.accelerator, 1 if detect_launcher() else cfg.devices)
     labels, chosen, columns = None, [], 10
@@ -181,7 +182,7 @@ def _draw_samples(cfg: DictConfig, watch: Stopwatch) -> dict[str, Any]:
         keep_finished=True,
         known=known,
         batch_size=cfg.batch_size,
-        **choose_drawing(cfg, prior.num_classes, prior.null_label_rate),
+        **drawing,
     )
     done = len(samples.images)
     if originals is None:
@@ -203,6 +204,7 @@ def _draw_samples(cfg: DictConfig, watch: Stopwatch) -> dict[str, Any]:
         seed=cfg.seed,
         commit=cfg.commit,
         seconds=watch.seconds,
+        drawing=drawing,
         prior_checkpoint=str(cfg.prior_checkpoint),
         column_classes=chosen if len(chosen) == columns <= count else [],
     )
