@@ -2,8 +2,8 @@
 
     uv run python experiments/studies.py [FOLDER ...]
 
-FOLDER is the folder of a finished sweep, or of a pipeline of the study `bits_per_dim`. Its results
-are copied into the folder of its study first: `<sweep>.csv` has a row per job, `<sweep>_curves.csv`
+FOLDER is the folder of a finished sweep, or of a single pipeline of `PIPELINES`. Its results are
+copied into the folder of its study first: `<sweep>.csv` has a row per job, `<sweep>_curves.csv`
 the curves of the jobs, and `<data set>.json` is the `result.json` of a pipeline. Then the figures
 are drawn and the tables are written into the study's README, between the lines
 `<!-- table NAME -->` and `<!-- end -->`. Without FOLDER, all tables and figures are made again.
@@ -23,9 +23,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from pages import FIGURES, TABLES, bits_per_dim, results
-from pages.bits_per_dim import BITS
-from pages.results import CURVES, STUDIES, SWEEPS_WITH_CURVES
+from pages import FIGURES, TABLES, results
+from pages.results import CURVES, PIPELINES, STUDIES, SWEEPS_WITH_CURVES, read_pipelines
 from rich.console import Console
 
 from vqvae_lightning.configs import read_config
@@ -46,14 +45,16 @@ def collect(folder: Path) -> str:
     """
     run = RunFolder(folder)
     config = read_config(run.config) if run.is_finished else {}
-    if config.get("study") == BITS:
+    if config.get("study") in PIPELINES:
         result = json.loads(run.result.read_text())
         # Without the folders of the machine that ran it.
         result["command"] = re.sub(r"=\S*/", "=", result["command"])
-        (results.ROOT / BITS / f"{name_data(config['dataset']['source'])}.json").write_text(
+        place = PIPELINES[config["study"]]
+        (results.ROOT / place).mkdir(exist_ok=True)
+        (results.ROOT / place / f"{name_data(config['dataset']['source'])}.json").write_text(
             json.dumps(result, indent=1) + "\n"
         )
-        return BITS
+        return place.partition("/")[0]
     jobs = list(list_job_folders(folder))
     sweep = read_config(RunFolder(jobs[0]).config)["study"] if jobs else None
     if sweep not in STUDIES:
@@ -116,8 +117,11 @@ def list_stored() -> list[str]:
         for sweep, study in STUDIES.items()
         if not (results.ROOT / study / f"{sweep}.csv").is_file()
     }
-    swept = [study for study in STUDIES.values() if study not in missing]
-    return list(dict.fromkeys([*swept, *([BITS] if bits_per_dim.read_pipelines() else [])]))
+    found = [study for study in STUDIES.values() if study not in missing]
+    found += [
+        place for name, place in PIPELINES.items() if read_pipelines(name) and place in TABLES
+    ]
+    return list(dict.fromkeys(found))
 
 
 def fill_tables(study: str) -> str:

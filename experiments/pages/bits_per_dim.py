@@ -1,34 +1,25 @@
 """Bits per dimension of whole models: single pipelines, whose `result.json` is stored."""
 
-import json
 from collections.abc import Callable
 from typing import Any
 
 import matplotlib.pyplot as plt
 
-from pages import results
 from pages.figures import save
+from pages.results import read_pipelines, read_test
 
 BITS = "bits_per_dim"
 """The study."""
-TITLES = {"FashionMNIST": "Fashion-MNIST", "cifar10": "CIFAR-10", "CIFAR10": "CIFAR-10"}
-"""Names of data sets in tables and figures."""
-
-
-def read_pipelines() -> dict[str, dict[str, Any]]:
-    """Read the results of the study `bits_per_dim`, by data set."""
-    paths = sorted((results.ROOT / BITS).glob("*.json"))
-    return {TITLES.get(path.stem, path.stem): json.loads(path.read_text()) for path in paths}
 
 
 def read_bits(result: dict[str, Any], term: str) -> float:
     """Read a term of a pipeline's bits per dimension."""
-    return float(result["metrics"][f"test/{term}_bits_per_dim"]["value"])
+    return read_test(result, f"{term}_bits_per_dim")
 
 
 def tabulate_bits() -> str:
     """Make the table of the bits per dimension: a row per term and a column per data set."""
-    found = read_pipelines()
+    found = read_pipelines(BITS)
     terms: list[tuple[str, Callable[[dict[str, Any]], float]]] = [
         ("distortion, -log2 p(x given z)", lambda r: read_bits(r, "reconstruction")),
         ("rate, uniform codes", lambda r: read_bits(r, "uniform")),
@@ -51,7 +42,7 @@ def tabulate_bits() -> str:
         ("accuracy of a classifier on real images", "real_accuracy", ".1%"),
         ("accuracy of a classifier on samples", "sample_accuracy", ".1%"),
     ):
-        values = [r["metrics"][f"test/{name}"]["value"] for r in found.values()]
+        values = [read_test(r, name) for r in found.values()]
         lines.append(f"| {title} | {' | '.join(f'{value:{form}}' for value in values)} |")
     for stage in ("vqvae", "prior", "evaluation"):
         minutes = [f"{r['seconds'][stage] / 60:.0f}" for r in found.values()]
@@ -62,7 +53,7 @@ def tabulate_bits() -> str:
 def draw_bits() -> None:
     """Draw distortion and rate of each data set under the three models of the codes."""
     rates = {"uniform": "uniform codes", "histogram": "histogram", "prior": "PixelCNN prior"}
-    found = read_pipelines()
+    found = read_pipelines(BITS)
     figure, axis = plt.subplots(figsize=(11, 4.8), layout="constrained")
     names = [f"{data}, {words}" for data in found for words in rates.values()]
     pairs = [(r, rate) for r in found.values() for rate in rates]

@@ -4,7 +4,16 @@ import matplotlib.pyplot as plt
 from matplotlib.ticker import NullFormatter
 
 from pages.figures import save
-from pages.results import Group, at_end, average_curve, read_curves_of, read_rows, reader
+from pages.results import (
+    Group,
+    at_end,
+    average_curve,
+    read_curves_of,
+    read_pipelines,
+    read_rows,
+    read_test,
+    reader,
+)
 from pages.tables import NMSE, PERPLEXITY, USE, Column, format_mean
 
 SONNET = {
@@ -55,6 +64,40 @@ def tabulate_references() -> str:
     return "\n".join(lines)
 
 
+def tabulate_sqvae() -> str:
+    """Make the table of the data sets in SQ-VAE's protocol."""
+    titles = (
+        "data set",
+        "squared error of an image",
+        "NMSE",
+        "codes in use",
+        "perplexity",
+        "perplexity of 32 images",
+        "nats per code",
+        "accuracy, real",
+        "accuracy, samples",
+        "Fréchet distance",
+        "minutes",
+    )
+    lines = [f"| {' | '.join(titles)} |", "| --- |" + " ---: |" * (len(titles) - 1)]
+    for data, result in read_pipelines("sqvae").items():
+        cells = [
+            data,
+            f"{read_test(result, 'mse') * 28 * 28:.2f}",
+            f"{read_test(result, 'nmse'):.4f}",
+            f"{read_test(result, 'codebook_use'):.1%}",
+            f"{read_test(result, 'perplexity'):.1f}",
+            f"{read_test(result, 'perplexity_batch32'):.1f}",
+            f"{read_test(result, 'nats_per_code'):.3f}",
+            f"{read_test(result, 'real_accuracy'):.1%}",
+            f"{read_test(result, 'sample_accuracy'):.1%}",
+            f"{read_test(result, 'sample_fid'):.2f}",
+            f"{sum(result['seconds'].values()) / 60:.0f}",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def draw_references() -> None:
     """Draw error and perplexity over the updates, with the numbers of sonnet's run."""
     figure, axes = plt.subplots(1, 2, figsize=(12, 4.8), layout="constrained")
@@ -74,5 +117,5 @@ def draw_references() -> None:
     save(figure, "reference_settings", "curves")
 
 
-TABLES = {"references": tabulate_references}
+TABLES = {"references": tabulate_references, "sqvae": tabulate_sqvae}
 FIGURES = {"curves": draw_references}

@@ -1,6 +1,7 @@
 """Raw results of the studies: the jobs of each sweep, and the curves of each job."""
 
 import csv
+import json
 import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -27,6 +28,15 @@ STUDIES = {
     "recipe_cifar10": "reference_settings",
 }
 """Study of each sweep."""
+PIPELINES = {"bits_per_dim": "bits_per_dim", "sqvae": "reference_settings/sqvae"}
+"""Folder of the results of single pipelines, by their config's `study`."""
+TITLES = {
+    "MNIST": "MNIST",
+    "FashionMNIST": "Fashion-MNIST",
+    "CIFAR10": "CIFAR-10",
+    "cifar10": "CIFAR-10",
+}
+"""Names of data sets in tables and figures."""
 DRIFT = "val/codebook_drift"
 CURVES = (
     "train/commitment",
@@ -75,6 +85,17 @@ def read_rows(sweep: str) -> list[Row]:
     if unfinished:
         raise SystemExit(f"error: jobs {', '.join(unfinished)} of {sweep} have not finished.")
     return rows
+
+
+def read_pipelines(name: str) -> dict[str, dict[str, Any]]:
+    """Read the `result.json` of each pipeline of a key of `PIPELINES`, by data set."""
+    paths = sorted((ROOT / PIPELINES[name]).glob("*.json"))
+    return {TITLES[path.stem]: json.loads(path.read_text()) for path in paths}
+
+
+def read_test(result: dict[str, Any], name: str) -> float:
+    """Read a test metric of a pipeline."""
+    return float(result["metrics"][f"test/{name}"]["value"])
 
 
 def group_sweep(sweep: str) -> list[Group]:

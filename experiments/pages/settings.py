@@ -3,8 +3,15 @@
 from collections.abc import Callable, Iterator
 
 from pages import results
-from pages.bits_per_dim import BITS, read_pipelines
-from pages.results import STUDIES, group_sweep, list_swept_keys, metric
+from pages.results import (
+    PIPELINES,
+    STUDIES,
+    group_sweep,
+    list_swept_keys,
+    metric,
+    read_pipelines,
+    read_test,
+)
 
 METRICS = {
     "nmse": "NMSE",
@@ -42,9 +49,11 @@ def list_settings() -> Iterator[tuple[str, str, str, dict[str, tuple[float, floa
                 if group.rows[0].get(f"test/{name}")
             }
             yield study, setting, f"{len(group.rows)}, {' '.join(commits)}", metrics
-    for data, result in read_pipelines().items():
-        found = {name: result["metrics"][f"test/{name}"]["value"] for name in METRICS}
-        yield BITS, data, f"1, {result['commit'][:7]}", found
+    for name, place in PIPELINES.items():
+        for data, result in read_pipelines(name).items():
+            metrics = {metric: read_test(result, metric) for metric in METRICS}
+            study, _, part = place.partition("/")
+            yield study, f"{part} {data}".strip(), f"1, {result['commit'][:7]}", metrics
 
 
 def tabulate_settings() -> str:

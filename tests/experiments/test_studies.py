@@ -257,6 +257,27 @@ def test_a_finished_pipeline_becomes_a_table_without_folders_of_its_machine(tmp_
     assert "| minutes, prior | 2 |" in text
 
 
+def test_the_protocol_of_sqvae_sums_the_error_of_an_image(tmp_path, monkeypatch):
+    monkeypatch.setattr(results, "ROOT", tmp_path)
+    (tmp_path / "reference_settings").mkdir()
+    run = tmp_path / "run"
+    run.mkdir()
+    source = "{dataset: {_target_: torchvision.datasets.MNIST}}"
+    (run / "config.yaml").write_text(f"study: sqvae\ndataset: {{source: {source}}}\n")
+    names = ("nmse", "codebook_use", "perplexity", "nats_per_code", "real_accuracy")
+    names += ("sample_accuracy", "sample_fid")
+    metrics = {f"test/{name}": {"value": 0.5} for name in names}
+    metrics |= {"test/mse": {"value": 0.01}, "test/perplexity_batch32": {"value": 77.25}}
+    seconds = {"vqvae": 60, "prior": 120, "evaluation": 180}
+    result = {"metrics": metrics, "seconds": seconds, "command": "vqvae-pipeline"}
+    (run / "result.json").write_text(json.dumps(result))
+    assert studies.collect(run) == "reference_settings"
+    assert (tmp_path / "reference_settings/sqvae/MNIST.json").is_file()
+    (line,) = reference_settings.tabulate_sqvae().splitlines()[2:]
+    assert line.startswith("| MNIST | 7.84 | 0.5000 | 50.0% | 0.5 | 77.2 |")
+    assert line.endswith(" 6 |")
+
+
 def test_a_folder_of_another_study_is_refused(tmp_path, monkeypatch):
     (tmp_path / "sweep/0").mkdir(parents=True)
     (tmp_path / "sweep/0/config.yaml").write_text("study: mine\n")
