@@ -404,8 +404,8 @@ MUTATIONS = (
         ),
         (
             "worst scale",
-            "below = loss(left) < loss(right)",
-            "below = loss(left) > loss(right)",
+            "return -discretised_logistic(x, centre",
+            "return discretised_logistic(x, centre",
             "test_fitted_scale_is_the_best_of_a_fine_search",
         ),
     ),
