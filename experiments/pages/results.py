@@ -1,4 +1,4 @@
-"""Raw results of the studies: the jobs of each sweep, and the curves of each job."""
+"""Raw results of the studies: the jobs of each sweep, their curves, and single pipelines."""
 
 import csv
 import json

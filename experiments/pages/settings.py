@@ -49,10 +49,10 @@ def list_settings() -> Iterator[tuple[str, str, str, dict[str, tuple[float, floa
                 if group.rows[0].get(f"test/{name}")
             }
             yield study, setting, f"{len(group.rows)}, {' '.join(commits)}", metrics
-    for name, place in PIPELINES.items():
-        for data, result in read_pipelines(name).items():
-            metrics = {metric: read_test(result, metric) for metric in METRICS}
-            study, _, part = place.partition("/")
+    for pipeline, place in PIPELINES.items():
+        study, _, part = place.partition("/")
+        for data, result in read_pipelines(pipeline).items():
+            metrics = {name: read_test(result, name) for name in METRICS}
             yield study, f"{part} {data}".strip(), f"1, {result['commit'][:7]}", metrics
 
 
