@@ -231,7 +231,6 @@ def test_a_job_of_every_sweep_trains(sweep, toy, command):
     "preset",
     [
         "sweep=quantizers",
-        "sweep=codebook_size",
         "experiment=bits_per_dim_fashion_mnist",
         "experiment=bits_per_dim_cifar10",
     ],
