@@ -3,8 +3,11 @@
 import matplotlib.pyplot as plt
 
 from pages.figures import save
-from pages.results import group_sweep, metric
+from pages.results import Group, group_sweep, metric
 from pages.tables import NMSE, PERPLEXITY, USE, Column, tabulate_sweep
+
+COLOURS = ("#edae49", "#d1495b", "#0b6e99")
+"""Colour of each number of channels, from few to many."""
 
 
 def tabulate_sizes() -> str:
@@ -17,40 +20,34 @@ def tabulate_sizes() -> str:
         Column("prior rate, bits/dim", metric("prior_bits_per_dim"), ".3f"),
         Column("total, bits/dim", metric("total_bits_per_dim"), ".3f"),
         Column("accuracy of samples", metric("sample_accuracy"), ".1%"),
+        Column("Fréchet distance of samples", metric("sample_fid"), ".1f"),
     ]
     return tabulate_sweep("codebook_size", ["`num_codes`", "`code_dim`"], columns)
 
 
 def draw_sizes() -> None:
-    """Draw the error against the cost of the codes, for each number of channels."""
-    figure, axis = plt.subplots(figsize=(10, 4.2), layout="constrained")
-    for code_dim, colour in (("4", "#d1495b"), ("64", "#0b6e99")):
-        groups = [group for group in group_sweep("codebook_size") if group.key[1] == code_dim]
-        rates, spread = zip(*(g.measure(metric("prior_bits_per_dim")) for g in groups), strict=True)
-        errors, deviations = zip(*(g.measure(metric("nmse")) for g in groups), strict=True)
-        axis.errorbar(
-            rates,
-            errors,
-            xerr=spread,
-            yerr=deviations,
-            marker="o",
-            color=colour,
-            linewidth=2,
-            label=f"{code_dim} channels",
-        )
-        if code_dim == "64":
-            for group, rate, error in zip(groups, rates, errors, strict=True):
-                axis.annotate(
-                    f"K={group.key[0]}",
-                    (rate, error),
-                    (-6, -18),
-                    textcoords="offset points",
-                    ha="right",
-                )
-    axis.set(
-        xlabel="cost of the codes under the prior, bits/dim", ylabel="test NMSE", xlim=(0.03, None)
-    )
-    axis.legend()
+    """Draw error and samples against the cost of the codes, for each number of channels."""
+    curves: dict[str, list[Group]] = {}
+    for group in group_sweep("codebook_size"):
+        curves.setdefault(group.key[1], []).append(group)
+    figure, axes = plt.subplots(1, 2, figsize=(12, 4.8), layout="constrained")
+    panels = (("test NMSE", "nmse"), ("Fréchet distance of samples", "sample_fid"))
+    for axis, (title, name) in zip(axes, panels, strict=True):
+        axis.set(title=title, xlim=(0, 0.53))
+        for (code_dim, groups), colour in zip(curves.items(), COLOURS, strict=True):
+            costs = [group.measure(metric("prior_bits_per_dim")) for group in groups]
+            values = [group.measure(metric(name)) for group in groups]
+            rates, spread = zip(*costs, strict=True)
+            means, deviations = zip(*values, strict=True)
+            style = {"color": colour, "marker": "o", "linewidth": 2}
+            label = f"{code_dim} channels"
+            axis.errorbar(rates, means, xerr=spread, yerr=deviations, label=label, **style)
+        if axis is axes[0]:
+            for group, *point in zip(groups, rates, means, strict=True):
+                place = {"textcoords": "offset points", "ha": "right"}
+                axis.annotate(f"K={group.key[0]}", point, (-6, -18), **place)
+    figure.supxlabel("cost of the codes under the prior, bits/dim")
+    axes[0].legend()
     save(figure, "codebook_size", "rate_distortion")
 
 

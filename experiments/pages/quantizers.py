@@ -36,17 +36,19 @@ def tabulate_quantizers(sweep: str) -> str:
 
 
 def draw_quantizers(sweep: str) -> None:
-    """Draw error, cost of the codes and accuracy of the samples of each quantizer."""
+    """Draw error, cost of the codes and quality of the samples of each quantizer."""
     groups = group_sweep(sweep)[::-1]
     panels = [
         ("test NMSE", metric("nmse")),
         ("prior, nats per position", nats_per_position(sweep)),
         ("accuracy of samples", metric("sample_accuracy")),
+        ("Fréchet distance", metric("sample_fid")),
     ]
-    figure, axes = plt.subplots(1, 3, figsize=(12, 4.8), sharey=True, layout="constrained")
+    figure, axes = plt.subplots(1, 4, figsize=(14, 4.8), sharey=True, layout="constrained")
     for axis, (title, value) in zip(axes, panels, strict=True):
         draw_bars(axis, [group.key[0] for group in groups], groups, value, "#0b6e99")
         axis.set_title(title)
+        axis.locator_params(axis="x", nbins=3)
     save(figure, "quantizers", sweep)
 
 
