@@ -79,7 +79,7 @@ def tabulate_sqvae() -> str:
     titles = ("data set", "squared error of an image", *(c[0] for c in columns), "minutes")
     lines = [f"| {' | '.join(titles)} |", "| --- |" + " ---: |" * (len(titles) - 1)]
     for data, result in read_pipelines("sqvae").items():
-        error = f"{read_test(result, 'mse') * 28 * 28:.2f}"
+        error = f"{read_test(result, 'mse_unrounded') * 28 * 28:.2f}"
         cells = [f"{read_test(result, name):{form}}" for _, name, form in columns]
         minutes = f"{sum(result['seconds'].values()) / 60:.0f}"
         lines.append(f"| {' | '.join([data, error, *cells, minutes])} |")

@@ -267,7 +267,7 @@ def test_the_protocol_of_sqvae_sums_the_error_of_an_image(tmp_path, monkeypatch)
     names = ("nmse", "codebook_use", "perplexity", "nats_per_code", "real_accuracy")
     names += ("sample_accuracy", "sample_fid")
     metrics = {f"test/{name}": {"value": 0.5} for name in names}
-    metrics |= {"test/mse": {"value": 0.01}, "test/perplexity_batch32": {"value": 77.25}}
+    metrics |= {"test/mse_unrounded": {"value": 0.01}, "test/perplexity_batch32": {"value": 77.25}}
     seconds = {"vqvae": 60, "prior": 120, "evaluation": 180}
     result = {"metrics": metrics, "seconds": seconds, "command": "vqvae-pipeline"}
     (run / "result.json").write_text(json.dumps(result))
