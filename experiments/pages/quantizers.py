@@ -8,7 +8,7 @@ import matplotlib.pyplot as plt
 
 from pages.figures import draw_bars, save
 from pages.results import Row, group_sweep, metric, reader
-from pages.tables import NMSE, PERPLEXITY, USE, Column, tabulate_sweep
+from pages.tables import ACCURACY, FRECHET, NMSE, PERPLEXITY, USE, Column, tabulate_sweep
 
 DIMENSIONS = {"quantizers": 16, "quantizers_4096": 16, "quantizers_cifar10": 48}
 """Pixels times channels that belong to a position of the codes, by sweep."""
@@ -28,8 +28,8 @@ def tabulate_quantizers(sweep: str) -> str:
         PERPLEXITY,
         Column("prior, nats per position", nats_per_position(sweep), ".2f"),
         Column("rate, bits/dim", metric("prior_bits_per_dim")),
-        Column("accuracy of samples", metric("sample_accuracy"), ".1%"),
-        Column("Fréchet distance of samples", metric("sample_fid"), ".1f"),
+        ACCURACY,
+        FRECHET,
         Column("seconds", reader("seconds"), ".0f"),
     ]
     return tabulate_sweep(sweep, ["`quantizer=`"], columns)
@@ -39,10 +39,10 @@ def draw_quantizers(sweep: str) -> None:
     """Draw error, cost of the codes and quality of the samples of each quantizer."""
     groups = group_sweep(sweep)[::-1]
     panels = [
-        ("test NMSE", metric("nmse")),
+        (NMSE.title, NMSE.value),
         ("prior, nats per position", nats_per_position(sweep)),
-        ("accuracy of samples", metric("sample_accuracy")),
-        ("Fréchet distance", metric("sample_fid")),
+        (ACCURACY.title, ACCURACY.value),
+        ("Fréchet distance", FRECHET.value),
     ]
     figure, axes = plt.subplots(1, 4, figsize=(14, 4.8), sharey=True, layout="constrained")
     for axis, (title, value) in zip(axes, panels, strict=True):

@@ -47,6 +47,8 @@ def format_table(
 NMSE = Column("test NMSE", metric("nmse"))
 USE = Column("codes in use", metric("codebook_use"), ".1%")
 PERPLEXITY = Column("perplexity", metric("perplexity"), ".0f")
+ACCURACY = Column("accuracy of samples", metric("sample_accuracy"), ".1%")
+FRECHET = Column("Fréchet distance of samples", metric("sample_fid"), ".1f")
 
 
 def tabulate_sweep(
