@@ -41,13 +41,18 @@ def tabulate_latents(sweep: str, *titles: str) -> str:
     return format_table(titles, group_latents(sweep), columns)
 
 
+NAMES = {"gaussian_elbo": "VAE", "gaussian_free_bits": "VAE, free bits", "ema": "VQ-VAE"}
+"""What the figure calls the quantizers of `sweep=posterior_collapse`."""
+
+
 def draw_latents() -> None:
     """Draw the bits that the latents cost and that each decoder uses, for `posterior_collapse`."""
     groups = group_latents("posterior_collapse")
     figure, axes = plt.subplots(1, 2, figsize=(12, 4.5), sharey=True, layout="constrained")
     for axis, decoder in zip(axes, ("convolutional", "pixelcnn"), strict=True):
-        draw_bits(axis, {group.key[1]: group for group in groups if group.key[0] == decoder})
-        axis.set(title=f"decoder: {decoder}", xlim=(0, 3500))
+        draw_bits(axis, {NAMES[group.key[1]]: group for group in groups if group.key[0] == decoder})
+        axis.set(title=f"decoder: {decoder}", xlim=(0, 4000))
+        axis.locator_params(axis="x", nbins=4)
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
     save(figure, "posterior_collapse", "latents")
 
@@ -56,7 +61,7 @@ def draw_beta() -> None:
     """Draw the bits that the latents cost and that the decoder uses, for `beta`."""
     figure, axis = plt.subplots(figsize=(10, 4.4), layout="constrained")
     draw_bits(axis, {f"beta {group.key[0]}": group for group in group_latents("beta")})
-    axis.set_xlim(0, None)
+    axis.margins(x=0.15)
     figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=2)
     save(figure, "posterior_collapse", "beta")
 
@@ -70,7 +75,8 @@ def draw_bits(axis: plt.Axes, groups: dict[str, Group]) -> None:
     ):
         means, deviations = zip(*(group.measure(value) for group in found), strict=True)
         places = [number + shift for number in range(len(found))]
-        axis.barh(places, means, 0.4, xerr=deviations, capsize=3, color=colour, label=title)
+        bars = axis.barh(places, means, 0.4, xerr=deviations, capsize=3, color=colour, label=title)
+        axis.bar_label(bars, fmt="%.0f", padding=4)  # a bar of 2 bits is not seen
     axis.set_yticks(range(len(found)), list(groups)[::-1])
     axis.set_xlabel("bits per image")
 

@@ -86,6 +86,7 @@ def draw_collapse() -> None:
             draw_bars(axis, labels[::-1], ordered[::-1], value, colour)
             axis.set_title(f"{name}: {title}")
             axis.locator_params(axis="x", nbins=3)
+    axes[0].sharex(axes[2])  # so that the errors of both codebooks compare
     save(figure, "training_dynamics", "collapse")
 
 

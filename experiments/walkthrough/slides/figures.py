@@ -172,9 +172,13 @@ def cut_picture(name: str, row: int, column: int) -> np.ndarray:
     return pixels[top : top + 56 : 2, left : left + 56 : 2]
 
 
-def average_patches(pixels: np.ndarray) -> np.ndarray:
-    """Return the mean of each of 7x7 patches, in [0, 1]: it stands for a vector of the encoder."""
-    return pixels.reshape(7, 4, 7, 4).mean((1, 3)) / 255
+def imitate_encoder(pixels: np.ndarray) -> np.ndarray:
+    """Return a number in [0, 1] for each of 7x7 patches, which stands for the encoder's vector.
+
+    It is the mean of the patch, with noise, so that vectors differ from the rows of the codebook.
+    """
+    noise = np.random.default_rng(SEED).normal(0, 0.05, (7, 7))
+    return (pixels.reshape(7, 4, 7, 4).mean((1, 3)) / 255 + noise).clip(0, 1)
 
 
 def choose_codes(values: np.ndarray) -> np.ndarray:
@@ -228,7 +232,7 @@ def draw_stages() -> tuple[Figure, Cells]:
         cut_picture("samples.png", *SAMPLE),
     )
     for y, pixels, out in ((3.75, image, copy), (1.25, sample, sample)):
-        codes = choose_codes(average_patches(pixels))
+        codes = choose_codes(imitate_encoder(pixels))
         draw_cells(axes, 6.55, y, 0.29, shade(ROWS)[codes])
         draw_arrow(axes, (5.05, y), (5.5, y))
         draw_arrow(axes, (7.62, y), (8.07, y))
@@ -254,8 +258,7 @@ def draw_model() -> tuple[Figure, Cells]:
     y = 3.1
     image = cut_picture("reconstructions.png", *TEST_IMAGE)
     copy = cut_picture("reconstructions.png", TEST_IMAGE[0] + 1, TEST_IMAGE[1])
-    noise = np.random.default_rng(SEED).normal(0, 0.05, (7, 7))
-    vectors = (average_patches(image) + noise).clip(0, 1)
+    vectors = imitate_encoder(image)
     codes = choose_codes(vectors)
     draw_picture(axes, 0.72, y, 1.34, image)
     draw_network(axes, 1.85, y, "encoder", width=1.25)
@@ -318,9 +321,9 @@ def draw_gradient() -> tuple[Figure, Cells]:
     y = 2.3
     draw_network(axes, 0.1, y, "encoder")
     draw_network(axes, 9.35, y, "decoder", narrows=False)
-    for x, name in ((3.0, "$z$"), (8.0, "$e$")):
+    for x, name in ((3.0, "$z$"), (8.0, "$q=e$")):
         axes.add_patch(Circle((x, y), 0.5, facecolor=PALE, edgecolor=ACCENT, linewidth=2.5))
-        write(axes, x, y, name, size=30)
+        write(axes, x, y, name, size=30 if len(name) < 5 else LARGE)
     draw_box(axes, 5.5, y, 2.3, 1.0, "nearest row", facecolor=GREY)
     for start, end in ((1.7, 2.4), (3.6, 4.25), (6.75, 7.4), (8.6, 9.25), (10.95, 11.4)):
         draw_arrow(axes, (start, y), (end, y))
@@ -363,7 +366,7 @@ def draw_losses() -> tuple[Figure, Cells]:
 def draw_order() -> tuple[Figure, Cells]:
     """The prior reads the codes above and to the left, and predicts the next one."""
     figure, axes = make_canvas(7.2, 4.4)
-    codes = choose_codes(average_patches(cut_picture("reconstructions.png", *TEST_IMAGE)))
+    codes = choose_codes(imitate_encoder(cut_picture("reconstructions.png", *TEST_IMAGE)))
     row, column, cell = 3, 3, 0.6
     known = np.arange(49).reshape(7, 7) < row * 7 + column
     colours = np.where(known, shade(ROWS)[codes], "#ffffff")
