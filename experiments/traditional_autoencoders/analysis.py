@@ -48,7 +48,8 @@ from vqvae_lightning.stages.evaluating import build_classifier
 from vqvae_lightning.stages.inputs import load_checkpoint_images
 
 HERE = Path(__file__).parent
-MODELS = {"NoQuantizer": "AE", "GaussianBottleneck": "VAE", "EMAQuantizer": "VQ-VAE"}
+MODELS = {"none": "AE", "gaussian": "VAE", "gaussian_elbo": "VAE (ELBO)", "ema": "VQ-VAE"}
+"""What the results call each `quantizer=` of the sweep."""
 SOURCES = {
     "reconstruction": "reconstructions",
     "fitted": "fitted Gaussian",
@@ -156,9 +157,8 @@ def load_subjects(folder: Path, seeds: Sequence[int]) -> list[Subject]:
     """
     found: dict[tuple[str, int], Job] = {}
     for job in read_jobs(folder):
-        quantizer = str(job.config.get("model.net.quantizer._target_")).rpartition(".")[2]
-        if quantizer in MODELS:
-            key = MODELS[quantizer], job.config["seed"]
+        if job.chosen.get("quantizer") in MODELS:
+            key = MODELS[job.chosen["quantizer"]], job.config["seed"]
             if key in found:
                 raise InputError(f"{found[key].folder} and {job.folder} are both {name_job(*key)}.")
             found[key] = job
@@ -329,7 +329,7 @@ def measure_use(model: str, metrics: dict[str, float]) -> Row:
     if model == "VQ-VAE":
         names = ("codebook_use", "perplexity", "nats_per_code")
         return {name: metrics[f"test/{name}"] for name in names}
-    if model == "VAE":
+    if model.startswith("VAE"):
         nats = sum(v for name, v in metrics.items() if name.startswith("test/kl_nats_dim"))
         return {
             "active_dims": metrics["test/active_dims"],
@@ -414,7 +414,8 @@ def save_rows(path: Path, title: str, rows: dict[str, Tensor]) -> None:
         axes.set(xticks=[], yticks=[])
         axes.spines[:].set_visible(False)
     with replace_file(path) as partial:
-        figure.savefig(partial, format="png", dpi=DPI)
+        # "tight", because the layout leaves too little room for labels of two lines.
+        figure.savefig(partial, format="png", dpi=DPI, bbox_inches="tight")
 
 
 def save_pictures(output: Path, judge: Judge, pictures: dict[str, Pictures]) -> None:
