@@ -110,8 +110,16 @@ def test_the_pictures_are_readable_and_small(study):
     for name in ("reconstructions", "samples", "interpolation", "neighbours"):
         path = study / f"results/{name}.png"
         assert path.stat().st_size < LARGEST
-        assert Image.open(path).width > 1200
+        assert Image.open(path).width > 900
     assert analysis.LARGE >= 14
+
+
+def test_no_label_of_a_picture_is_cut_off(tmp_path):
+    images = torch.zeros(10, 1, 28, 28, dtype=torch.uint8)
+    rows = {f"VAE (ELBO)\nfitted Gaussian {n}": images for n in range(9)}
+    analysis.save_rows(tmp_path / "rows.png", "Title", rows)
+    pixels = np.asarray(Image.open(tmp_path / "rows.png").convert("L"))
+    assert pixels[:, 0].min() == pixels[:, -1].min() == 255
 
 
 def test_the_analysis_repeats_bit_for_bit(study, tmp_path, monkeypatch):
