@@ -10,7 +10,12 @@ from pages.figures import draw_bars, save
 from pages.results import Row, group_sweep, metric, reader
 from pages.tables import ACCURACY, FRECHET, NMSE, PERPLEXITY, USE, Column, tabulate_sweep
 
-DIMENSIONS = {"quantizers": 16, "quantizers_4096": 16, "quantizers_cifar10": 48}
+DIMENSIONS = {
+    "quantizers": 16,
+    "quantizers_4096": 16,
+    "quantizers_cifar10": 48,
+    "quantizers_cifar10_4096": 48,
+}
 """Pixels times channels that belong to a position of the codes, by sweep."""
 
 

@@ -16,6 +16,7 @@ STUDIES = {
     "quantizers": "quantizers",
     "quantizers_4096": "quantizers",
     "quantizers_cifar10": "quantizers",
+    "quantizers_cifar10_4096": "quantizers",
     "codebook_size": "codebook_size",
     "commitment": "training_dynamics",
     "collapse": "training_dynamics",
