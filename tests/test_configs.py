@@ -237,23 +237,21 @@ def test_a_preset_repeats_the_prior_with_which_its_study_was_measured(preset, tm
     assert (*recipe, prior.model.start) == (64, 2e-3, 7, 0, "random")
 
 
-@pytest.mark.parametrize(
-    "sweep", ["quantizers", "quantizers_4096", "quantizers_cifar10", "quantizers_cifar10_4096"]
-)
+QUANTIZER_SWEEPS = {  # bits per position
+    "quantizers": 9,
+    "quantizers_cifar10": 9,
+    "quantizers_4096": 12,
+    "quantizers_cifar10_4096": 12,
+}
+
+
+@pytest.mark.parametrize("sweep", QUANTIZER_SWEEPS)
 def test_quantizers_are_compared_without_guidance(sweep, tmp_path):
     prior = compose("pipeline", f"sweep={sweep}", folder=tmp_path).prior
     assert prior.model.net.null_label_rate == 0
 
 
-@pytest.mark.parametrize(
-    ("sweep", "bits"),
-    [
-        ("quantizers", 9),
-        ("quantizers_cifar10", 9),
-        ("quantizers_4096", 12),
-        ("quantizers_cifar10_4096", 12),
-    ],
-)
+@pytest.mark.parametrize(("sweep", "bits"), QUANTIZER_SWEEPS.items())
 def test_compared_quantizers_have_equal_bits_per_position(sweep, bits, tmp_path):
     for quantizer in read_preset(sweep)[1]["quantizer"]:
         cfg = compose("vqvae", f"quantizer={quantizer}", "model.net.channels=1", folder=tmp_path)

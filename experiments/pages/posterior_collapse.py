@@ -11,6 +11,8 @@ from pages.results import Group, Row, group_rows, list_swept_keys, read_rows, re
 from pages.tables import Column, format_table
 
 PIXELS = 28 * 28
+NAMES = {"gaussian_elbo": "VAE", "gaussian_free_bits": "VAE, free bits", "ema": "VQ-VAE"}
+"""What the figure calls the quantizers of `sweep=posterior_collapse`."""
 
 
 def group_latents(sweep: str) -> list[Group]:
@@ -39,10 +41,6 @@ def tabulate_latents(sweep: str, *titles: str) -> str:
         Column("bits per image that the decoder uses", bits_used, ".0f"),
     ]
     return format_table(titles, group_latents(sweep), columns)
-
-
-NAMES = {"gaussian_elbo": "VAE", "gaussian_free_bits": "VAE, free bits", "ema": "VQ-VAE"}
-"""What the figure calls the quantizers of `sweep=posterior_collapse`."""
 
 
 def draw_latents() -> None:

@@ -157,8 +157,9 @@ def load_subjects(folder: Path, seeds: Sequence[int]) -> list[Subject]:
     """
     found: dict[tuple[str, int], Job] = {}
     for job in read_jobs(folder):
-        if job.chosen.get("quantizer") in MODELS:
-            key = MODELS[job.chosen["quantizer"]], job.config["seed"]
+        quantizer = job.chosen.get("quantizer")
+        if quantizer in MODELS:
+            key = MODELS[quantizer], job.config["seed"]
             if key in found:
                 raise InputError(f"{found[key].folder} and {job.folder} are both {name_job(*key)}.")
             found[key] = job
@@ -404,7 +405,8 @@ def choose_pair(images: PixelDataModule) -> tuple[Tensor, Tensor]:
 
 def save_rows(path: Path, title: str, rows: dict[str, Tensor]) -> None:
     """Write a picture with a labelled row for each (N, C, H, W) uint8 in `rows`."""
-    figure = Figure(figsize=(13, 1 + len(rows)), layout="constrained")
+    # "compressed", because "constrained" leaves too little room beside images for long labels.
+    figure = Figure(figsize=(13, 1 + len(rows)), layout="compressed")
     figure.suptitle(title, fontsize=LARGE + 2)
     places = figure.subplots(len(rows), squeeze=False)[:, 0]
     for axes, (label, images) in zip(places, rows.items(), strict=True):
@@ -414,8 +416,7 @@ def save_rows(path: Path, title: str, rows: dict[str, Tensor]) -> None:
         axes.set(xticks=[], yticks=[])
         axes.spines[:].set_visible(False)
     with replace_file(path) as partial:
-        # "tight", because the layout leaves too little room for labels of two lines.
-        figure.savefig(partial, format="png", dpi=DPI, bbox_inches="tight")
+        figure.savefig(partial, format="png", dpi=DPI)
 
 
 def save_pictures(output: Path, judge: Judge, pictures: dict[str, Pictures]) -> None:

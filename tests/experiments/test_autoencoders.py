@@ -110,7 +110,7 @@ def test_the_pictures_are_readable_and_small(study):
     for name in ("reconstructions", "samples", "interpolation", "neighbours"):
         path = study / f"results/{name}.png"
         assert path.stat().st_size < LARGEST
-        assert Image.open(path).width > 900
+        assert Image.open(path).width > 1200
     assert analysis.LARGE >= 14
 
 

@@ -321,9 +321,9 @@ def draw_gradient() -> tuple[Figure, Cells]:
     y = 2.3
     draw_network(axes, 0.1, y, "encoder")
     draw_network(axes, 9.35, y, "decoder", narrows=False)
-    for x, name in ((3.0, "$z$"), (8.0, "$q=e$")):
+    for x, name, size in ((3.0, "$z$", 30), (8.0, "$q=e$", LARGE)):
         axes.add_patch(Circle((x, y), 0.5, facecolor=PALE, edgecolor=ACCENT, linewidth=2.5))
-        write(axes, x, y, name, size=30 if len(name) < 5 else LARGE)
+        write(axes, x, y, name, size=size)
     draw_box(axes, 5.5, y, 2.3, 1.0, "nearest row", facecolor=GREY)
     for start, end in ((1.7, 2.4), (3.6, 4.25), (6.75, 7.4), (8.6, 9.25), (10.95, 11.4)):
         draw_arrow(axes, (start, y), (end, y))
