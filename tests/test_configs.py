@@ -227,16 +227,6 @@ def test_a_job_of_every_sweep_trains(sweep, toy, command):
     assert json.loads((outcome.folder / "result.json").read_text())["objective"] > 0
 
 
-@pytest.mark.parametrize(
-    "preset", ["experiment=bits_per_dim_fashion_mnist", "experiment=bits_per_dim_cifar10"]
-)
-def test_a_preset_repeats_the_prior_with_which_its_study_was_measured(preset, tmp_path):
-    prior = compose("pipeline", preset, folder=tmp_path).prior
-    net = prior.model.net
-    recipe = (prior.batch_size, prior.model.optimizer.lr, net.first_kernel, net.null_label_rate)
-    assert (*recipe, prior.model.start) == (64, 2e-3, 7, 0, "random")
-
-
 QUANTIZER_SWEEPS = {  # bits per position
     "quantizers": 9,
     "quantizers_cifar10": 9,
