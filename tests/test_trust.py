@@ -127,7 +127,7 @@ def evil_run(folder, config_name, change, toy, *overrides):
     return folder
 
 
-DOORS = ("sample", "evaluate", "reconstruct", "train", "pipeline", "stage of pipeline")
+DOORS = ("sample", "evaluate", "reconstruct", "train", "prior", "pipeline", "stage of pipeline")
 
 
 def through(number, door, name):
@@ -160,7 +160,10 @@ def test_no_command_runs_what_a_file_names(door, name, attack, trained, toy, tmp
         given = [f"vqvae_checkpoint={evil_copy(best, change, tmp_path / 'evil.ckpt')}"]
         if door == "sample":
             given += [f"prior_checkpoint={trained}/prior/checkpoints/best.ckpt", "complete=test"]
-        outcome = command(f"vqvae-{door}", *given)
+        name_of_command, *start = {"prior": ("vqvae-train", "--config-name=prior")}.get(
+            door, (f"vqvae-{door}",)
+        )
+        outcome = command(name_of_command, *start, *given)
     assert outcome.status == 1
     assert len(outcome.err.strip().splitlines()) == 1, outcome.err
     assert name in outcome.err

@@ -34,6 +34,7 @@ from vqvae_lightning.stages.inputs import (
 )
 from vqvae_lightning.stages.preflight import Survey, check_monitor, check_trainer, survey
 from vqvae_lightning.tasks.optimization import check_optimizer
+from vqvae_lightning.trust import DATA, Trust
 
 
 def train(
@@ -58,6 +59,7 @@ def train(
     """
     # Resolved once: a resolver that draws at random must give all ranks the same value.
     OmegaConf.resolve(cfg)
+    keep_dataset(cfg)
     record_foreign(cfg)
     folder = Path(cfg.folder)
     finished = read_result(folder)
@@ -66,6 +68,7 @@ def train(
     # Done before the other ranks start, so that one process downloads and one reports an error.
     data = load_data(cfg, images)
     complete_config(cfg, data)
+    warn_other_data(cfg)
     task = build_task(cfg)
     found = known or survey_stage(cfg, task, data)
     if cfg.preflight:
@@ -76,6 +79,35 @@ def train(
     name_run(cfg, cfg.kind)
     with time_stage(folder) as watch, start_ranks(cfg, folder, "vqvae_lightning.commands.worker"):
         return fit(cfg, task, data, watch)
+
+
+def keep_dataset(cfg: DictConfig) -> None:
+    """Fill in the data that the VQ-VAE of a prior was trained on, unless `cfg` names others.
+
+    Raises:
+        InputError: If the checkpoint cannot be loaded, or names no data or untrusted code.
+    """
+    if cfg.dataset is not None:
+        return
+    config = load(cfg.vqvae_checkpoint, "vqvae", cfg.trust).config
+    if config.get("dataset") is None:
+        raise InputError(f"{cfg.vqvae_checkpoint} names no data: give dataset=NAME.")
+    Trust(f"checkpoint {cfg.vqvae_checkpoint}", cfg.trust, DATA).read(config["dataset"], "dataset")
+    cfg.dataset = OmegaConf.create(config["dataset"])
+
+
+def warn_other_data(cfg: DictConfig) -> None:
+    """Warn if a stage trains on other data than the VQ-VAE that it starts from."""
+    if cfg.get("vqvae_checkpoint") is None:  # configs of older runs lack the key
+        return
+    config = load(cfg.vqvae_checkpoint, "vqvae", cfg.trust).config
+    known = config.get("data_fingerprint")  # older checkpoints have none
+    if known not in (None, cfg.data_fingerprint):
+        console.print(
+            f"warning: vqvae_checkpoint={cfg.vqvae_checkpoint} was trained on data with "
+            f"fingerprint {known}, and dataset= names others, {cfg.data_fingerprint}.",
+            highlight=False,
+        )
 
 
 def load_data(cfg: DictConfig, images: PixelDataModule | None = None) -> StageDataModule:
