@@ -5,6 +5,7 @@ from collections.abc import Callable
 from functools import partial
 
 import matplotlib.pyplot as plt
+from matplotlib.container import BarContainer
 
 from pages.figures import draw_bars, save
 from pages.results import Row, group_sweep, metric, reader
@@ -17,6 +18,7 @@ DIMENSIONS = {
     "quantizers_cifar10_4096": 48,
 }
 """Pixels times channels that belong to a position of the codes, by sweep."""
+RECONSTRUCTIONS = Column("Fréchet distance of reconstructions", metric("reconstruction_fid"), ".1f")
 
 
 def nats_per_position(sweep: str) -> Callable[[Row], float]:
@@ -34,6 +36,7 @@ def tabulate_quantizers(sweep: str) -> str:
         Column("prior, nats per position", nats_per_position(sweep), ".2f"),
         Column("rate, bits/dim", metric("prior_bits_per_dim")),
         ACCURACY,
+        RECONSTRUCTIONS,
         FRECHET,
         Column("seconds", reader("seconds"), ".0f"),
     ]
@@ -43,17 +46,21 @@ def tabulate_quantizers(sweep: str) -> str:
 def draw_quantizers(sweep: str) -> None:
     """Draw error, cost of the codes and quality of the samples of each quantizer."""
     groups = group_sweep(sweep)[::-1]
+    names = [group.key[0] for group in groups]
     panels = [
         (NMSE.title, NMSE.value),
         ("prior, nats per position", nats_per_position(sweep)),
         (ACCURACY.title, ACCURACY.value),
-        ("Fréchet distance", FRECHET.value),
+        ("Fréchet distance", RECONSTRUCTIONS.value),
     ]
     figure, axes = plt.subplots(1, 4, figsize=(14, 4.8), sharey=True, layout="constrained")
+    draw_bars(axes[-1], names, groups, FRECHET.value, "#8fc1d4")
     for axis, (title, value) in zip(axes, panels, strict=True):
-        draw_bars(axis, [group.key[0] for group in groups], groups, value, "#0b6e99")
+        draw_bars(axis, names, groups, value, "#0b6e99")
         axis.set_title(title)
         axis.locator_params(axis="x", nbins=3)
+    bars = [part for part in axes[-1].containers if isinstance(part, BarContainer)]
+    figure.legend(bars, ["samples", "reconstructions"], loc="outside lower right", ncols=2)
     save(figure, "quantizers", sweep)
 
 

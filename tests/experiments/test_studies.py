@@ -172,7 +172,7 @@ def invented(tmp_path, monkeypatch):
         keys = [*results.list_swept_keys(sweep), "seed"]
         params = OmegaConf.load(CONF_DIR / "sweep" / f"{sweep}.yaml").hydra.sweeper.params
         jobs = list(itertools.product(*(str(params[key]).split(",") for key in keys)))
-        names = [*settings.METRICS, "uniform_bits_per_dim"]
+        names = [*settings.METRICS, "uniform_bits_per_dim", "reconstruction_fid"]
         with path.open("w", newline="") as file:
             writer = csv.writer(file)
             facts = ["folder", "state", "seconds", "commit"]
@@ -217,6 +217,16 @@ def test_tables_and_figures_show_all_settings_of_a_sweep(sweep, invented):
         with Image.open(invented / study / f"{name}.png") as figure:
             assert figure.info["Source"] == figures.hash_data(study)
             assert min(figure.size) > 500
+
+
+def test_distances_of_reconstructions_stand_before_those_of_samples(invented):
+    with (invented / "quantizers/quantizers_cifar10.csv").open(newline="") as file:
+        first = list(csv.DictReader(file))[:3]  # seeds of the baseline, whose cells have no mark
+    cells = []
+    for name in ("reconstruction_fid", "sample_fid"):
+        distances = [float(row[f"test/{name}"]) for row in first]
+        cells.append(f"{np.mean(distances):.1f} ± {np.std(distances, ddof=1):.1f}")
+    assert f"| {cells[0]} | {cells[1]} |" in studies.fill_tables("quantizers")
 
 
 def test_the_table_of_all_settings_has_a_row_for_each(invented):
