@@ -58,8 +58,8 @@ class VectorQuantizer(nn.Module):
         revive_below: Share of the mean count below which a code is dead; 0 disables revival. The
             share depends neither on the batch size nor on the number of ranks.
         revive_every: Optimizer steps between two revivals.
-        revive_until: Share of the training after which no code is revived, so that the codes are
-            stable when a prior learns them.
+        revive_until: Share of the training after which no code is revived, so that the decoder
+            learns all rows.
         codes_per_position: Codes per position and number of codebooks (Q).
         arrangement: What each of several codebooks quantizes: its group of the channels
             (`product`, `ProductCodes`) or the residual of the earlier ones (`residual`,
