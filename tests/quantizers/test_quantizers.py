@@ -356,6 +356,22 @@ def test_more_codes_than_vectors_are_accepted(init):
     assert torch.isfinite(quantizer.codebook).all()
 
 
+@pytest.mark.parametrize("several", [{}, {"codes_per_position": 3, "arrangement": "product"}])
+def test_dead_codes_get_different_vectors_as_long_as_there_are_enough(several):
+    quantizer = EMAQuantizer(50, 3, init="data", warmup_steps=0, revive_every=1, **several).train()
+    quantizer(torch.randn(2, 3, 4, 5))
+    quantizer.update(0.0)
+    # All but every other code are dead: 25, for which the next batch has 40 vectors.
+    alive = torch.arange(50) % 2 == 0
+    quantizer.counts.copy_(torch.where(alive, 1e6, 0.0).expand_as(quantizer.counts))
+    quantizer(100 + torch.randn(2, 3, 4, 5))
+    assert quantizer.update(0.0)["revived_codes"] == 25 * quantizer.codes_per_position
+    for rows in quantizer.codebook.view(quantizer.codes_per_position, 50, -1):
+        fresh = rows[~alive]
+        assert len(fresh.unique(dim=0)) == 25
+        assert (fresh > 50).all()
+
+
 def test_weight_decay_cannot_move_the_averages_and_no_buffer_is_replaced():
     quantizer = ready(EMAQuantizer)
     before = {name: id(buffer) for name, buffer in quantizer.named_buffers()}

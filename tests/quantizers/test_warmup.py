@@ -1,6 +1,7 @@
 """The number, choice and device of the vectors gathered for the first codebook."""
 
 import copy
+import math
 from contextlib import nullcontext
 
 import pytest
@@ -45,6 +46,19 @@ def test_all_vectors_of_the_last_steps_are_equally_likely_to_be_gathered():
     assert counts[: first + 1].sum() == 0
     # The draw is without replacement, so a binomial's standard deviation, 11, is an upper bound.
     assert ((counts[first + 1 :] - expected).abs() < 5 * expected**0.5).all()
+
+
+@pytest.mark.parametrize("total", [1000, 1555])
+def test_a_warm_up_that_a_short_training_ends_gathers_its_last_steps(total):
+    end = math.ceil(total / 10)
+    quantizer = EMAQuantizer(128, 3, warmup_steps=200)
+    for step in range(1, end + 1):
+        saved = quantizer.state_dict().get("pool", torch.empty(0, 3))
+        quantizer.train()(torch.full((8, 3, 8, 8), float(step)))
+        quantizer.update(step / total)
+        assert quantizer.initialised == (step == end)
+    # The vectors of all steps but the last, which initialises the codebook.
+    assert saved[:, 0].unique().tolist() == list(range(end - POOL_STEPS + 1, end))
 
 
 def test_a_short_warm_up_gathers_as_many_vectors_as_a_long_one():

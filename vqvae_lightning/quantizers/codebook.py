@@ -142,7 +142,7 @@ class VectorQuantizer(nn.Module):
         return rows * self.arrangement.stages if self.init == "data" else rows
 
     def draw_first_rows(self) -> Tensor:
-        """Draw random rows ([Q,] K, D') in [-1/K, 1/K], as van den Oord's code (sonnet v1)."""
+        """Draw random rows ([Q,] K, D') in [-1/K, 1/K]."""
         rows = torch.empty(*self.sizes, self.arrangement.row_dim).uniform_(-1, 1) / self.num_codes
         return self.scale(rows)
 
@@ -240,7 +240,10 @@ class VectorQuantizer(nn.Module):
         generator = self._make_generator()
         if not self.initialised:
             over = self.steps >= self.warmup_steps or progress >= WARMUP_SHARE
-            if over or self.steps > self.warmup_steps - POOL_STEPS:
+            left: float = self.warmup_steps - self.steps
+            if progress > 0:
+                left = min(left, (WARMUP_SHARE / progress - 1) * self.steps)
+            if over or left < POOL_STEPS - 0.5:  # half a step, because the division is not exact
                 self._gather(newest, generator)
             if over:
                 self._initialise(generator)
@@ -250,12 +253,15 @@ class VectorQuantizer(nn.Module):
             return {}
         if progress >= self.revive_until:
             return {"revived_codes": 0.0}
-        fresh = repeat_rows(draw_over_ranks(newest, self.num_codes, generator), self.num_codes)
-        parts = self.arrangement.split(fresh, self._stack(self.table()))
-        fresh = parts.movedim(-2, 0).reshape(self.codebook.shape)
         share = self.counts.mean(-1, keepdim=True)
         dead = self.counts < self.revive_below * share
-        self.set_rows(fresh, dead, share)
+        drawn = draw_over_ranks(newest, self.num_codes, generator)
+        order = torch.arange(self.num_codes, device=dead.device).expand(dead.shape)
+        if len(drawn) < self.num_codes:  # number the dead codes only, so that they share no vector
+            order = (dead.cumsum(-1) - 1) % len(drawn)
+        parts = self.arrangement.split(drawn, self._stack(self.table())).movedim(-2, 0)
+        order = order.reshape(self.codes_per_position, -1, 1).expand(-1, -1, parts.shape[-1])
+        self.set_rows(parts.gather(1, order).view(self.codebook.shape), dead, share)
         return {"revived_codes": float(dead.sum())}
 
     def get_extra_state(self) -> Tensor:
