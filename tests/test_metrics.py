@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from vqvae_lightning.metrics import CodebookUsage, look_up_codes, unigram_log_probabilities
+from vqvae_lightning.units import get_unit
 
 
 def test_perplexity_is_that_of_all_batches_together():
@@ -70,3 +71,8 @@ def test_each_codebook_has_its_own_unigram_model():
     np.testing.assert_allclose(look_up_codes(found, torch.tensor(codes)).exp(), expected, rtol=1e-6)
     alone = look_up_codes(found[0], torch.tensor(codes[..., 0])).exp()
     np.testing.assert_allclose(alone, expected[..., 0], rtol=1e-6)
+
+
+def test_a_metric_of_the_users_own_code_has_an_unknown_unit():
+    assert get_unit("test/kl_nats_dim12") == "nats per latent value"
+    assert get_unit("test/my_term") == "unknown"

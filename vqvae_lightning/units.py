@@ -97,6 +97,6 @@ def get_direction(name: str) -> Literal["min", "max"] | None:
 
 
 def get_unit(name: str) -> str:
-    """Return the unit of a metric such as `val/kl_nats_dim7`."""
+    """Return the unit of a metric such as `val/kl_nats_dim7`, `unknown` for a user's own."""
     last = name.rpartition("/")[2]
-    return UNITS.get(last) or UNITS[last.rstrip("0123456789")]
+    return UNITS.get(last) or UNITS.get(last.rstrip("0123456789"), "unknown")

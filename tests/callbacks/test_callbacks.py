@@ -1,6 +1,7 @@
 """Callbacks that watch the codebook."""
 
 import csv
+import inspect
 from types import SimpleNamespace
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 from conftest import TINY_VQVAE
 
 from vqvae_lightning.callbacks.codebook import CodebookDrift, CollapseWarning
-from vqvae_lightning.quantizers import EMAQuantizer, GaussianBottleneck
+from vqvae_lightning.quantizers import EMAQuantizer, GaussianBottleneck, SonnetEMAQuantizer
 
 
 def watch(callback, quantizer, values, name="val/codebook_use", images=100):
@@ -46,7 +47,17 @@ def test_few_validation_images_are_no_collapse(capsys):
     watch(CollapseWarning(0.3, 1), quantizer, [11 / 50], images=3)
     assert capsys.readouterr().out == ""
     watch(CollapseWarning(0.3, 1), quantizer, [2 / 50], images=3)
-    assert "warning" in capsys.readouterr().out
+    said = capsys.readouterr().out.replace("\n", " ")
+    assert "16.7% of the 12 codes that the validation images could have" in said
+
+
+def test_only_options_that_the_quantizer_has_are_suggested(capsys):
+    watch(CollapseWarning(0.3, 1), SonnetEMAQuantizer(50, 3), [0.1])
+    said = capsys.readouterr().out.replace("\n", " ")
+    assert "quantizer=ema" in said
+    for name in ("revive_below", "init", "warmup_steps"):
+        assert name not in inspect.signature(SonnetEMAQuantizer).parameters
+        assert name not in said
 
 
 def test_posterior_collapse_is_reported_too(capsys):

@@ -299,6 +299,28 @@ def test_the_layout_of_cifar_is_read(tmp_path):
     assert data.datasets["test"].data[0, :, 0, 0].tolist() == [0, 1, 2]
 
 
+@pytest.mark.parametrize("labelled", [True, False])
+def test_sets_of_single_files_keep_their_labels_or_have_no_classes(labelled, tmp_path):
+    class Fake:
+        classes = ("a", "b")
+
+        def __init__(self, root, split="train", download=False):
+            if labelled:
+                self.targets = [0, 1] * 15
+
+        def __len__(self):
+            return 30
+
+        def __getitem__(self, index):
+            return Image.new("RGB", (4, 6), (index, 0, 0)), index % 2
+
+    data = module(TorchvisionSource(Fake, str(tmp_path)))
+    assert data.datasets["test"].data[:, 0, 0, 0].tolist() == list(range(30))
+    assert data.class_names == (["a", "b"] if labelled else [])
+    labels = data.datasets["test"].labels
+    assert labels is None if not labelled else labels.tolist() == [0, 1] * 15
+
+
 @pytest.mark.parametrize(
     ("name", "file"),
     [

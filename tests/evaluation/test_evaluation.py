@@ -13,7 +13,11 @@ from vqvae_lightning.data import Batch
 from vqvae_lightning.evaluation import likelihood
 from vqvae_lightning.evaluation.classifier import measure_with_classifier, train_classifier
 from vqvae_lightning.evaluation.drawing import find_nearest_images
-from vqvae_lightning.evaluation.reconstruction import measure_reconstruction
+from vqvae_lightning.evaluation.reconstruction import (
+    HIGHEST_PSNR,
+    ReconstructionErrors,
+    measure_reconstruction,
+)
 from vqvae_lightning.networks.classifier import Classifier
 from vqvae_lightning.pixels import from_uint8
 from vqvae_lightning.stages.evaluating import Subject
@@ -144,6 +148,20 @@ def test_errors_are_those_of_the_rounded_images(split, codes, measured):
         # In float32 the variances of nearly uniform patches have only three correct digits.
         tolerance = 1e-3 if name == "ssim" else 2e-5
         assert measured[split][name] == pytest.approx(value, rel=tolerance), name
+
+
+def test_an_image_without_error_counts_with_the_highest_psnr():
+    levels = torch.randint(0, 255, (4, 1, 12, 12), dtype=torch.uint8)
+    wrong = levels.clone()
+    wrong[1:] += 1
+    errors = ReconstructionErrors(CPU)
+    errors.update(levels, from_uint8(wrong))
+    expected = (HIGHEST_PSNR + 3 * 20 * math.log10(255)) / 4
+    assert errors.compute(1.0)["psnr_per_image_db"] == pytest.approx(expected)
+    perfect = ReconstructionErrors(CPU)
+    perfect.update(levels, from_uint8(levels))
+    found = perfect.compute(1.0)
+    assert found["psnr_db"] == found["psnr_per_image_db"] == HIGHEST_PSNR
 
 
 @pytest.mark.parametrize("split", ["val", "test"])

@@ -5,7 +5,11 @@ import math
 import pytest
 import torch
 
+from vqvae_lightning.evaluation import likelihood
+from vqvae_lightning.evaluation.likelihood import build_pixel_score
+from vqvae_lightning.likelihoods import SquaredError
 from vqvae_lightning.likelihoods.logistic import discretised_logistic, fit_log_scale
+from vqvae_lightning.likelihoods.protocol import to_levels
 
 LEVELS = torch.arange(256)
 
@@ -77,6 +81,17 @@ def test_fitted_scale_is_the_best_of_a_fine_search():
         assert fitted[channel].item() == pytest.approx(
             candidates[values.argmax()].item(), abs=0.011
         )
+
+
+def test_a_rank_without_validation_images_has_the_scale_of_the_others(monkeypatch):
+    output = torch.rand(8, 1, 4, 4) * 2 - 1
+    levels = torch.randint(0, 256, (8, 1, 4, 4), dtype=torch.uint8)
+    shape, device = (1, 4, 4), torch.device("cpu")
+    alone = build_pixel_score(SquaredError(1), shape, lambda _: [(levels, output)], device)
+    of_others = [([levels], [to_levels(output)])]
+    monkeypatch.setattr(likelihood, "gather", lambda own: [*of_others, own])
+    idle = build_pixel_score(SquaredError(1), shape, lambda _: [], device)
+    assert torch.equal(idle(output, levels), alone(output, levels))
 
 
 def test_a_perfect_decoder_costs_nothing_per_pixel():

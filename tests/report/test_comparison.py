@@ -116,6 +116,7 @@ def test_metrics_that_do_not_compare_are_named(tmp_path, compare):
     other = make_run(tmp_path, 1, 0, 16, classifier="two", samples=20)
     _, page, out = compare(make_run(tmp_path, 0, 0, 16), other)
     for text in (page, out):
+        assert "*_accuracy, reconstruction_fid, sample_fid come from different" in text
         assert "classifier_seed=0" in text
         assert "numbers of samples: 10, 20" in text
 

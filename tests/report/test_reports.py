@@ -9,10 +9,13 @@ import sys
 
 import pytest
 from conftest import TINY_VQVAE
+from matplotlib.figure import Figure
 
 from vqvae_lightning.commands import pipeline
 from vqvae_lightning.commands.report import main as report_command
+from vqvae_lightning.report import plots
 from vqvae_lightning.report.jobs import list_job_folders
+from vqvae_lightning.report.run import write_report
 from vqvae_lightning.report.sweep import write_sweep_report
 from vqvae_lightning.runs.results import read_curves, read_result
 
@@ -49,6 +52,46 @@ def test_report_says_how_its_samples_were_drawn(finished):
     page = " ".join((finished / "report.html").read_text().split())
     assert "Drawn with temperature 0.9, top-k 5, guidance 1.5." in page
     assert "12 samples, drawn with temperature 1, guidance 2, as the intended class." in page
+
+
+def test_report_names_the_likelihood_and_what_the_prior_was_given(finished, tmp_path):
+    folder = tmp_path / "copy"
+    shutil.copytree(finished, folder)
+    pages = [(folder / "report.html").read_text()]
+    for stage, old, new in (
+        ("vqvae", "likelihoods.SquaredError", "likelihoods.LogisticMixture"),
+        ("prior", "num_classes: 3", "num_classes: 0"),
+    ):
+        config = folder / stage / "config.yaml"
+        assert old in config.read_text()
+        config.write_text(config.read_text().replace(old, new))
+    result = (folder / "result.json").read_text()
+    (folder / "result.json").write_text(result.replace('"test', '"train'))
+    pages.append(write_report(folder).read_text())
+    trained, changed = (" ".join(page.split()) for page in pages)
+    assert "p(image | class): the cost of the pixels under a discretised logistic" in trained
+    assert "p(image): the cost of the pixels under the likelihood" in changed
+    assert "test images not used for training" in trained
+    assert "train images · seed" in changed
+
+
+def test_the_terms_that_the_loss_has_are_drawn(monkeypatch):
+    def paint_only(_, columns, paint):
+        axes = list(Figure().subplots(1, columns))
+        paint(axes)
+        return [line.get_ydata()[0] for line in axes[1].lines]
+
+    monkeypatch.setattr(plots, "draw_svg", paint_only)
+    curves = {
+        name: ([1.0, 2.0], [value, value])
+        for value, name in enumerate(
+            ("train/nmse", "train/commitment_weighted", "train/codebook_weighted"), start=1
+        )
+    }
+    curves["train/auxiliary_weighted"] = ([1.0, 2.0], [4, 4])
+    assert plots.plot_losses(curves) == [1, 2, 3, 4]
+    curves["train/nll_nats_per_dim_weighted"] = ([1.0, 2.0], [5, 5])
+    assert plots.plot_losses(curves) == [5, 2, 3, 4]
 
 
 def test_pipelines_and_unfinished_runs_are_compared(finished, tmp_path, capsys, monkeypatch):

@@ -11,7 +11,7 @@ from vqvae_lightning.console import console
 from vqvae_lightning.data.images import PixelDataModule
 from vqvae_lightning.distributed import gather
 from vqvae_lightning.errors import DivergenceError, check_positive, check_range
-from vqvae_lightning.quantizers import GaussianBottleneck, VectorQuantizer
+from vqvae_lightning.quantizers import GaussianBottleneck, SonnetEMAQuantizer, VectorQuantizer
 
 
 class CollapseWarning(Callback):
@@ -46,6 +46,8 @@ class CollapseWarning(Callback):
             seen = len(data.datasets["val"]) * rows * columns * books
             use = float(metrics["val/codebook_use"]) * total / min(total, seen)
             what = f"{total} codes are in use"
+            if seen < total:
+                what = f"{seen} codes that the validation images could have are in use"
         elif "val/active_dims" in metrics:
             total = quantizer.code_dim
             use = float(metrics["val/active_dims"]) / total
@@ -117,6 +119,8 @@ def _suggest_changes(quantizer: Any) -> str:
     key = "model.net.quantizer"
     if isinstance(quantizer, GaussianBottleneck):
         return f"a lower {key}.beta, or {key}.free_bits=0.05."
+    if isinstance(quantizer, SonnetEMAQuantizer):  # it lacks the options below
+        return f"quantizer=ema, or a smaller {key}.code_dim or num_codes."
     if not isinstance(quantizer, VectorQuantizer):
         return f"other {key}.options, or quantizer=ema."
     suggestions = []

@@ -82,7 +82,7 @@ def measure_bounds(
                 drawn = mean + (log_variance / 2).exp() * noise
                 yield levels[here], vqvae.compute_output(drawn[here], levels[here])
 
-    score_pixels = build_pixel_score(vqvae.likelihood, images.image_shape, decode_draws)
+    score_pixels = build_pixel_score(vqvae.likelihood, images.image_shape, decode_draws, device)
     errors = ReconstructionErrors(device)
     sums = {name: torch.zeros((), dtype=torch.float64) for name in ("pixels", "kl", "importance")}
     pixel_noise = make_pixel_generator(seed)

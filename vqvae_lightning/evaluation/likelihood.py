@@ -51,7 +51,7 @@ def measure_likelihood(
             yield levels, codes.vqvae.decode_output(grid, levels)
 
     score_pixels = build_pixel_score(
-        codes.vqvae.likelihood, codes.images.image_shape, decode_validation
+        codes.vqvae.likelihood, codes.images.image_shape, decode_validation, device
     )
     sums = {
         name: torch.zeros((), dtype=torch.float64)
@@ -90,6 +90,7 @@ def build_pixel_score(
     likelihood: Likelihood,
     image_shape: tuple[int, int, int],
     decode_validation: Callable[[int], Iterable[tuple[Tensor, Tensor]]],
+    device: torch.device,
 ) -> PixelScore:
     """Build the function that maps decoder outputs and levels to log p(x | z), in nats.
 
@@ -98,7 +99,9 @@ def build_pixel_score(
             discretised logistic is fitted, with one scale per channel.
         image_shape: Shape (C, H, W) of the images.
         decode_validation: Function that maps a number of validation images to this rank's part of
-            them, in batches of levels (B, C, H, W) and decoder outputs (B, outputs, H, W).
+            them, in batches of levels (B, C, H, W) and decoder outputs (B, outputs, H, W). The part
+            may be empty.
+        device: Device to compute on.
     """
     if isinstance(likelihood, PixelDistribution):
         return likelihood.log_prob
@@ -106,7 +109,6 @@ def build_pixel_score(
     for images, output in decode_validation(-(-SCALE_VALUES // math.prod(image_shape))):
         means.append(to_levels(likelihood.mean(output)).cpu())
         levels.append(images.cpu())
-        device = output.device
     # Each rank fits to the images of all ranks, so that all find the same scale.
     parts = [part for rank in gather((levels, means)) for part in zip(*rank, strict=True)]
     every = [torch.cat(column).to(device) for column in zip(*parts, strict=True)]

@@ -18,6 +18,9 @@ from vqvae_lightning.metrics import CodebookUsage, entropy_nats
 from vqvae_lightning.pixels import to_uint8
 from vqvae_lightning.randomness import derive_seed
 
+HIGHEST_PSNR = 100.0
+"""PSNR in dB that counts for an image without any error, whose own is infinite."""
+
 if TYPE_CHECKING:
     from vqvae_lightning.networks.autoencoder import VQVAE
 
@@ -35,9 +38,7 @@ class ReconstructionErrors:
         self.squared = MeanSquaredError().to(device)
         self.unrounded = MeanSquaredError().to(device)
         self.ssim = StructuralSimilarityIndexMeasure(data_range=1.0).to(device)
-        self.psnr = PeakSignalNoiseRatio(
-            data_range=1.0, dim=(1, 2, 3), reduction="elementwise_mean"
-        ).to(device)
+        self.psnr = PeakSignalNoiseRatio(data_range=1.0, dim=(1, 2, 3), reduction="none").to(device)
         # Sum of the PSNR of the images, and their number.
         self.psnr_sum = torch.zeros(2, dtype=torch.float64)
 
@@ -47,9 +48,8 @@ class ReconstructionErrors:
         self.squared.update(rounded, truth)
         self.unrounded.update(((decoded + 1) / 2).contiguous(), truth)
         self.ssim.update(rounded, truth)
-        images = len(levels)
-        psnr = self.psnr(rounded, truth).item()
-        self.psnr_sum += torch.tensor([psnr * images, images], dtype=torch.float64)
+        psnr = self.psnr(rounded, truth).double().clamp(max=HIGHEST_PSNR)
+        self.psnr_sum += torch.stack([psnr.sum().cpu(), torch.tensor(float(len(psnr)))])
 
     def compute(self, pixel_variance: float) -> dict[str, float]:
         """Compute the errors; `pixel_variance` is that of the training pixels in [0, 1]."""
@@ -59,7 +59,7 @@ class ReconstructionErrors:
             "mse": error,
             "mse_unrounded": float(self.unrounded.compute()),
             "nmse": error / pixel_variance,
-            "psnr_db": -10 * math.log10(error),
+            "psnr_db": min(HIGHEST_PSNR, -10 * math.log10(error)) if error else HIGHEST_PSNR,
             "psnr_per_image_db": psnr_sum / images,
             "ssim": cast(Tensor, self.ssim.compute()).item(),
         }

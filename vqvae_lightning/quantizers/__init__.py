@@ -1,6 +1,7 @@
 """Bottlenecks between encoder and decoder: vector quantizers and their continuous baselines.
 
-This folder needs torch only. Start with `protocol`, the interface of every bottleneck.
+This folder needs torch and numpy only, and `library` also vector-quantize-pytorch. Start with
+`protocol`, the interface of every bottleneck.
 
 - `protocol`: what a bottleneck takes and returns.
 - `codebook`: what the EMA and loss codebooks share: look-up, warm-up, revival of dead codes.

@@ -19,8 +19,8 @@ from vqvae_lightning.runs.folder import RunFolder
 from vqvae_lightning.runs.results import read_result
 from vqvae_lightning.units import get_unit
 
-JUDGED = ("accuracy", "fid")
-"""Ends of the names of metrics that depend on the classifier of an evaluation."""
+JUDGED = ("*_accuracy", "reconstruction_fid", "sample_fid")
+"""Metrics that depend on the classifier of an evaluation."""
 CHECKPOINTS = ("vqvae_checkpoint", "prior_checkpoint")
 
 
@@ -126,9 +126,9 @@ def check_comparable(runs: Sequence[Measured]) -> list[str]:
     warnings = []
     judged = {run.facts["classifier"] for run in runs if run.facts["classifier"]}
     if len(judged) > 1:
-        ends = " and ".join(f"*_{end}" for end in JUDGED)
         warnings.append(
-            f"{ends} come from different classifiers: evaluate all runs with classifier_seed=0."
+            f"{', '.join(JUDGED)} come from different classifiers: evaluate all runs with "
+            "classifier_seed=0."
         )
     for key in sorted({key for run in runs for key in run.weights}):
         hashes = sorted({run.weights[key] for run in runs if key in run.weights})

@@ -101,7 +101,9 @@ def plot_losses(curves: Curves) -> str:
     name, title = "nmse", "NMSE"
     if "train/nmse" not in curves and "train/nll_nats_per_dim" in curves:
         name, title = "nll_nats_per_dim", "nats per dimension"
-    in_loss = name if name == "nmse" else f"{name}_weighted"
+    # With a likelihood, the NMSE is only logged.
+    in_loss = "nll_nats_per_dim_weighted"
+    in_loss = in_loss if f"train/{in_loss}" in curves else "nmse"
 
     def paint(axes: list[Axes]) -> None:
         left, right = axes
@@ -112,6 +114,7 @@ def plot_losses(curves: Curves) -> str:
         plot_curve(right, curves, f"train/{in_loss}", "reconstruction", TRAIN)
         plot_curve(right, curves, "train/commitment_weighted", "commitment, weighted", EXTRA)
         plot_curve(right, curves, "train/codebook_weighted", "codebook, weighted", VAL)
+        plot_curve(right, curves, "train/auxiliary_weighted", "auxiliary, weighted", QUIET)
         right.set(title="How the training losses balance", xlabel="steps", yscale="log")
         if right.lines:
             right.legend()
@@ -150,7 +153,7 @@ def plot_prior(curves: Curves, split: str, metrics: dict[str, Any]) -> str:
     def paint(axes: list[Axes]) -> None:
         left, right = axes
         plot_curve(left, curves, "train/nats_per_code", "training batches", TRAIN)
-        plot_curve(left, curves, "val/nats_per_code", "validation, averaged weights", VAL)
+        plot_curve(left, curves, "val/nats_per_code", "validation", VAL)
         baselines = (
             ("unigram_nats_per_code", "histogram of codes", "--"),
             ("position_nats_per_code", "histogram per position", ":"),

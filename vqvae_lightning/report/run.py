@@ -8,6 +8,7 @@ import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 from markupsafe import Markup
 
+from vqvae_lightning.configs import read_config
 from vqvae_lightning.files import write_text
 from vqvae_lightning.report import plots
 from vqvae_lightning.runs.folder import RunFolder
@@ -31,6 +32,8 @@ def write_report(folder: Path) -> Path:
     assert stages["samples"] is not None
     names = stages["evaluation"]["class_names"]
     curves = {name: read_curves(run.stage(name).metrics) for name in ("vqvae", "prior")}
+    nets = {name: read_config(run.stage(name).config)["model"]["net"] for name in curves}
+    likelihood = nets["vqvae"].get("likelihood")  # configs of older runs lack it
     with np.load(run.stage("evaluation").codes) as arrays:
         histogram, codes = arrays["histogram"], arrays["codes"]
         images = arrays["images"]
@@ -44,7 +47,8 @@ def write_report(folder: Path) -> Path:
         result=result,
         split=split,
         value=lambda name: result["metrics"].get(f"{split}/{name}", {}).get("value"),
-        conditional=bool(names),
+        conditional=bool(nets["prior"]["num_classes"]),
+        fitted=likelihood is None or likelihood["_target_"].endswith(".SquaredError"),
         drawn=describe_drawing(stages["samples"].get("drawing")),
         judged=describe_drawing(stages["evaluation"].get("drawing")),
         columns=[names[number] for number in stages["samples"]["column_classes"]],

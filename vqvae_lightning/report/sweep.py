@@ -69,6 +69,7 @@ def write_sweep_report(folder: Path) -> list[Path]:
         names=shorten_keys(short),
         value=get_value,
         shown=shown,
+        splits=sorted({name.partition("/")[0] for name in shown}),
         unit=get_unit,
         monitors=monitors,
         labels=labels,

@@ -107,7 +107,9 @@ class TorchvisionSource:
         del opened  # so that torchvision holds one split at a time
         val = self._read(self._open(self.val_split), "val", allocate) if self.val_split else None
         test = self._read(self._open("test"), "test", allocate)
-        if not names and train.labels is not None:
+        if train.labels is None:
+            names = []
+        elif not names:
             names = [str(number) for number in range(int(train.labels.max()) + 1)]
         return Splits(train, val, test, names)
 
@@ -123,7 +125,7 @@ class TorchvisionSource:
         if not hasattr(opened, "data"):
             with show_progress(f"reading {self.type.__name__}", len(opened)) as advance:
                 read = fill_array(split, len(opened), self._decode_each(opened, advance), allocate)
-            return Split(read, None)
+            return Split(read, labels)
         images = torch.as_tensor(opened.data)
         if images.ndim == 3:
             images = images[:, None]
