@@ -185,6 +185,19 @@ MUTATIONS = (
             "test_warm_up_is_at_most_a_tenth_of_the_training",
         ),
         (
+            "one batch for the first rows of a short training",
+            "if progress > 0:",
+            "if progress > 1:",
+            "quantizers/test_warmup.py"
+            "::test_a_warm_up_that_a_short_training_ends_gathers_its_last_steps",
+        ),
+        (
+            "one vector for several dead codes",
+            "order = (dead.cumsum(-1) - 1) % len(drawn)",
+            "order = order % len(drawn)",
+            "test_dead_codes_get_different_vectors_as_long_as_there_are_enough",
+        ),
+        (
             "evaluation is observed",
             "            if self.training:\n                self.observe(flat, places.flatten())",
             "            self.observe(flat, places.flatten())",
