@@ -134,6 +134,13 @@ def test_pipelines_and_unfinished_runs_are_compared(finished, tmp_path, capsys, 
     page = (tmp_path / "sweep/report.html").read_text()
     assert "val/nats_per_code" in page
     assert 'alt="samples of job 10"' in page
+    assert "Metrics are measured on the test images." in page
+    for name in ("2", "10"):
+        path = tmp_path / "sweep" / name / "result.json"
+        path.write_text(path.read_text().replace('"test/', '"val/'))
+    write_sweep_report(tmp_path / "sweep")
+    page = (tmp_path / "sweep/report.html").read_text()
+    assert "Metrics are measured on the val images." in page
 
 
 def test_an_incomplete_row_is_left_out(tmp_path):

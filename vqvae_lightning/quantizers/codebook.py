@@ -52,7 +52,8 @@ class VectorQuantizer(nn.Module):
             the one at the smallest angle (Yu et al. 2021, arXiv:2110.04627, section 3.2).
         decay: Share of the old average kept per optimizer step, in [0, 1).
         init: Source of the first rows: `kmeans` of encoder vectors, random encoder vectors
-            (`data`), or `uniform` noise in [-1/K, 1/K].
+            (`data`), or `uniform` noise in [-1/K, 1/K]. If the last steps of the warm-up have no
+            more than K vectors, `kmeans` takes them as they are and repeats them.
         warmup_steps: Optimizer steps as a plain autoencoder, at most a tenth of the training.
             `kmeans` and `data` take at least one step even at 0, because they need vectors.
         revive_below: Share of the mean count below which a code is dead; 0 disables revival. The
