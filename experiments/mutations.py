@@ -180,14 +180,14 @@ MUTATIONS = (
         ),
         (
             "warm-up of any length",
-            " or progress >= WARMUP_SHARE",
-            "",
+            "if progress > 0:",
+            "if progress > 1:",
             "test_warm_up_is_at_most_a_tenth_of_the_training",
         ),
         (
             "one batch for the first rows of a short training",
-            "if progress > 0:",
-            "if progress > 1:",
+            "left < POOL_STEPS - 0.5:",
+            "self.warmup_steps - self.steps < POOL_STEPS or left <= 0:",
             "quantizers/test_warmup.py"
             "::test_a_warm_up_that_a_short_training_ends_gathers_its_last_steps",
         ),

@@ -160,10 +160,8 @@ def test_no_command_runs_what_a_file_names(door, name, attack, trained, toy, tmp
         given = [f"vqvae_checkpoint={evil_copy(best, change, tmp_path / 'evil.ckpt')}"]
         if door == "sample":
             given += [f"prior_checkpoint={trained}/prior/checkpoints/best.ckpt", "complete=test"]
-        name_of_command, *start = {"prior": ("vqvae-train", "--config-name=prior")}.get(
-            door, (f"vqvae-{door}",)
-        )
-        outcome = command(name_of_command, *start, *given)
+        words = ["vqvae-train", "--config-name=prior"] if door == "prior" else [f"vqvae-{door}"]
+        outcome = command(*words, *given)
     assert outcome.status == 1
     assert len(outcome.err.strip().splitlines()) == 1, outcome.err
     assert name in outcome.err

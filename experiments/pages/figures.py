@@ -8,6 +8,7 @@ import matplotlib
 matplotlib.use("agg")
 
 import matplotlib.pyplot as plt
+from matplotlib.container import BarContainer
 
 from pages import results
 from pages.results import Group, Row
@@ -21,10 +22,10 @@ def draw_bars(
     groups: Sequence[Group],
     value: Callable[[Row], float],
     colour: str,
-) -> None:
+) -> BarContainer:
     """Draw mean and deviation of each group as a horizontal bar, from bottom to top."""
     means, deviations = zip(*(group.measure(value) for group in groups), strict=True)
-    axis.barh(labels, means, xerr=deviations, color=colour, capsize=3)
+    return axis.barh(labels, means, xerr=deviations, color=colour, capsize=3)
 
 
 def hash_data(study: str) -> str:

@@ -5,7 +5,6 @@ from collections.abc import Callable
 from functools import partial
 
 import matplotlib.pyplot as plt
-from matplotlib.container import BarContainer
 
 from pages.figures import draw_bars, save
 from pages.results import Row, group_sweep, metric, reader
@@ -54,13 +53,13 @@ def draw_quantizers(sweep: str) -> None:
         ("Fréchet distance", RECONSTRUCTIONS.value),
     ]
     figure, axes = plt.subplots(1, 4, figsize=(14, 4.8), sharey=True, layout="constrained")
-    draw_bars(axes[-1], names, groups, FRECHET.value, "#8fc1d4")
+    samples = draw_bars(axes[-1], names, groups, FRECHET.value, "#8fc1d4")
     for axis, (title, value) in zip(axes, panels, strict=True):
-        draw_bars(axis, names, groups, value, "#0b6e99")
+        last = draw_bars(axis, names, groups, value, "#0b6e99")
         axis.set_title(title)
         axis.locator_params(axis="x", nbins=3)
-    bars = [part for part in axes[-1].containers if isinstance(part, BarContainer)]
-    figure.legend(bars, ["samples", "reconstructions"], loc="outside lower right", ncols=2)
+    legend = {"samples": samples, "reconstructions": last}
+    figure.legend(legend.values(), legend.keys(), loc="outside lower right", ncols=2)
     save(figure, "quantizers", sweep)
 
 

@@ -49,7 +49,7 @@ class ReconstructionErrors:
         self.unrounded.update(((decoded + 1) / 2).contiguous(), truth)
         self.ssim.update(rounded, truth)
         psnr = self.psnr(rounded, truth).double().clamp(max=HIGHEST_PSNR)
-        self.psnr_sum += torch.stack([psnr.sum().cpu(), torch.tensor(float(len(psnr)))])
+        self.psnr_sum += torch.tensor([float(psnr.sum()), len(psnr)], dtype=torch.float64)
 
     def compute(self, pixel_variance: float) -> dict[str, float]:
         """Compute the errors; `pixel_variance` is that of the training pixels in [0, 1]."""

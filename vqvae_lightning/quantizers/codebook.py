@@ -240,13 +240,12 @@ class VectorQuantizer(nn.Module):
         self.steps += 1
         generator = self._make_generator()
         if not self.initialised:
-            over = self.steps >= self.warmup_steps or progress >= WARMUP_SHARE
             left: float = self.warmup_steps - self.steps
             if progress > 0:
                 left = min(left, (WARMUP_SHARE / progress - 1) * self.steps)
-            if over or left < POOL_STEPS - 0.5:  # half a step, because the division is not exact
+            if left < POOL_STEPS - 0.5:  # half a step, because the division is not exact
                 self._gather(newest, generator)
-            if over:
+            if left <= 0:
                 self._initialise(generator)
             return {}
         self.learn()

@@ -102,8 +102,8 @@ def plot_losses(curves: Curves) -> str:
     if "train/nmse" not in curves and "train/nll_nats_per_dim" in curves:
         name, title = "nll_nats_per_dim", "nats per dimension"
     # With a likelihood, the NMSE is only logged.
-    in_loss = "nll_nats_per_dim_weighted"
-    in_loss = in_loss if f"train/{in_loss}" in curves else "nmse"
+    weighted = "nll_nats_per_dim_weighted"
+    in_loss = weighted if f"train/{weighted}" in curves else "nmse"
 
     def paint(axes: list[Axes]) -> None:
         left, right = axes
