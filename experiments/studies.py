@@ -2,11 +2,12 @@
 
     uv run python experiments/studies.py [FOLDER ...]
 
-FOLDER is the folder of a finished sweep, or of a single pipeline of `PIPELINES`. Its results are
-copied into the folder of its study first: `<sweep>.csv` has a row per job, `<sweep>_curves.csv`
-the curves of the jobs, and `<data set>.json` is the `result.json` of a pipeline. Then the figures
-are drawn and the tables are written into the study's README, between the lines
-`<!-- table NAME -->` and `<!-- end -->`. Without FOLDER, all tables and figures are made again.
+FOLDER is the folder of a finished sweep, or of a single run of `RUNS`. Its results are copied
+into the folder of its study first: `<sweep>.csv` has a row per job, `<sweep>_curves.csv` the curves
+of the jobs, `<data set>.json` is the `result.json` of a run, and `<data set>.csv` has the
+validation errors of one training. Then the figures are drawn and the tables are written into the
+study's README, between the lines `<!-- table NAME -->` and `<!-- end -->`. Without FOLDER, all
+tables and figures are made again.
 
 A table has the mean and the standard deviation (n - 1) over the seeds. `=` marks a mean that lies
 within twice the larger deviation of the baseline, which is the first row unless the page names
@@ -24,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from pages import FIGURES, TABLES, results
-from pages.results import CURVES, PIPELINES, STUDIES, SWEEPS_WITH_CURVES, read_pipelines
+from pages.results import CURVES, RUNS, STUDIES, SWEEPS_WITH_CURVES, VALIDATION, read_runs
 from rich.console import Console
 
 from vqvae_lightning.configs import read_config
@@ -35,7 +36,7 @@ from vqvae_lightning.runs.results import read_curves
 
 
 def collect(folder: Path) -> str:
-    """Copy the results of a finished sweep or pipeline into the folder of its study.
+    """Copy the results of a finished sweep or run into the folder of its study.
 
     Returns:
         The study.
@@ -45,15 +46,19 @@ def collect(folder: Path) -> str:
     """
     run = RunFolder(folder)
     config = read_config(run.config) if run.is_finished else {}
-    if config.get("study") in PIPELINES:
+    if config.get("study") in RUNS:
         result = json.loads(run.result.read_text())
         # Without the folders of the machine that ran it.
-        result["command"] = re.sub(r"=\S*/", "=", result["command"])
-        place = PIPELINES[config["study"]]
-        (results.ROOT / place).mkdir(exist_ok=True)
-        (results.ROOT / place / f"{name_data(config['dataset']['source'])}.json").write_text(
-            json.dumps(result, indent=1) + "\n"
-        )
+        result["command"] = re.sub(r"=\S*/", "=", config["command"])
+        text = json.dumps(result, indent=1).replace(f"{config['folder']}/", "")
+        place = RUNS[config["study"]]
+        stored = results.ROOT / place / f"{name_data(config['dataset']['source'])}.json"
+        stored.parent.mkdir(exist_ok=True)
+        stored.write_text(text + "\n")
+        errors = read_curves(run.metrics).get(VALIDATION) if run.metrics.is_file() else None
+        if errors:
+            lines = [f"{step:.0f},{error!r}" for step, error in zip(*errors, strict=True)]
+            stored.with_suffix(".csv").write_text("\n".join([f"step,{VALIDATION}", *lines, ""]))
         return place.partition("/")[0]
     jobs = list(list_job_folders(folder))
     sweep = read_config(RunFolder(jobs[0]).config)["study"] if jobs else None
@@ -118,9 +123,7 @@ def list_stored() -> list[str]:
         if not (results.ROOT / study / f"{sweep}.csv").is_file()
     }
     found = [study for study in STUDIES.values() if study not in missing]
-    found += [
-        place for name, place in PIPELINES.items() if read_pipelines(name) and place in TABLES
-    ]
+    found += [place for name, place in RUNS.items() if read_runs(name) and place in TABLES]
     return list(dict.fromkeys(found))
 
 

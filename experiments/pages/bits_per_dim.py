@@ -6,7 +6,7 @@ from typing import Any
 import matplotlib.pyplot as plt
 
 from pages.figures import save
-from pages.results import read_pipelines, read_test
+from pages.results import read_runs, read_test
 
 BITS = "bits_per_dim"
 """The study."""
@@ -19,7 +19,7 @@ def read_bits(result: dict[str, Any], term: str) -> float:
 
 def tabulate_bits() -> str:
     """Make the table of the bits per dimension: a row per term and a column per data set."""
-    found = read_pipelines(BITS)
+    found = read_runs(BITS)
     terms: list[tuple[str, Callable[[dict[str, Any]], float]]] = [
         ("distortion, -log2 p(x given z)", lambda r: read_bits(r, "reconstruction")),
         ("rate, uniform codes", lambda r: read_bits(r, "uniform")),
@@ -53,7 +53,7 @@ def tabulate_bits() -> str:
 def draw_bits() -> None:
     """Draw distortion and rate of each data set under the three models of the codes."""
     rates = {"uniform": "uniform codes", "histogram": "histogram", "prior": "PixelCNN prior"}
-    found = read_pipelines(BITS)
+    found = read_runs(BITS)
     figure, axis = plt.subplots(figsize=(11, 4.8), layout="constrained")
     names = [f"{data}, {words}" for data in found for words in rates.values()]
     pairs = [(r, rate) for r in found.values() for rate in rates]

@@ -1,16 +1,21 @@
-"""DeepMind's example for sonnet beside the defaults of this package, and SQ-VAE's protocol."""
+"""DeepMind's example for sonnet beside our defaults, SQ-VAE's protocol, and an hour on CIFAR-10."""
+
+import csv
 
 import matplotlib.pyplot as plt
 from matplotlib.ticker import NullFormatter
 
+from pages import results
 from pages.figures import save
 from pages.results import (
+    RUNS,
+    VALIDATION,
     Group,
     at_end,
     average_curve,
     read_curves_of,
-    read_pipelines,
     read_rows,
+    read_runs,
     read_test,
     reader,
 )
@@ -78,12 +83,42 @@ def tabulate_sqvae() -> str:
     )
     titles = ("data set", "squared error of an image", *(c[0] for c in columns), "minutes")
     lines = [f"| {' | '.join(titles)} |", "| --- |" + " ---: |" * (len(titles) - 1)]
-    for data, result in read_pipelines("sqvae").items():
+    for data, result in read_runs("sqvae").items():
         error = f"{read_test(result, 'mse_unrounded') * 28 * 28:.2f}"
         cells = [f"{read_test(result, name):{form}}" for _, name, form in columns]
         minutes = f"{sum(result['seconds'].values()) / 60:.0f}"
         lines.append(f"| {' | '.join([data, error, *cells, minutes])} |")
     return "\n".join(lines)
+
+
+def tabulate_validation() -> str:
+    """Make the table of the validation errors of the hour on CIFAR-10."""
+    with (results.ROOT / RUNS["hour"] / "cifar10.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    steps = [f"{int(row['step']):,}".replace(",", " ") for row in rows]
+    errors = [f"{float(row[VALIDATION]):.4f}" for row in rows]
+    return "\n".join(
+        [
+            f"| updates | {' | '.join(steps)} |",
+            "| --- |" + " ---: |" * len(rows),
+            f"| validation NMSE | {' | '.join(errors)} |",
+        ]
+    )
+
+
+def tabulate_hour() -> str:
+    """Make the table of the hour on CIFAR-10."""
+    (result,) = read_runs("hour").values()
+    cells = {
+        "NMSE": f"{read_test(result, 'nmse'):.4f}",
+        "squared error, pixels in [0, 1]": f"{read_test(result, 'mse'):.5f}",
+        "PSNR of the mean error": f"{read_test(result, 'psnr_db'):.2f} dB",
+        "codes in use": f"{read_test(result, 'codebook_use'):.0%}",
+        "perplexity": f"{read_test(result, 'perplexity'):.0f}",
+        "minutes": f"{result['seconds'] / 60:.0f}",
+    }
+    lines = ["| test images | |", "| --- | ---: |"]
+    return "\n".join(lines + [f"| {name} | {value} |" for name, value in cells.items()])
 
 
 def draw_references() -> None:
@@ -105,5 +140,10 @@ def draw_references() -> None:
     save(figure, "reference_settings", "curves")
 
 
-TABLES = {"references": tabulate_references, "sqvae": tabulate_sqvae}
+TABLES = {
+    "references": tabulate_references,
+    "sqvae": tabulate_sqvae,
+    "validation": tabulate_validation,
+    "hour": tabulate_hour,
+}
 FIGURES = {"curves": draw_references}

@@ -1,4 +1,4 @@
-"""Raw results of the studies: the jobs of each sweep, their curves, and single pipelines."""
+"""Raw results of the studies: the jobs of each sweep, their curves, and single runs."""
 
 import csv
 import json
@@ -29,8 +29,12 @@ STUDIES = {
     "recipe_cifar10": "reference_settings",
 }
 """Study of each sweep."""
-PIPELINES = {"bits_per_dim": "bits_per_dim", "sqvae": "reference_settings/sqvae"}
-"""Folder of the results of single pipelines, by their config's `study`."""
+RUNS = {
+    "bits_per_dim": "bits_per_dim",
+    "sqvae": "reference_settings/sqvae",
+    "hour": "reference_settings/hour",
+}
+"""Folder of the results of single runs, by their config's `study`."""
 TITLES = {
     "MNIST": "MNIST",
     "FashionMNIST": "Fashion-MNIST",
@@ -39,6 +43,7 @@ TITLES = {
 }
 """Names of data sets in tables and figures."""
 DRIFT = "val/codebook_drift"
+VALIDATION = "val/nmse"
 CURVES = (
     "train/commitment",
     "train/latent_power",
@@ -88,14 +93,14 @@ def read_rows(sweep: str) -> list[Row]:
     return rows
 
 
-def read_pipelines(name: str) -> dict[str, dict[str, Any]]:
-    """Read the `result.json` of each pipeline of a key of `PIPELINES`, by data set."""
-    paths = sorted((ROOT / PIPELINES[name]).glob("*.json"))
+def read_runs(name: str) -> dict[str, dict[str, Any]]:
+    """Read the `result.json` of each run of a key of `RUNS`, by data set."""
+    paths = sorted((ROOT / RUNS[name]).glob("*.json"))
     return {TITLES[path.stem]: json.loads(path.read_text()) for path in paths}
 
 
 def read_test(result: dict[str, Any], name: str) -> float:
-    """Read a test metric of a pipeline."""
+    """Read a test metric of a run."""
     return float(result["metrics"][f"test/{name}"]["value"])
 
 

@@ -4,12 +4,12 @@ from collections.abc import Callable, Iterator
 
 from pages import results
 from pages.results import (
-    PIPELINES,
+    RUNS,
     STUDIES,
     group_sweep,
     list_swept_keys,
     metric,
-    read_pipelines,
+    read_runs,
     read_test,
 )
 
@@ -49,10 +49,11 @@ def list_settings() -> Iterator[tuple[str, str, str, dict[str, tuple[float, floa
                 if group.rows[0].get(f"test/{name}")
             }
             yield study, setting, f"{len(group.rows)}, {' '.join(commits)}", metrics
-    for pipeline, place in PIPELINES.items():
+    for run, place in RUNS.items():
         study, _, part = place.partition("/")
-        for data, result in read_pipelines(pipeline).items():
-            metrics = {name: read_test(result, name) for name in METRICS}
+        for data, result in read_runs(run).items():
+            found = (name for name in METRICS if f"test/{name}" in result["metrics"])
+            metrics = {name: read_test(result, name) for name in found}
             yield study, f"{part} {data}".strip(), f"1, {result['commit'][:7]}", metrics
 
 

@@ -161,6 +161,21 @@ def test_sonnets_printed_numbers_stand_next_to_ours(invented):
         assert expected in text
 
 
+HOUR = {
+    "metrics": {
+        "test/nmse": {"value": 0.0625},
+        "test/mse": {"value": 0.015625},
+        "test/psnr_db": {"value": 18.0625},
+        "test/codebook_use": {"value": 0.75},
+        "test/perplexity": {"value": 300.5},
+    },
+    "seconds": 3540.0,
+    "commit": "abcdefghij",
+    "checkpoint": "/home/me/run/checkpoints/best.ckpt",
+}
+"""An invented result of a training, which has no metrics of samples."""
+
+
 @pytest.fixture
 def invented(tmp_path, monkeypatch):
     """Raw results of every sweep, drawn at random, and a page for each study."""
@@ -192,6 +207,10 @@ def invented(tmp_path, monkeypatch):
             writer.writerow(["folder", "rate", "own", "other"])
             for row in results.read_rows(sweep):
                 writer.writerow([row["folder"], *numbers.uniform(0.1, 1, 3)])
+    hour = tmp_path / results.RUNS["hour"]
+    hour.mkdir()
+    (hour / "cifar10.json").write_text(json.dumps(HOUR))
+    (hour / "cifar10.csv").write_text("step,val/nmse\n500,0.25\n1000,0.125\n")
     for study, tabulated in pages.TABLES.items():
         marks = [f"<!-- table {name} -->\n<!-- end -->" for name in tabulated]
         (tmp_path / study).mkdir(exist_ok=True)
@@ -232,8 +251,11 @@ def test_distances_of_reconstructions_stand_before_those_of_samples(invented):
 def test_the_table_of_all_settings_has_a_row_for_each(invented):
     lines = [line for line in studies.fill_tables(".").splitlines() if line.startswith("| [")]
     jobs = [row for sweep in results.STUDIES for row in results.read_rows(sweep)]
-    assert len(lines) == len(jobs) / 3
-    assert sum("| 3, abcdefg |" in line for line in lines) == len(lines)
+    assert len(lines) == len(jobs) / 3 + 1
+    assert sum("| 3, abcdefg |" in line for line in lines) == len(jobs) / 3
+    (hour,) = (line for line in lines if "`hour CIFAR-10` | 1, abcdefg |" in line)
+    cells = [cell.strip() for cell in hour.split("|")[4:-1]]
+    assert cells == ["0.0625", "0.75", "300.5", "", "", "", "", "", ""]
 
 
 def test_a_finished_pipeline_becomes_a_table_without_folders_of_its_machine(tmp_path, monkeypatch):
@@ -243,7 +265,9 @@ def test_a_finished_pipeline_becomes_a_table_without_folders_of_its_machine(tmp_
     run = tmp_path / "run"
     run.mkdir()
     (run / "config.yaml").write_text(
-        "study: bits_per_dim\ndataset: {source: {path: /home/me/cifar10.npz}}\n"
+        "study: bits_per_dim\nfolder: /home/me/run\n"
+        "dataset: {source: {path: /home/me/cifar10.npz}}\n"
+        "command: vqvae-pipeline dataset=npz dataset.source.path=/home/me/cifar10.npz\n"
     )
     terms = {"reconstruction": 3.5, "uniform": 1.25, "histogram": 1.0, "prior": 0.75, "total": 4.25}
     metrics = {f"test/{name}_bits_per_dim": {"value": value} for name, value in terms.items()}
@@ -253,7 +277,6 @@ def test_a_finished_pipeline_becomes_a_table_without_folders_of_its_machine(tmp_
     result = {
         "metrics": metrics,
         "seconds": {"vqvae": 60, "prior": 120, "evaluation": 180},
-        "command": "vqvae-pipeline dataset=npz dataset.source.path=/home/me/cifar10.npz",
     }
     (run / "result.json").write_text(json.dumps(result))
     assert studies.collect(run) == "bits_per_dim"
@@ -267,19 +290,52 @@ def test_a_finished_pipeline_becomes_a_table_without_folders_of_its_machine(tmp_
     assert "| minutes, prior | 2 |" in text
 
 
+def test_a_finished_training_becomes_two_tables(tmp_path, monkeypatch):
+    monkeypatch.setattr(results, "ROOT", tmp_path)
+    (tmp_path / "reference_settings").mkdir()
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "config.yaml").write_text(
+        "study: hour\nfolder: /home/me/run\ndataset: {source: {path: /home/me/cifar10.npz}}\n"
+        "command: vqvae-train dataset.source.path=/home/me/cifar10.npz seed=3\n"
+    )
+    (run / "result.json").write_text(json.dumps(HOUR))
+    (run / "metrics.csv").write_text(
+        "epoch,step,train/nmse,val/nmse\n0,49,0.5,\n0,4749,,0.25\n0,4799,0.5,\n1,9499,,0.0625\n"
+    )
+    assert studies.collect(run) == "reference_settings"
+    stored = json.loads((tmp_path / "reference_settings/hour/cifar10.json").read_text())
+    assert stored["checkpoint"] == "checkpoints/best.ckpt"
+    assert stored["command"] == "vqvae-train dataset.source.path=cifar10.npz seed=3"
+    titles, _, errors = reference_settings.tabulate_validation().splitlines()
+    assert titles == "| updates | 4 750 | 9 500 |"
+    assert errors == "| validation NMSE | 0.2500 | 0.0625 |"
+    _, _, *lines = reference_settings.tabulate_hour().splitlines()
+    assert lines == [
+        "| NMSE | 0.0625 |",
+        "| squared error, pixels in [0, 1] | 0.01562 |",
+        "| PSNR of the mean error | 18.06 dB |",
+        "| codes in use | 75% |",
+        "| perplexity | 300 |",
+        "| minutes | 59 |",
+    ]
+
+
 def test_the_protocol_of_sqvae_sums_the_error_of_an_image(tmp_path, monkeypatch):
     monkeypatch.setattr(results, "ROOT", tmp_path)
     (tmp_path / "reference_settings").mkdir()
     run = tmp_path / "run"
     run.mkdir()
     source = "{dataset: {_target_: torchvision.datasets.MNIST}}"
-    (run / "config.yaml").write_text(f"study: sqvae\ndataset: {{source: {source}}}\n")
+    (run / "config.yaml").write_text(
+        f"study: sqvae\nfolder: /run\ncommand: vqvae-pipeline\ndataset: {{source: {source}}}\n"
+    )
     names = ("nmse", "codebook_use", "perplexity", "nats_per_code", "real_accuracy")
     names += ("sample_accuracy", "sample_fid")
     metrics = {f"test/{name}": {"value": 0.5} for name in names}
     metrics |= {"test/mse_unrounded": {"value": 0.01}, "test/perplexity_batch32": {"value": 77.25}}
     seconds = {"vqvae": 60, "prior": 120, "evaluation": 180}
-    result = {"metrics": metrics, "seconds": seconds, "command": "vqvae-pipeline"}
+    result = {"metrics": metrics, "seconds": seconds}
     (run / "result.json").write_text(json.dumps(result))
     assert studies.collect(run) == "reference_settings"
     assert (tmp_path / "reference_settings/sqvae/MNIST.json").is_file()
