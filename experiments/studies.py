@@ -55,8 +55,8 @@ def collect(folder: Path) -> str:
         stored = results.ROOT / place / f"{name_data(config['dataset']['source'])}.json"
         stored.parent.mkdir(exist_ok=True)
         stored.write_text(text + "\n")
-        errors = read_curves(run.metrics).get(VALIDATION) if run.metrics.is_file() else None
-        if errors:
+        if run.metrics.is_file():  # of a training; the stages of a pipeline have their own
+            errors = read_curves(run.metrics)[VALIDATION]
             lines = [f"{step:.0f},{error!r}" for step, error in zip(*errors, strict=True)]
             stored.with_suffix(".csv").write_text("\n".join([f"step,{VALIDATION}", *lines, ""]))
         return place.partition("/")[0]

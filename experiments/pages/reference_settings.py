@@ -19,7 +19,7 @@ from pages.results import (
     read_test,
     reader,
 )
-from pages.tables import NMSE, PERPLEXITY, USE, Column, format_mean
+from pages.tables import NMSE, PERPLEXITY, USE, Column, format_mean, format_rows
 
 SONNET = {
     100: (0.483, 10.4),
@@ -50,11 +50,7 @@ def tabulate_references() -> str:
         "perplexity",
         "codes in use",
     )
-    lines = [
-        f"| {' | '.join(titles)} |",
-        "| --- |" + " ---: |" * (len(titles) - 1),
-        f"| sonnet's notebook, one run | {error:.3f} | {perplexity:.0f} | - | - | - |",
-    ]
+    rows = [["sonnet's notebook, one run", f"{error:.3f}", f"{perplexity:.0f}", "-", "-", "-"]]
     for sweep, title in REFERENCES.items():
         group = Group((title,), read_rows(sweep))
         columns = [
@@ -64,9 +60,8 @@ def tabulate_references() -> str:
             PERPLEXITY,
             USE,
         ]
-        cells = [title, *(format_mean(group, column) for column in columns)]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+        rows.append([title, *(format_mean(group, column) for column in columns)])
+    return format_rows(titles, rows)
 
 
 def tabulate_sqvae() -> str:
@@ -82,13 +77,13 @@ def tabulate_sqvae() -> str:
         ("Fréchet distance", "sample_fid", ".2f"),
     )
     titles = ("data set", "squared error of an image", *(c[0] for c in columns), "minutes")
-    lines = [f"| {' | '.join(titles)} |", "| --- |" + " ---: |" * (len(titles) - 1)]
+    rows = []
     for data, result in read_runs("sqvae").items():
         error = f"{read_test(result, 'mse_unrounded') * 28 * 28:.2f}"
         cells = [f"{read_test(result, name):{form}}" for _, name, form in columns]
         minutes = f"{sum(result['seconds'].values()) / 60:.0f}"
-        lines.append(f"| {' | '.join([data, error, *cells, minutes])} |")
-    return "\n".join(lines)
+        rows.append([data, error, *cells, minutes])
+    return format_rows(titles, rows)
 
 
 def tabulate_validation() -> str:
@@ -97,13 +92,7 @@ def tabulate_validation() -> str:
         rows = list(csv.DictReader(file))
     steps = [f"{int(row['step']):,}".replace(",", " ") for row in rows]
     errors = [f"{float(row[VALIDATION]):.4f}" for row in rows]
-    return "\n".join(
-        [
-            f"| updates | {' | '.join(steps)} |",
-            "| --- |" + " ---: |" * len(rows),
-            f"| validation NMSE | {' | '.join(errors)} |",
-        ]
-    )
+    return format_rows(["updates", *steps], [["validation NMSE", *errors]])
 
 
 def tabulate_hour() -> str:
@@ -117,8 +106,7 @@ def tabulate_hour() -> str:
         "perplexity": f"{read_test(result, 'perplexity'):.0f}",
         "minutes": f"{result['seconds'] / 60:.0f}",
     }
-    lines = ["| test images | |", "| --- | ---: |"]
-    return "\n".join(lines + [f"| {name} | {value} |" for name, value in cells.items()])
+    return format_rows(["test images", ""], list(cells.items()))
 
 
 def draw_references() -> None:

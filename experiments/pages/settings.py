@@ -52,8 +52,11 @@ def list_settings() -> Iterator[tuple[str, str, str, dict[str, tuple[float, floa
     for run, place in RUNS.items():
         study, _, part = place.partition("/")
         for data, result in read_runs(run).items():
-            found = (name for name in METRICS if f"test/{name}" in result["metrics"])
-            metrics = {name: read_test(result, name) for name in found}
+            metrics = {
+                name: read_test(result, name)
+                for name in METRICS
+                if f"test/{name}" in result["metrics"]
+            }
             yield study, f"{part} {data}".strip(), f"1, {result['commit'][:7]}", metrics
 
 

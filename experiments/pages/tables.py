@@ -1,6 +1,6 @@
 """Tables of means and deviations over the seeds, in Markdown."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 from pages.results import BASELINES, Group, Row, group_sweep, metric
@@ -25,14 +25,20 @@ def format_mean(group: Group, column: Column) -> str:
     return f"{mean:{column.format}} ± {deviation:{column.format}}"
 
 
+def format_rows(titles: Sequence[str], rows: Iterable[Sequence[str]], words: int = 1) -> str:
+    """Format a Markdown table, whose first `words` columns are words and the others numbers."""
+    lines = [
+        f"| {' | '.join(titles)} |",
+        f"|{' --- |' * words}{' ---: |' * (len(titles) - words)}",
+    ]
+    return "\n".join(lines + [f"| {' | '.join(row)} |" for row in rows])
+
+
 def format_table(
     titles: Sequence[str], groups: Sequence[Group], columns: Sequence[Column], baseline: int = 0
 ) -> str:
     """Format a Markdown table with a row per group; `=` marks equality with row `baseline`."""
-    lines = [
-        f"| {' | '.join([*titles, *(column.title for column in columns)])} |",
-        f"|{' --- |' * len(titles)}{' ---: |' * len(columns)}",
-    ]
+    rows = []
     for number, group in enumerate(groups):
         cells = [f"`{value}`" for value in group.key]
         for column in columns:
@@ -40,8 +46,8 @@ def format_table(
                 *group.measure(column.value), *groups[baseline].measure(column.value)
             )
             cells.append(f"{format_mean(group, column)}{' =' if same else ''}")
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+        rows.append(cells)
+    return format_rows([*titles, *(column.title for column in columns)], rows, len(titles))
 
 
 NMSE = Column("test NMSE", metric("nmse"))
