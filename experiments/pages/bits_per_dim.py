@@ -7,6 +7,7 @@ import matplotlib.pyplot as plt
 
 from pages.figures import save
 from pages.results import read_runs, read_test
+from pages.tables import format_rows
 
 BITS = "bits_per_dim"
 """The study."""
@@ -31,9 +32,7 @@ def tabulate_bits() -> str:
         ),
         ("**total with the prior**", lambda r: read_bits(r, "total")),
     ]
-    lines = [f"| bits/dim, test images | {' | '.join(found)} |", f"| --- |{' ---: |' * len(found)}"]
-    for title, value in terms:
-        lines.append(f"| {title} | {' | '.join(f'{value(r):.3f}' for r in found.values())} |")
+    rows = [[title, *(f"{value(r):.3f}" for r in found.values())] for title, value in terms]
     for title, name, form in (
         ("squared error / variance of the pixels", "nmse", ".4f"),
         ("codes in use", "codebook_use", ".1%"),
@@ -43,11 +42,11 @@ def tabulate_bits() -> str:
         ("accuracy of a classifier on samples", "sample_accuracy", ".1%"),
     ):
         values = [read_test(r, name) for r in found.values()]
-        lines.append(f"| {title} | {' | '.join(f'{value:{form}}' for value in values)} |")
+        rows.append([title, *(f"{value:{form}}" for value in values)])
     for stage in ("vqvae", "prior", "evaluation"):
         minutes = [f"{r['seconds'][stage] / 60:.0f}" for r in found.values()]
-        lines.append(f"| minutes, {stage} | {' | '.join(minutes)} |")
-    return "\n".join(lines)
+        rows.append([f"minutes, {stage}", *minutes])
+    return format_rows(["bits/dim, test images", *found], rows)
 
 
 def draw_bits() -> None:

@@ -12,6 +12,7 @@ from pages.results import (
     read_runs,
     read_test,
 )
+from pages.tables import format_rows
 
 METRICS = {
     "nmse": "NMSE",
@@ -62,22 +63,18 @@ def list_settings() -> Iterator[tuple[str, str, str, dict[str, tuple[float, floa
 
 def tabulate_settings() -> str:
     """Make the table of all settings of all studies."""
-    lines = [
-        f"| study | setting | seeds, commit | {' | '.join(METRICS.values())} |",
-        f"| --- | --- | --- |{' ---: |' * len(METRICS)}",
-    ]
+    words = ("study", "setting", "seeds, commit")
+    rows = []
     for study, setting, seeds, metrics in list_settings():
-        cells = []
+        cells = [f"[{study}]({study}/README.md)", f"`{setting}`", seeds]
         for name in METRICS:
             value = metrics.get(name)
             if isinstance(value, tuple):
                 cells.append(f"{value[0]:.4g} ± {value[1]:.2g}")
             else:
                 cells.append("" if value is None else f"{value:.4g}")
-        lines.append(
-            f"| [{study}]({study}/README.md) | `{setting}` | {seeds} | {' | '.join(cells)} |"
-        )
-    return "\n".join(lines)
+        rows.append(cells)
+    return format_rows([*words, *METRICS.values()], rows, len(words))
 
 
 TABLES = {"settings": tabulate_settings}
