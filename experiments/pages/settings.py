@@ -13,6 +13,7 @@ from pages.results import (
     read_test,
 )
 from pages.tables import format_rows
+from vqvae_lightning.report.comparison import format_gap
 
 METRICS = {
     "nmse": "NMSE",
@@ -70,7 +71,7 @@ def tabulate_settings() -> str:
         for name in METRICS:
             value = metrics.get(name)
             if isinstance(value, tuple):
-                cells.append(f"{value[0]:.4g} ± {value[1]:.2g}")
+                cells.append(f"{value[0]:.4g} ± {format_gap(value[1])}")
             else:
                 cells.append("" if value is None else f"{value:.4g}")
         rows.append(cells)

@@ -10,7 +10,11 @@ import yaml
 
 from vqvae_lightning.commands.report import main as report_command
 
-METRICS = {"mse": [0.004, 0.005, 0.0045, 0.003], "sample_fid": [1.5, 2.0, 1.0, 9.0]}
+METRICS = {
+    "mse": [0.004, 0.005, 0.0045, 0.003],
+    "perplexity": [2900.0, 3100.0, 3000.0, 2788.0],
+    "sample_fid": [1.5, 2.0, 1.0, 9.0],
+}
 
 
 def make_run(folder, number, seed, codes, **facts):
@@ -81,6 +85,9 @@ def test_differences_means_and_deviations_are_those_of_numpy(tmp_path, compare):
     assert "0.005 (+0.001)" in page
     assert "0.005 (+0.001)" in out
     assert "0.0045 ± 0.0005" in page
+    assert "3100 (+200)" in page
+    assert "2788 (-112)" in page
+    assert "3000 ± 100" in page
     assert "warning" not in out
 
 

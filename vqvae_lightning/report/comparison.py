@@ -194,7 +194,13 @@ def compare_runs(folders: Sequence[Path], output: Path) -> tuple[Table, list[str
     names = list(dict.fromkeys(name for run in runs for name in run.metrics))
     facts = {name: value for name, value in runs[0].facts.items() if value is not None}
     page = load_template("comparison.html").render(
-        rows=rows, names=names, unit=get_unit, warnings=warnings, facts=facts, first=runs[0].name
+        rows=rows,
+        names=names,
+        unit=get_unit,
+        cell=_format_cell,
+        warnings=warnings,
+        facts=facts,
+        first=runs[0].name,
     )
     paths = [output / "comparison.html", output / "comparison.csv"]
     write_text(paths[0], page)
@@ -224,8 +230,22 @@ def _format_cell(row: Row, name: str) -> str:
         return "-"
     value = f"{row.metrics[name]:.5g}"
     if name in row.deviations:
-        return f"{value} ± {row.deviations[name]:.2g}"
-    return f"{value} ({row.differences[name]:+.2g})" if name in row.differences else value
+        return f"{value} ± {format_gap(row.deviations[name])}"
+    if name in row.differences:
+        return f"{value} ({format_gap(row.differences[name], sign='+')})"
+    return value
+
+
+def format_gap(gap: float, sign: str = "-") -> str:
+    """Format a deviation or a difference with two significant figures.
+
+    From 10 on it is a whole number: the perplexity of a large codebook deviates by 104, not 1e+02.
+
+    Args:
+        gap: The value, in any unit.
+        sign: `+` for a sign before positive values too.
+    """
+    return f"{gap:{sign}.0f}" if abs(gap) >= 10 else f"{gap:{sign}.2g}"
 
 
 def _format_csv(rows: Sequence[Row], names: Sequence[str]) -> str:
