@@ -210,6 +210,27 @@ def test_logged_terms_add_up(toy, tmp_path):
         assert terms["train/loss"] == pytest.approx(total, rel=1e-4)
 
 
+def test_each_revived_code_is_logged_once(toy, tmp_path, monkeypatch):
+    returned = []
+    update = EMAQuantizer.update
+
+    def spy(self, progress=0.0):
+        logs = update(self, progress)
+        returned.append(logs.get("revived_codes", 0.0))
+        return logs
+
+    monkeypatch.setattr(EMAQuantizer, "update", spy)
+    revival = ("model.net.quantizer.revive_every=2", "model.net.quantizer.revive_below=1")
+    options = ("trainer.max_steps=12", "trainer.log_every_n_steps=1")
+    train(compose("vqvae", *toy, *TINY_VQVAE, *revival, *options, folder=tmp_path))
+    with (tmp_path / "metrics.csv").open() as file:
+        rows = [row for row in csv.DictReader(file) if row["train/loss"]]
+    assert len(rows) == len(returned) == 12
+    assert sum(value > 0 for value in returned) >= 3
+    # The codebook is updated after a step is logged.
+    assert [float(row["train/revived_codes"] or 0) for row in rows] == [0.0, *returned[:-1]]
+
+
 def interrupt(monkeypatch, task, step, how):
     original = task.training_step
 

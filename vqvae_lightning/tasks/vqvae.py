@@ -146,7 +146,8 @@ class VQVAETask(WatchedTask):
                     logged[f"train/{name}_weighted"] = weight * terms[name]
             self.log("train/loss", loss, prog_bar=True)
             logged |= {f"train/{name}": value for name, value in self.since_logged.items()}
-            self.since_logged = {}
+            # Zeros, because Lightning writes the last value of a missing name again.
+            self.since_logged = dict.fromkeys(self.since_logged, 0.0)
             self.log_dict(logged)
             self.log("train/learning_rate", self.optimizers().param_groups[0]["lr"])  # type: ignore[union-attr]
             self._log_use("train")
