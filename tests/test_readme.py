@@ -101,7 +101,7 @@ def at_toy_size(name, given):
             small += ["trainer.accelerator=cpu", "trainer.devices=2"]
         small.append("dataset.batch_size=8")
         # A decoder on kept codes has the sizes of the finished one.
-        if "prior" not in own and "vqvae_checkpoint=best.ckpt" not in own:
+        if "prior" not in own and "vqvae_checkpoint=vqvae.ckpt" not in own:
             small.append("model.net.hidden=8")
         if "prior" in own or name == "vqvae-pipeline":
             place = "prior." if name == "vqvae-pipeline" else ""
@@ -125,9 +125,9 @@ def test_each_documented_command_runs(name, given, starter, work, command, tmp_p
         written = "runs/study/report.html" if len(given) == 1 else "comparison.html"
         assert (tmp_path / written).is_file()
         return
-    stage = "prior" if any(a.startswith("prior_checkpoint=") for a in given) else "vqvae"
-    run = work / "runs/pipeline/2026-01-31_12-00-00"
-    (tmp_path / "best.ckpt").symlink_to(run / stage / "checkpoints/best.ckpt")
+    for stage in ("vqvae", "prior"):
+        path = work / "runs/pipeline/2026-01-31_12-00-00" / stage / "checkpoints/best.ckpt"
+        (tmp_path / f"{stage}.ckpt").symlink_to(path)
     arguments = at_toy_size(name, given)
     outcome = command(name, *arguments)
     assert outcome.status == 0, outcome.err

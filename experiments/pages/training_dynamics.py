@@ -2,9 +2,10 @@
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import accumulate
 
 import matplotlib.pyplot as plt
-from matplotlib.ticker import NullFormatter
+from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
 from pages.figures import draw_bars, save
 from pages.results import (
@@ -24,6 +25,7 @@ NO_CURE = ("uniform", "0", "0.0")
 """Values of the keys of `sweep=collapse` that switch a cure off."""
 
 
+REVIVED = "train/revived_codes"
 TERM = reader("train/commitment")
 POWER = reader("train/latent_power")
 
@@ -61,6 +63,8 @@ def draw_commitment() -> None:
             colour = plt.get_cmap("viridis")(0.9 - 0.28 * shade)
             axis.plot(steps, means, color=colour, linewidth=2.5, label=group.key[0])
         axis.set(title=title, xlabel="updates", yscale="log")
+        axis.yaxis.set_major_locator(LogLocator(subs=(1, 3)))
+        axis.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
         axis.yaxis.set_minor_formatter(NullFormatter())
     names = axes[0].get_legend_handles_labels()
     figure.legend(*names, title="weight of the term", loc="outside lower center", ncols=len(groups))
@@ -113,15 +117,17 @@ def draw_dynamics() -> None:
         "train/latent_power": "latent power",
         "train/codebook_use": "codes in use",
         "train/perplexity": "perplexity",
-        "train/revived_codes": "revived codes",
+        REVIVED: "revived so far",
         DRIFT: "drift",
     }
     with plt.rc_context({"font.size": 22, "axes.titlesize": 22}):
         figure, axes = plt.subplots(2, 4, figsize=(15, 6.2), layout="constrained", sharex=True)
         for axis, (name, title) in zip(axes.flat, panels.items(), strict=True):
             for group, colour in zip(groups, ("#0b6e99", "#d1495b"), strict=True):
-                curve = average_curve(group.rows, curves, reader(name), name)
-                axis.plot(*curve, color=colour, linewidth=2.5, label=group.key[0])
+                steps, values = average_curve(group.rows, curves, reader(name), name)
+                if name == REVIVED:  # mostly zeros, because few of the logged updates revive
+                    values = list(accumulate(values))
+                axis.plot(steps, values, color=colour, linewidth=2.5, label=group.key[0])
             axis.set(title=title, xlim=(0, None))
             axis.set_ylim(bottom=0)
         axes[0, 0].set(ylim=(0.03, 1), yscale="log")
