@@ -1,22 +1,42 @@
 """Errors that a user can fix, which commands print as one line without a traceback."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from typing import Self
 
 
 class Key(str):
-    """A config key in an `InputError`, relative to the code that raises the error."""
+    """A config key in a `Message` or a `KeyedError`, relative to the code that makes it."""
 
     __slots__ = ()
 
 
-class InputError(ValueError):
-    """A value, file or combination that the user gave cannot work.
+class Message(str):
+    """Text with config keys, such as a warning.
 
-    The message names the config key, the bad value and the accepted ones. A constructor knows only
-    the names of its own arguments, such as `num_codes`, and passes them as `Key`s. Its callers know
-    its place in the config and complete the keys with `prefix_keys` and `rename_keys`, here to
-    `model.net.quantizer.num_codes`.
+    Args:
+        *parts: Text and `Key`s, joined without separators.
+    """
+
+    parts: tuple[str, ...]
+
+    def __new__(cls, *parts: str) -> "Message":
+        """Join the parts."""
+        message = super().__new__(cls, "".join(parts))
+        message.parts = parts
+        return message
+
+    def rename_keys(self, rename: Callable[[str], str]) -> "Message":
+        """Return the same message with `rename` applied to each of its keys."""
+        return Message(*_rename(self.parts, rename))
+
+
+def _rename(parts: Iterable[str], rename: Callable[[str], str]) -> Iterator[str]:
+    return (Key(rename(part)) if isinstance(part, Key) else part for part in parts)
+
+
+class KeyedError(Exception):
+    """An error whose message has config keys.
 
     Args:
         *parts: Text and `Key`s, joined without separators.
@@ -28,27 +48,37 @@ class InputError(ValueError):
     def __str__(self) -> str:
         return "".join(self.args)
 
-    def rename_keys(self, rename: Callable[[str], str]) -> "InputError":
+    def rename_keys(self, rename: Callable[[str], str]) -> Self:
         """Return the same error with `rename` applied to each of its keys."""
-        return InputError(*(Key(rename(p)) if isinstance(p, Key) else p for p in self.args))
+        return type(self)(*_rename(self.args, rename))
+
+
+class InputError(KeyedError, ValueError):
+    """A value, file or combination that the user gave cannot work.
+
+    The message names the config key, the bad value and the accepted ones. A constructor knows only
+    the names of its own arguments, such as `num_codes`, and passes them as `Key`s. Its callers know
+    its place in the config and complete the keys with `prefix_keys` and `rename_keys`, here to
+    `model.net.quantizer.num_codes`.
+    """
+
+
+class DivergenceError(KeyedError, RuntimeError):
+    """A loss became NaN or infinite. The last good checkpoint is kept."""
 
 
 @contextmanager
 def rename_keys(rename: Callable[[str], str]) -> Iterator[None]:
-    """Apply `rename` to the keys of an `InputError` that the block raises."""
+    """Apply `rename` to the keys of a `KeyedError` that the block raises."""
     try:
         yield
-    except InputError as error:
+    except KeyedError as error:
         raise error.rename_keys(rename) from error
 
 
 def prefix_keys(place: str) -> AbstractContextManager[None]:
-    """Put `place.` before the keys of an `InputError` that the block raises."""
+    """Put `place.` before the keys of a `KeyedError` that the block raises."""
     return rename_keys(lambda key: f"{place}.{key}")
-
-
-class DivergenceError(RuntimeError):
-    """A loss became NaN or infinite. The last good checkpoint is kept."""
 
 
 class RankError(RuntimeError):

@@ -6,16 +6,23 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import TINY_VQVAE
+from conftest import TINY_VQVAE, compose
 
+from vqvae_lightning.callbacks import counting, progress
 from vqvae_lightning.callbacks.codebook import CodebookDrift, CollapseWarning
+from vqvae_lightning.data.images import Batch
 from vqvae_lightning.quantizers import EMAQuantizer, GaussianBottleneck, SonnetEMAQuantizer
+from vqvae_lightning.stages.training import train
 
 
-def watch(callback, quantizer, values, name="val/codebook_use", images=100):
-    data = SimpleNamespace(image_shape=(1, 8, 8), datasets={"val": range(images)})
+def watch(callback, quantizer, values, name="val/codebook_use", images=100, batches=50):
     trainer = SimpleNamespace(
-        sanity_checking=False, is_global_zero=True, callback_metrics={}, datamodule=data
+        sanity_checking=False,
+        is_global_zero=True,
+        callback_metrics={},
+        datamodule=SimpleNamespace(image_shape=(1, 8, 8)),
+        val_dataloaders=SimpleNamespace(rows=lambda: torch.arange(images).split(2)),
+        num_val_batches=[batches],
     )
     net = SimpleNamespace(quantizer=quantizer, compute_grid=lambda height, width: (2, 2))
     module = SimpleNamespace(net=net)
@@ -49,6 +56,48 @@ def test_few_validation_images_are_no_collapse(capsys):
     watch(CollapseWarning(0.3, 1), quantizer, [2 / 50], images=3)
     said = capsys.readouterr().out.replace("\n", " ")
     assert "16.7% of the 12 codes that the validation images could have" in said
+
+
+def test_images_beyond_limit_val_batches_could_have_no_codes(capsys):
+    quantizer = EMAQuantizer(50, 3, init="uniform", warmup_steps=0)
+    watch(CollapseWarning(0.3, 1), quantizer, [11 / 50], images=100, batches=2)
+    assert capsys.readouterr().out == ""
+    watch(CollapseWarning(0.3, 1), quantizer, [4 / 50], images=100, batches=2)
+    said = capsys.readouterr().out.replace("\n", " ")
+    assert "25.0% of the 16 codes that the validation images could have" in said
+
+
+def test_the_bar_of_a_test_counts_the_images_of_all_ranks(monkeypatch):
+    shown = []
+
+    class Bar(SimpleNamespace):
+        def advance(self, images):
+            self.done = getattr(self, "done", 0) + images
+
+    def make_bar(description, images):
+        shown.append(Bar(images=images))
+        return shown[0]
+
+    monkeypatch.setattr(progress, "ImageProgress", make_bar)
+    monkeypatch.setattr(counting, "gather", lambda value: [value, value])  # two ranks
+    # Of 12 images of this rank in batches of 4, 8 are tested.
+    trainer = SimpleNamespace(
+        world_size=2,
+        num_test_batches=[2],
+        test_dataloaders=SimpleNamespace(rows=lambda: torch.arange(12).split(4)),
+    )
+    callback = progress.StepProgress()
+    callback.on_test_start(trainer, None)
+    for number in range(2):
+        callback.on_test_batch_end(trainer, None, None, Batch(torch.zeros(4), None), number)
+    (bar,) = shown
+    assert bar.images == bar.done == 16
+
+
+@pytest.mark.parametrize(("limit", "images"), [("null", 30), ("2", 16), ("0.5", 16), ("99", 30)])
+def test_a_result_has_the_number_of_images_that_were_tested(limit, images, toy, tmp_path):
+    small = ("dataset.eval_batch_size=8", f"trainer.limit_test_batches={limit}")
+    assert train(compose("vqvae", *toy, *TINY_VQVAE, *small, folder=tmp_path))["images"] == images
 
 
 def test_only_options_that_the_quantizer_has_are_suggested(capsys):

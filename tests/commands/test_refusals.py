@@ -5,7 +5,15 @@ from pathlib import Path
 import pytest
 from conftest import TINY_VQVAE, compose, prepare
 
-from vqvae_lightning.errors import InputError, Key, check_positive, prefix_keys, rename_keys
+from vqvae_lightning.errors import (
+    DivergenceError,
+    InputError,
+    Key,
+    Message,
+    check_positive,
+    prefix_keys,
+    rename_keys,
+)
 from vqvae_lightning.stages.evaluating import build_classifier, check_evaluation
 from vqvae_lightning.stages.inputs import load_images
 from vqvae_lightning.stages.pipeline import check_stages, compose_stages
@@ -21,6 +29,13 @@ def test_keys_of_an_error_grow_on_its_way_up():
         rename_keys(lambda key: f"a.{key}"),
     ):
         raise InputError(Key("labels"), "=5: drop ", Key("labels"), ", not labels.")
+
+
+@pytest.mark.parametrize("kind", [InputError, DivergenceError, Message])
+def test_the_keys_of_every_message_can_be_renamed(kind):
+    renamed = kind("lower ", Key("lr"), ", not lr").rename_keys("prior.{}".format)
+    assert type(renamed) is kind
+    assert str(renamed.rename_keys(str.upper)) == "lower PRIOR.LR, not lr"
 
 
 def test_an_error_with_keys_can_be_sent_to_another_process():
@@ -63,6 +78,7 @@ VQVAE = [
     ("trainer.gradient_clip_val=-1", "trainer.gradient_clip_val=-1", "at least 0"),
     ("trainer.max_steps=abc", "trainer.max_steps=abc", "an integer"),
     ("trainer.max_steps=-2", "trainer.max_steps=-2", "at least 1"),
+    ("trainer.max_steps=-1", "model.schedule needs an end: set trainer.max_steps", "max_epochs"),
     ("trainer.precision=half", "trainer.precision=half", "bf16-mixed"),
     ("trainer.limit_val_batches=1.5", "trainer.limit_val_batches=1.5", "share"),
     ("trainer.num_sanity_val_steps=-2", "trainer.num_sanity_val_steps=-2", "at least -1"),
@@ -95,6 +111,7 @@ PIPELINE = [
     ("prior.trainer.val_check_interval=0", "prior.trainer.val_check_interval=0", "at least 1"),
     ("prior.callbacks.average.decay=2", "prior.callbacks.average.decay=2", "between 0 and 1"),
     ("prior.callbacks.last.every_n_steps=0", "prior.callbacks.last.every_n_steps=0", "at least"),
+    ("prior.trainer.max_steps=-1", "prior.model.schedule needs an end", "prior.trainer.max_epochs"),
     ("prior.monitor=val/nmse", "prior.monitor=val/nmse", "val/nats_per_code (min)"),
     ("evaluation.temperature=-1", "evaluation.temperature=-1", "at least 0"),
     ("evaluation.top_k=0", "evaluation.top_k=0", "at least 1"),
@@ -176,6 +193,13 @@ def test_reconstruct_and_sample_name_the_keys_that_they_have(toy, tmp_path, comm
     monkeypatch.setattr(reconstructing, "load", lambda *_: checkpoints.Loaded(net, {}))
     outcome = command("vqvae-reconstruct", "vqvae_checkpoint=x.ckpt", "input=/nowhere")
     assert outcome.err == "error: input=/nowhere is not a folder of images.\n"
+
+
+def test_reconstruct_refuses_a_size_that_nothing_would_have(command):
+    # It was ignored.
+    outcome = command("vqvae-reconstruct", "vqvae_checkpoint=x.ckpt", "size=[12,8]")
+    assert outcome.status == 1
+    assert outcome.err.startswith("error: size=[12, 8] resizes the images of a folder only: set i")
 
 
 def prepared_net(toy, folder: Path):

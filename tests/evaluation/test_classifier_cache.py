@@ -85,6 +85,33 @@ def test_another_recipe_or_other_data_are_trained(tmp_path, trained):
         assert len(list(tmp_path.iterdir())) == number
 
 
+def test_the_recipe_has_all_code_that_decides_the_training():
+    # The code of the order, dropout and scaling was once left out.
+    data, task = evaluated.make_image_data(), make_task()
+    data.flip = True
+    used = set()
+
+    def note(frame, event, argument):
+        name = frame.f_globals.get("__name__", "")
+        if event == "call" and name.startswith("vqvae_lightning."):
+            used.add(name)
+
+    sys.setprofile(note)
+    try:
+        train_classifier(task, data, OPTIONS, 20)
+    finally:
+        sys.setprofile(None)
+    harmless = {
+        "callbacks.progress",
+        "console",
+        "devices",  # copies batches
+        "distributed",  # one rank
+        "errors",
+    }
+    covered = {module.__name__ for module in classifier_cache.MODULES}
+    assert used == covered | {f"vqvae_lightning.{name}" for name in harmless}
+
+
 def test_data_and_code_without_a_fingerprint_are_not_stored(tmp_path, trained):
     data = evaluated.make_image_data()
     fetch(tmp_path, data, config={"net": {"_target_": "my_package.Net"}})

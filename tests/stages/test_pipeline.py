@@ -164,6 +164,36 @@ def test_a_broken_run_resumes_after_its_last_finished_stage(
     assert not folder.exists()
 
 
+@pytest.mark.parametrize(
+    ("place", "error", "words"),
+    [
+        (
+            "vqvae_lightning.tasks.prior.compute_loss",
+            None,
+            "Lower prior.model.optimizer.lr, or set prior.trainer.gradient_clip_val.",
+        ),
+        (
+            "vqvae_lightning.data.codes.CodesDataModule._encode_part",
+            OSError("no space"),
+            "no space; set prior.codes_dir.",
+        ),
+    ],
+    ids=["divergence", "codes"],
+)
+def test_an_error_while_the_prior_trains_names_its_keys(
+    place, error, words, toy, command, monkeypatch
+):
+    def fail(*_):
+        if error is not None:
+            raise error
+        return torch.tensor(math.nan)
+
+    monkeypatch.setattr(place, fail)
+    outcome = command("vqvae-pipeline", *SMOKE, *toy)
+    assert outcome.status == 1
+    assert outcome.err.rstrip().endswith(words)
+
+
 def test_data_without_labels_give_an_unconditional_prior(toy_npz, tmp_path, command):
     with np.load(toy_npz) as arrays:
         bare = {name: array for name, array in arrays.items() if name.endswith("images")}

@@ -12,6 +12,7 @@ from vqvae_lightning.errors import InputError
 from vqvae_lightning.networks.autoencoder import Encoder
 from vqvae_lightning.stages import preflight, training
 from vqvae_lightning.stages.inputs import load_images
+from vqvae_lightning.stages.pipeline import check_stages, compose_stages
 from vqvae_lightning.tasks.optimization import check_optimizer
 
 SMALL = [option for option in TINY_VQVAE if not option.startswith("trainer=")]
@@ -123,6 +124,29 @@ def test_a_model_larger_than_memory_is_refused(toy, tmp_path, monkeypatch):
         survey_vqvae(tmp_path, *SMALL, *toy, "model.net.hidden=20")
 
 
+def test_the_memory_of_a_prior_is_reduced_by_its_own_keys(toy, tmp_path, monkeypatch):
+    wide = ("experiment=smoke", *SMALL, *toy, "prior.model.net.channels=64")
+    cfg = compose("pipeline", *wide, folder=tmp_path)
+    configs = compose_stages(cfg)
+    images = load_images(configs["vqvae"].dataset)
+    survey = check_stages(cfg, configs, images)["prior"]
+    needed = parse_bytes(survey.facts["memory"])
+    monkeypatch.setattr(preflight, "measure_available_memory", lambda: round(needed * 0.95))
+    (warning,) = check_stages(cfg, configs, images)["prior"].warnings
+    assert "choose a smaller prior.batch_size, or more devices" in warning
+    monkeypatch.setattr(preflight, "measure_available_memory", lambda: round(needed * 0.1))
+    smaller = r"choose a smaller prior\.model\.net\.channels or prior\.model\.net\.layers\.$"
+    with pytest.raises(InputError, match=smaller):
+        check_stages(cfg, configs, images)
+
+
+def test_a_stage_without_an_end_says_so(toy, tmp_path):
+    endless = ("model.schedule=null", "trainer.max_steps=-1")
+    assert survey_vqvae(tmp_path, *SMALL, *toy, *endless).facts["length"] == "no end"
+    epochs = ("trainer.max_steps=-1", "trainer.max_epochs=3")
+    assert survey_vqvae(tmp_path, *SMALL, *toy, *epochs).facts["length"] == "3 epochs"
+
+
 def test_activations_that_do_not_fit_are_a_warning(toy, tmp_path, monkeypatch):
     monkeypatch.setattr(preflight, "measure_available_memory", lambda: 120_000)
     (warning,) = survey_vqvae(tmp_path, *SMALL, *toy).warnings
@@ -151,7 +175,10 @@ def test_what_is_probably_not_intended_is_a_warning(overrides, words, toy, tmp_p
 def test_a_prior_whose_layers_do_not_cover_the_grid_is_a_warning(command):
     short = ("experiment=smoke", "prior.model.net.layers=1", "prior.model.net.first_kernel=3")
     outcome = command("vqvae-pipeline", *short, "preflight=true")
-    words = "model.net.layers=1 the receptive field does not cover the 7x7 codes; 6 layers cover"
+    words = (
+        "with prior.model.net.layers=1 the receptive field does not cover the 7x7 codes; "
+        "6 layers cover"
+    )
     assert words in " ".join(outcome.out.split())
 
 

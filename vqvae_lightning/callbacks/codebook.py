@@ -7,6 +7,7 @@ import pytorch_lightning as pl
 from pytorch_lightning.callbacks import Callback
 from torch import Tensor
 
+from vqvae_lightning.callbacks.counting import count_images
 from vqvae_lightning.console import console
 from vqvae_lightning.data.images import PixelDataModule
 from vqvae_lightning.distributed import gather
@@ -43,7 +44,7 @@ class CollapseWarning(Callback):
             books = quantizer.codes_per_position
             total = quantizer.num_codes * books
             # Few validation images cannot use all codes of a large codebook.
-            seen = len(data.datasets["val"]) * rows * columns * books
+            seen = count_images(trainer, "val") * rows * columns * books
             use = float(metrics["val/codebook_use"]) * total / min(total, seen)
             what = f"{total} codes are in use"
             if seen < total:

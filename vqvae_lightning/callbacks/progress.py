@@ -7,6 +7,7 @@ import pytorch_lightning as pl
 from pytorch_lightning.callbacks import ProgressBar
 from torch import Tensor
 
+from vqvae_lightning.callbacks.counting import count_images
 from vqvae_lightning.console import ImageProgress
 from vqvae_lightning.data.images import StageDataModule
 
@@ -73,9 +74,9 @@ class StepProgress(ProgressBar):
 
     def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Show a bar for the test images."""
+        images = count_images(trainer, "test")  # on all ranks, because they wait for each other
         if self._enabled:
-            data: StageDataModule = trainer.datamodule  # type: ignore[attr-defined]
-            self._bar = ImageProgress("testing", len(data.datasets["test"]))
+            self._bar = ImageProgress("testing", images)
 
     def on_test_batch_end(
         self,
@@ -86,9 +87,9 @@ class StepProgress(ProgressBar):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Advance the bar by the images of the batch."""
+        """Advance the bar by the images of the batch on all ranks."""
         if self._bar is not None:
-            self._bar.advance(len(batch.data))
+            self._bar.advance(len(batch.data) * trainer.world_size)
 
     def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Remove the bar."""

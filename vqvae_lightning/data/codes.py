@@ -143,7 +143,9 @@ class CodesDataModule(StageDataModule):
                 shutil.rmtree(partial, ignore_errors=True)
         if error:
             raise InputError(
-                f"codes cannot be written to {self.folder.parent}: {error}; set codes_dir."
+                f"codes cannot be written to {self.folder.parent}: {error}; set ",
+                Key("codes_dir"),
+                ".",
             )
 
     def setup(self, stage: str | None = None) -> None:

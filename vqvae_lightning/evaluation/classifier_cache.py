@@ -12,9 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+import vqvae_lightning.callbacks.reproducibility
 import vqvae_lightning.data.images
 import vqvae_lightning.evaluation.classifier
 import vqvae_lightning.networks.classifier
+import vqvae_lightning.pixels
+import vqvae_lightning.randomness
 import vqvae_lightning.tasks.classifier
 import vqvae_lightning.tasks.optimization
 from vqvae_lightning.checkpoints import hash_weights
@@ -30,9 +33,12 @@ if TYPE_CHECKING:
     from vqvae_lightning.networks.classifier import Classifier
 
 MODULES = (
+    vqvae_lightning.callbacks.reproducibility,
     vqvae_lightning.data.images,
     vqvae_lightning.evaluation.classifier,
     vqvae_lightning.networks.classifier,
+    vqvae_lightning.pixels,
+    vqvae_lightning.randomness,
     vqvae_lightning.tasks.classifier,
     vqvae_lightning.tasks.optimization,
 )

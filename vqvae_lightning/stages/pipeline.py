@@ -2,7 +2,7 @@
 
 import shutil
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -87,6 +87,20 @@ def _recompose(cfg: DictConfig) -> DictConfig:
     )
 
 
+def name_stage_key(cfg: DictConfig, name: str, key: str) -> str:
+    """Return a key of a stage as the pipeline's config has it.
+
+    Args:
+        cfg: The pipeline's config.
+        name: The stage.
+        key: The key in the stage's config.
+    """
+    place = OWN_KEYS.get(name)
+    if place is not None and key.partition(".")[0] in set(cfg[place]):
+        return f"{place}.{key}"
+    return "prior.codes_dir" if key == "codes_dir" else key  # an evaluation has the prior's
+
+
 def prefix_stage_keys(cfg: DictConfig, name: str) -> AbstractContextManager[None]:
     """Name the keys of an error in a stage as the pipeline's config has them.
 
@@ -94,14 +108,7 @@ def prefix_stage_keys(cfg: DictConfig, name: str) -> AbstractContextManager[None
         cfg: The pipeline's config.
         name: The stage.
     """
-    if name not in OWN_KEYS:
-        return nullcontext()
-    place = OWN_KEYS[name]
-
-    def rename(key: str) -> str:
-        return f"{place}.{key}" if key.partition(".")[0] in set(cfg[place]) else key
-
-    return rename_keys(rename)
+    return rename_keys(lambda key: name_stage_key(cfg, name, key))
 
 
 def check_stages(
@@ -115,7 +122,7 @@ def check_stages(
         images: The data, set up.
 
     Returns:
-        The survey of both training stages.
+        The survey of both training stages, with the keys of the pipeline's config.
 
     Raises:
         InputError: Naming the key as the pipeline's config has it.
@@ -131,7 +138,8 @@ def check_stages(
         # The VQ-VAE is untrained, but its sizes are those of the trained one.
         codes = CodesDataModule(images, task.net.eval(), "", prior.folder, prior.batch_size)
         set_sizes(prior, codes)
-        surveys["prior"] = survey_stage(prior, build_task(prior), codes)
+        found = survey_stage(prior, build_task(prior), codes)
+        surveys["prior"] = found.rename_keys(lambda key: name_stage_key(cfg, "prior", key))
     with prefix_stage_keys(cfg, "evaluation"):
         check_evaluation(judge)
         net = prior.model.net

@@ -4,7 +4,7 @@ import copy
 import math
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, cast
 
@@ -19,6 +19,7 @@ from vqvae_lightning.devices import measure_available_memory
 from vqvae_lightning.errors import (
     InputError,
     Key,
+    Message,
     check_positive,
     check_range,
     prefix_keys,
@@ -45,7 +46,7 @@ class Survey(NamedTuple):
 
     facts: dict[str, str]
     """Name and text of each fact, in reading order."""
-    warnings: list[str]
+    warnings: list[Message]
     """What works, but probably not as intended."""
 
     @property
@@ -56,6 +57,10 @@ class Survey(NamedTuple):
             f"{facts['devices']}, batch {facts['batch']}; {facts['parameters']} parameters, "
             f"{facts['memory']}; {facts['codes']}; checkpoints of {facts['checkpoints']}"
         )
+
+    def rename_keys(self, rename: Callable[[str], str]) -> "Survey":
+        """Return the same survey with `rename` applied to each key in its warnings."""
+        return self._replace(warnings=[warning.rename_keys(rename) for warning in self.warnings])
 
 
 def check_monitor(monitor: str, task: "VQVAETask | PriorTask", data: StageDataModule) -> None:
@@ -115,6 +120,11 @@ def check_trainer(trainer: DictConfig) -> None:
             check_positive("val_check_interval", every)
 
 
+def has_end(trainer: DictConfig) -> bool:
+    """Whether the trainer stops by itself; Lightning trains 1000 epochs if both limits are null."""
+    return trainer.max_steps not in (-1, None) or trainer.max_epochs != -1
+
+
 def _check_limit(name: str, limit: object) -> None:
     """Check that a limit is a number of batches (an integer) or a share of them (a float)."""
     if limit is None or (isinstance(limit, float) and 0 <= limit <= 1):
@@ -158,7 +168,7 @@ def survey(
     device = _check_device(cfg.trainer, ranks)
     if cfg.compile and device == "cpu" and not _find_cpp_compiler():
         raise InputError("compile=true needs a C++ compiler on a CPU: install g++, or set CXX.")
-    warnings: list[str] = []
+    warnings: list[Message] = []
 
     with rename_keys(lambda key: {"size": images.size_key}.get(key, key)):
         codes, found = _describe_codes(net, data, shape, batch, sizes["train"])
@@ -182,25 +192,35 @@ def survey(
     room, where = _measure_room(device, ranks, max(0, free_memory - copies))
     if copies > free_memory:
         warnings.append(
-            f"the images take {_format_bytes(held)} in each of {ranks} processes, but this machine "
-            f"has only {_format_bytes(free_memory)} left."
+            Message(
+                f"the images take {_format_bytes(held)} in each of {ranks} processes, but this "
+                f"machine has only {_format_bytes(free_memory)} left."
+            )
         )
     mapped = images.mapped
     if mapped > free_memory:
         warnings.append(
-            f"the images take {_format_bytes(mapped)}, but this machine has "
-            f"{_format_bytes(free_memory)} left: each epoch reads them from the disk."
+            Message(
+                f"the images take {_format_bytes(mapped)}, but this machine has "
+                f"{_format_bytes(free_memory)} left: each epoch reads them from the disk."
+            )
         )
     if fixed > room:
         raise InputError(
             f"weights, gradients and optimizer take {_format_bytes(fixed)}, but {where} has "
-            f"{_format_bytes(room)}: choose a smaller model.net.hidden, channels or num_codes."
+            f"{_format_bytes(room)}: choose a smaller ",
+            *_name_sizes(net),
+            ".",
         )
     if fixed + running > room:
         larger = data.batch_size_key if training >= validating else "dataset.eval_batch_size"
         warnings.append(
-            f"training needs about {_format_bytes(fixed + running)}, but {where} has "
-            f"{_format_bytes(room)}: choose a smaller {larger}, or more devices."
+            Message(
+                f"training needs about {_format_bytes(fixed + running)}, but {where} has "
+                f"{_format_bytes(room)}: choose a smaller ",
+                Key(larger),
+                ", or more devices.",
+            )
         )
     checkpoint = weights * (2 if averages else 1) + optimizer
     largest = checkpoint + pool  # during the warm-up
@@ -228,7 +248,9 @@ def survey(
         f"{images.fingerprint}, {_describe_storage(images)}",
         "length": f"{steps:,} steps, {steps * step / sizes['train']:.1f} epochs"
         if steps > 0
-        else f"{cfg.trainer.max_epochs} epochs",
+        else f"{cfg.trainer.max_epochs} epochs"
+        if has_end(cfg.trainer)
+        else "no end",
         "checkpoints": f"{_format_bytes(checkpoint)}, {_format_bytes(free)} free",
     }
     return Survey(facts, warnings)
@@ -241,7 +263,7 @@ def _get_images(data: StageDataModule) -> PixelDataModule:
 
 def _describe_codes(
     net: nn.Module, data: StageDataModule, shape: tuple[int, int, int], batch: int, total: int
-) -> tuple[str, list[str]]:
+) -> tuple[str, list[Message]]:
     """Compare the latent grid with the receptive field, and the codes of a batch with K.
 
     Returns:
@@ -255,9 +277,11 @@ def _describe_codes(
         text = f"{size} codes of {net.num_codes}, covered by {needed} of {layers} layers"
         if needed <= layers:
             return text, []
-        warning = (
-            f"with model.net.layers={layers} the receptive field does not cover the "
-            f"{rows}x{columns} codes; {needed} layers cover them."
+        warning = Message(
+            "with ",
+            Key("model.net.layers"),
+            f"={layers} the receptive field does not cover the {rows}x{columns} codes; {needed} "
+            "layers cover them.",
         )
         return f"{size} codes of {net.num_codes}, not covered", [warning]
     assert isinstance(net, VQVAE)
@@ -272,18 +296,35 @@ def _describe_codes(
     warnings = []
     if quantizer.num_codes > total * positions:
         warnings.append(
-            f"model.net.quantizer.num_codes={quantizer.num_codes} cannot all be used: the {total} "
-            f"training images have {total * positions} codes."
+            Message(
+                Key("model.net.quantizer.num_codes"),
+                f"={quantizer.num_codes} cannot all be used: the {total} training images have "
+                f"{total * positions} codes.",
+            )
         )
     share = batch * positions / quantizer.num_codes
     text = f"{grid % f'codes of {quantizer.num_codes}'}, {share:.3g} per code and step"
     if share < 0.1:
         warnings.append(
-            f"a batch has {batch * positions} codes for model.net.quantizer.num_codes="
-            f"{quantizer.num_codes}, so that each is hit every {1 / share:.0f} steps at best: "
-            f"choose a larger {data.batch_size_key}."
+            Message(
+                f"a batch has {batch * positions} codes for ",
+                Key("model.net.quantizer.num_codes"),
+                f"={quantizer.num_codes}, so that each is hit every {1 / share:.0f} steps at "
+                "best: choose a larger ",
+                Key(data.batch_size_key),
+                ".",
+            )
         )
     return text, warnings
+
+
+def _name_sizes(net: nn.Module) -> tuple[str, ...]:
+    """Name the keys that decide the size of a network."""
+    if isinstance(net, PixelCNN):
+        return Key("model.net.channels"), " or ", Key("model.net.layers")
+    if isinstance(net, VQVAE) and isinstance(net.quantizer, VectorQuantizer):
+        return Key("model.net.hidden"), " or ", Key("model.net.quantizer.num_codes")
+    return (Key("model.net.hidden"),)
 
 
 def _measure_activations(net: nn.Module, data: StageDataModule, precision: str) -> int:

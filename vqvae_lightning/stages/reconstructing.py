@@ -11,7 +11,7 @@ from vqvae_lightning.checkpoints import load
 from vqvae_lightning.console import show_progress
 from vqvae_lightning.data import ImageFolderSource
 from vqvae_lightning.devices import choose_device
-from vqvae_lightning.errors import check_positive, rename_keys
+from vqvae_lightning.errors import InputError, Key, check_positive, rename_keys
 from vqvae_lightning.evaluation.reconstruction import make_pixel_generator
 from vqvae_lightning.files import replace_file
 from vqvae_lightning.pictures import arrange_pairs, save_png
@@ -38,6 +38,13 @@ def reconstruct(cfg: DictConfig) -> dict[str, Any]:
         InputError: If the checkpoint or the images cannot be used.
     """
     folder = Path(cfg.folder)
+    if cfg.input is None and cfg.size is not None:
+        raise InputError(
+            Key("size"),
+            f"={cfg.size} resizes the images of a folder only: set ",
+            Key("input"),
+            " to one, or leave size out.",
+        )
     vqvae = load(cfg.vqvae_checkpoint, "vqvae", cfg.trust)
     device = choose_device(cfg.accelerator)
     net = vqvae.net.to(device)

@@ -12,6 +12,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from vqvae_lightning.callbacks.checkpoints import TimeKeeper
+from vqvae_lightning.callbacks.counting import count_images
 from vqvae_lightning.callbacks.reproducibility import ConfigComparison, FinalValidation
 from vqvae_lightning.checkpoints import hash_weights, load
 from vqvae_lightning.configs import build, build_parts, record_foreign, to_plain
@@ -32,8 +33,14 @@ from vqvae_lightning.stages.inputs import (
     print_warnings,
     require_same_data,
 )
-from vqvae_lightning.stages.preflight import Survey, check_monitor, check_trainer, survey
-from vqvae_lightning.tasks.optimization import check_optimizer
+from vqvae_lightning.stages.preflight import (
+    Survey,
+    check_monitor,
+    check_trainer,
+    has_end,
+    survey,
+)
+from vqvae_lightning.tasks.optimization import check_end, check_optimizer
 from vqvae_lightning.trust import DATA, Trust
 
 
@@ -258,6 +265,7 @@ def survey_stage(cfg: DictConfig, task: Any, data: StageDataModule) -> Survey:
         InputError: If the stage cannot work.
     """
     check_trainer(cfg.trainer)
+    check_end(task.schedule, has_end(cfg.trainer))
     with prefix_keys("model"):
         states = check_optimizer(task.optimizer_factory)
     found = survey(cfg, task.net, data, states)
@@ -311,6 +319,7 @@ def fit(
         if not best.is_file():
             trainer.save_checkpoint(best, weights_only=False)
         scores = trainer.test(task, datamodule=data, ckpt_path=str(best), verbose=False)[0]
+        tested = count_images(trainer, "test")
         keep_artifact(best)
 
     score = getattr(trainer.checkpoint_callback, "best_model_score", None)
@@ -324,7 +333,7 @@ def fit(
         seconds=watch.seconds,
         metrics={k: float(v) for k, v in scores.items()},
         split="test",
-        images=len(data.datasets["test"]),
+        images=tested,
         monitor=cfg.monitor,
         objective=None if score is None else float(score),
         steps=trainer.global_step,

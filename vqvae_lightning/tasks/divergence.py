@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from vqvae_lightning.devices import Reading, reads_late
-from vqvae_lightning.errors import DivergenceError
+from vqvae_lightning.errors import DivergenceError, Key
 
-REMEDY = "Lower model.optimizer.lr, or set trainer.gradient_clip_val."
+REMEDY = ("Lower ", Key("model.optimizer.lr"), ", or set ", Key("trainer.gradient_clip_val"), ".")
 
 
 class LossWatch:
@@ -55,8 +55,8 @@ class LossWatch:
         pairs = zip(names, values, strict=True)
         bad = ", ".join(f"{name}={value}" for name, value in pairs if not math.isfinite(value))
         raise DivergenceError(
-            f"step {step}: the loss is {loss} ({bad or 'the sum of its terms'}); stopped {when}. "
-            f"{REMEDY}"
+            f"step {step}: the loss is {loss} ({bad or 'the sum of its terms'}); stopped {when}. ",
+            *REMEDY,
         )
 
 
@@ -70,6 +70,16 @@ class WatchedTask(pl.LightningModule):
     def __init__(self) -> None:
         super().__init__()
         self.losses = LossWatch()
+
+    @property
+    def step_is_logged(self) -> bool:
+        """Whether the current step is logged: every `log_every_n_steps`, and the last one.
+
+        Without the last one, Lightning would log the values of an earlier step again.
+        """
+        step = self.global_step + 1
+        every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
+        return step % every == 0 or step >= self.trainer.estimated_stepping_batches
 
     def on_validation_start(self) -> None:
         """Check the last loss."""
@@ -96,5 +106,6 @@ class WatchedTask(pl.LightningModule):
         if finite and not torch.stack(finite).all():
             raise DivergenceError(
                 f"step {checkpoint['global_step']}: weights are NaN or infinite; stopped before "
-                f"they were saved. {REMEDY}"
+                "they were saved. ",
+                *REMEDY,
             )

@@ -56,16 +56,35 @@ def configure_optimizer(
     Raises:
         InputError: If there is a schedule but no last step.
     """
+    check_end(schedule, not math.isinf(total_steps))
     built = optimizer(parameters)
     if schedule is None:
         return built
-    if math.isinf(total_steps):
-        raise InputError(
-            "model.schedule needs an end: set trainer.max_steps or trainer.max_epochs, or "
-            "model.schedule=null."
-        )
     rate = LambdaLR(built, lambda step: schedule(step, total_steps))
     return {"optimizer": built, "lr_scheduler": {"scheduler": rate, "interval": "step"}}
+
+
+def check_end(schedule: WarmupCosine | None, ends: bool) -> None:
+    """Refuse a schedule without a last step.
+
+    Args:
+        schedule: Factor on the learning rate; None keeps it constant.
+        ends: Whether the training has a last step.
+
+    Raises:
+        InputError: If there is a schedule but no last step.
+    """
+    if schedule is not None and not ends:
+        raise InputError(
+            Key("model.schedule"),
+            " needs an end: set ",
+            Key("trainer.max_steps"),
+            " or ",
+            Key("trainer.max_epochs"),
+            ", or ",
+            Key("model.schedule"),
+            "=null.",
+        )
 
 
 def check_optimizer(optimizer: OptimizerFactory) -> float:
