@@ -64,7 +64,7 @@ class Data(pl.LightningDataModule):
         return DataLoader(parts, batch_size=None)
 
     def val_dataloader(self):
-        parts = Parts(4, self.trainer.global_rank, self.trainer.world_size)
+        parts = Parts(3, self.trainer.global_rank, self.trainer.world_size)
         return DataLoader(parts, batch_size=None)
 
 
@@ -93,7 +93,15 @@ def fit(case, devices):
     )
     net = VQVAE(quantizer, channels=1, hidden=8, residual_hidden=4)
     task = VQVAETask(net, lambda parameters: torch.optim.SGD(parameters, lr=0.05))
-    history = History()
+    history, revived = History(), []
+    update = quantizer.update
+
+    def record(progress):
+        logs = update(progress)
+        revived.append(logs.get("revived_codes", 0.0))
+        return logs
+
+    quantizer.update = record
     strategy = DDPStrategy(broadcast_buffers=broadcast) if devices > 1 else "auto"
     trainer = pl.Trainer(
         strategy=strategy,
@@ -117,7 +125,7 @@ def fit(case, devices):
     return {
         "codebooks": torch.stack(history.codebooks),
         "weights": weights,
-        "revived": torch.tensor(task.since_logged.get("revived_codes", 0.0)),
+        "revived": torch.tensor(sum(revived)),
         **{name: torch.tensor(value) for name, value in metrics.items()},
     }, trainer.global_rank
 

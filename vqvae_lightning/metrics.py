@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
+from vqvae_lightning.distributed import gather
+
 ACTIVE_VARIANCE = 0.01  # of the posterior means over the data (Burda et al., arXiv:1509.00519)
 
 
@@ -38,6 +40,34 @@ def look_up_codes(values: Tensor, codes: Tensor) -> Tensor:
     if values.ndim == 1:
         return values[codes]
     return values[torch.arange(len(values), device=codes.device), codes]
+
+
+class EpochMeans:
+    """Means over all images of an epoch, of values that are means over the images of a batch.
+
+    Lightning's own mean over ranks is wrong if they have unequal numbers of images: it truncates
+    the mean number to an integer.
+    """
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Tensor] = {}
+        self._images = 0
+
+    def add(self, means: dict[str, Tensor], images: int) -> None:
+        """Add the means () of a batch of `images` images, by name."""
+        for name, mean in means.items():
+            # Summed on the device, because reading a number would wait for the GPU.
+            weighted = mean.detach().double() * images
+            self._sums[name] = self._sums[name] + weighted if name in self._sums else weighted
+        self._images += images
+
+    def compute(self) -> dict[str, float]:
+        """Compute the means over all ranks, which wait for each other here, and start anew."""
+        parts = gather((self._images, {name: float(value) for name, value in self._sums.items()}))
+        self._sums, self._images = {}, 0
+        images = sum(number for number, _ in parts)
+        names = dict.fromkeys(name for _, sums in parts for name in sums)
+        return {name: sum(sums.get(name, 0.0) for _, sums in parts) / images for name in names}
 
 
 class CodebookUsage(Metric):

@@ -150,15 +150,18 @@ def test_a_resumed_epoch_continues_after_its_last_batch(workers, tmp_path, monke
     resumed.batch_sampler.set_epoch(4)
     running = iter(resumed)
     assert values(next(running)) == batches[5]
-    assert resumed.state_dict() == {"batches": 6}
+    assert resumed.state_dict() == {"epoch": 4, "batches": 6}
     assert [values(batch) for batch in running] == batches[6:]
+    resumed.batch_sampler.set_epoch(5)
+    assert len([values(batch) for batch in resumed]) == 12, "the next epoch is whole"
+    resumed.load_state_dict(state)  # an epoch that ended early, at its last batch
     resumed.batch_sampler.set_epoch(5)
     assert len([values(batch) for batch in resumed]) == 12, "the next epoch is whole"
     opened = []
     read = stream.read_shard
     monkeypatch.setattr(stream, "read_shard", lambda url: opened.append(url) or read(url))
     late = module(str(tmp_path), shuffle=1).train_dataloader()
-    late.load_state_dict({"batches": 11})
+    late.load_state_dict({"epoch": 0, "batches": 11})
     assert len(list(late)) == 1
     assert len(opened) <= 2, "finished shards are read again"
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 import torch
 from conftest import TINY_VQVAE
@@ -59,7 +60,12 @@ def assert_equal(one, other):
 def pairs(toy_npz, tmp_path_factory):
     """Folders of each stage on one rank and on two, from sweeps over the number of devices."""
     folder = tmp_path_factory.mktemp("devices")
-    data = ("dataset=npz", f"dataset.source.path={toy_npz}", "dataset.eval_batch_size=10")
+    arrays = dict(np.load(toy_npz))
+    for name in arrays:  # odd numbers of images, so that the ranks have unequal parts
+        if not name.startswith("train"):
+            arrays[name] = arrays[name][:-1]
+    np.savez(folder / "odd.npz", **arrays)
+    data = ("dataset=npz", f"dataset.source.path={folder}/odd.npz", "dataset.eval_batch_size=10")
     train = [sys.executable, "-m", "vqvae_lightning.train", "-m"]
     sweeps = {
         "vqvae": ["quantizer=ema,loss", "trainer.devices=1,2", *VQVAE],
@@ -94,16 +100,24 @@ def test_two_ranks_end_with_the_weights_and_metrics_of_one(stage, pairs):
 
 @pytest.mark.parametrize("stage", ["ema", "prior"])
 def test_each_rank_has_the_config_of_its_job(stage, pairs):
-    one, two = pairs[stage]
+    two = pairs[stage][1]
     given = OmegaConf.load(two / "ranks" / "config.yaml")
     assert given.folder == str(two)
     assert given.trainer.devices == 2
     assert OmegaConf.load(two / "config.yaml").model.optimizer == given.model.optimizer
-    steps = []
-    for folder in (one, two):
+
+
+@pytest.mark.parametrize("stage", ["ema", "loss", "gaussian", "prior"])
+def test_the_curves_of_two_ranks_are_those_of_one(stage, pairs):
+    rows = []
+    for folder in pairs[stage]:
         with (folder / "metrics.csv").open() as file:
-            steps.append([row["step"] for row in csv.DictReader(file)])
-    assert steps[0] == steps[1], "only rank 0 writes"
+            rows.append(list(csv.DictReader(file)))
+    assert len(rows[0]) == len(rows[1]), "only rank 0 writes"
+    for first, second in zip(*rows, strict=True):
+        assert first.keys() == second.keys()
+        values = [[float(value or "nan") for value in row.values()] for row in (first, second)]
+        assert values[1] == pytest.approx(values[0], rel=2e-3, abs=1e-6, nan_ok=True)
 
 
 def test_an_evaluation_on_two_ranks_gives_the_metrics_of_one(pairs, command, tmp_path):

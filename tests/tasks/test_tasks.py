@@ -232,16 +232,24 @@ def test_each_revived_code_is_logged_once(toy, tmp_path, monkeypatch):
 
 
 def interrupt(monkeypatch, task, step, how):
-    original = task.training_step
+    method = "validation_step" if how == "crash in validation" else "training_step"
+    original = getattr(task, method)
 
     def stopped(self, batch, batch_idx):
         if self.global_step == step:
-            if how == "crash":
+            if how.startswith("crash"):
                 raise OSError("power cut")
             signal.raise_signal(signal.SIGTERM if how == "sigterm" else signal.SIGINT)
         return original(self, batch, batch_idx)
 
-    monkeypatch.setattr(task, "training_step", stopped)
+    monkeypatch.setattr(task, method, stopped)
+
+
+def read_rows(folder, name):
+    """Rows of `metrics.csv` that have `name`, without empty values."""
+    with (folder / "metrics.csv").open() as file:
+        rows = [row for row in csv.DictReader(file) if row.get(name)]
+    return [{key: value for key, value in row.items() if value} for row in rows]
 
 
 def trained_steps(monkeypatch, task):
@@ -259,11 +267,25 @@ def trained_steps(monkeypatch, task):
     return steps
 
 
-# An epoch has three steps: stop within it, at its end, and after it.
-@pytest.mark.parametrize(("how", "step"), [("crash", 2), ("crash", 3), ("ctrl-c", 4)])
+# An epoch has three steps, or two: stop within it, at its end, and after it. Every second step is
+# validated: stop there, at the end of an epoch too, and while validating.
+@pytest.mark.parametrize(
+    ("how", "step", "epoch"),
+    [
+        ("crash", 2, 3),
+        ("crash", 3, 3),
+        ("crash", 2, 2),
+        ("ctrl-c", 4, 3),
+        ("ctrl-c", 3, 3),
+        ("ctrl-c", 5, 3),
+        ("crash in validation", 4, 3),
+        ("crash in validation", 6, 3),
+    ],
+)
 @pytest.mark.parametrize("stage", ["vqvae", "prior"])
-def test_resume_equals_uninterrupted(stage, step, how, toy, tmp_path, command, monkeypatch):
+def test_resume_equals_uninterrupted(stage, step, how, epoch, toy, tmp_path, command, monkeypatch):
     options = [*toy, "callbacks.last.every_n_steps=1", "dataset.flip=true"]
+    options += [f"trainer.limit_train_batches={epoch}"]
     if stage == "vqvae":
         options = [*options, *TINY_VQVAE, "model.net.quantizer.revive_every=2"]
     else:
@@ -293,18 +315,76 @@ def test_resume_equals_uninterrupted(stage, step, how, toy, tmp_path, command, m
     trained = trained_steps(monkeypatch, VQVAETask if stage == "vqvae" else PriorTask)
     resumed = command("vqvae-train", f"resume={tmp_path}/broken")
     assert resumed.status == 0, resumed.err
-    assert trained == list(range(step + (how == "ctrl-c"), 8))
-    one, other = (
-        torch.load(tmp_path / name / "checkpoints/last.ckpt", weights_only=True)
-        for name in ("whole", "broken")
-    )
-    assert one["global_step"] == other["global_step"] == 8
-    for name, value in one["state_dict"].items():
-        assert torch.equal(value, other["state_dict"][name]), name
-    with (tmp_path / "broken/metrics.csv").open() as file:
-        steps = [int(row["step"]) for row in csv.DictReader(file) if row.get("train/learning_rate")]
-    # The step of Ctrl-C is saved, but the run stops before its row is written.
-    assert steps == [step_ for step_ in range(8) if how == "crash" or step_ != step]
+    saved = {"crash": step, "ctrl-c": step + 1, "crash in validation": step - 1}[how]
+    assert trained == list(range(saved, 8))
+    for kind in ("last", "best"):
+        one, other = (
+            torch.load(tmp_path / name / f"checkpoints/{kind}.ckpt", weights_only=True)
+            for name in ("whole", "broken")
+        )
+        assert one["global_step"] == other["global_step"]
+        assert kind == "best" or one["global_step"] == 8
+        for name, value in one["state_dict"].items():
+            assert torch.equal(value, other["state_dict"][name]), name
+    one, other = (tmp_path / name for name in ("whole", "broken"))
+    monitor = "val/nmse" if stage == "vqvae" else "val/nats_per_code"
+    assert [int(row["step"]) for row in read_rows(one, monitor)] == [1, 3, 5, 7]
+    assert read_rows(other, monitor) == read_rows(one, monitor)
+    # The step of Ctrl-C is saved, but if it is not validated the run stops before its row is
+    # written.
+    lost = {str(step)} if how == "ctrl-c" and saved % 2 else set()
+    expected = [r for r in read_rows(one, "train/learning_rate") if r["step"] not in lost]
+    assert read_rows(other, "train/learning_rate") == expected
+
+
+COUNTED = ("trainer.max_steps=7", "trainer.log_every_n_steps=3", "callbacks.pictures=null")
+REVIVAL = ("model.net.quantizer.revive_every=1", "model.net.quantizer.revive_below=1")
+
+
+def test_the_last_step_is_logged_with_its_own_values(toy, tmp_path):
+    options = (*toy, *TINY_VQVAE, *COUNTED)
+    for every in (1, 3):
+        given = (*options, f"trainer.log_every_n_steps={every}")
+        train(compose("vqvae", *given, folder=tmp_path / str(every)))
+    each, some = (read_rows(tmp_path / str(every), "train/loss") for every in (1, 3))
+    assert [row["step"] for row in some] == ["2", "5", "6"]
+    for row in some:
+        (same,) = [one for one in each if one["step"] == row["step"]]
+        for name in ("train/loss", "train/commitment", "train/learning_rate"):
+            assert row[name] == same[name]
+
+
+def test_a_validation_does_not_reset_what_training_counts(toy, tmp_path):
+    for interval in (2, 100):
+        options = (*COUNTED, f"trainer.val_check_interval={interval}")
+        train(compose("vqvae", *toy, *TINY_VQVAE, *options, folder=tmp_path / str(interval)))
+    often, never = (read_rows(tmp_path / str(interval), "train/loss") for interval in (2, 100))
+    assert len(often) == 3
+    assert often == never
+
+
+@pytest.mark.parametrize("quantizer", ["ema", "gaussian"])
+def test_a_resumed_run_logs_what_the_interrupted_one_counted(
+    quantizer, toy, tmp_path, command, monkeypatch
+):
+    # An interval of validations that is never reached, so that the last step is the only one.
+    options = [*toy, f"quantizer={quantizer}", *COUNTED, "trainer.val_check_interval=100"]
+    if quantizer == "ema":
+        options += [*TINY_VQVAE, *REVIVAL]
+    else:
+        options += [o for o in TINY_VQVAE if "num_codes" not in o and "warmup" not in o]
+    options += COUNTED
+    assert command("vqvae-train", *options, folder=tmp_path / "whole").status == 0
+    with monkeypatch.context() as patch:
+        interrupt(patch, VQVAETask, 3, "ctrl-c")
+        assert command("vqvae-train", *options, folder=tmp_path / "broken").status == 130
+    resumed = command("vqvae-train", f"resume={tmp_path}/broken")
+    assert resumed.status == 0, resumed.err
+    whole, broken = (read_rows(tmp_path / name, "train/loss") for name in ("whole", "broken"))
+    assert [row["step"] for row in whole] == ["2", "5", "6"]
+    assert broken == whole
+    if quantizer == "ema":
+        assert float(whole[1]["train/revived_codes"]) > 0
 
 
 def checkpoints_of(*folders):

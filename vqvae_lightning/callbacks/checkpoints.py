@@ -74,10 +74,13 @@ class LastCheckpoint(Checkpoint):
     Ctrl-C stops at once. The exit status tells a scheduler whether to requeue. Submitit requeues in
     its own signal handler, which is called after saving.
 
-    The previous checkpoint is kept as `previous.ckpt`, in case `last.ckpt` is damaged. Nothing is
-    saved after the last step until it is validated, because a resumed run would treat training as
-    finished and not validate. This class is a `Checkpoint`, which Lightning calls after other
-    callbacks, so that the saved weights include this step's averages.
+    The previous checkpoint is kept as `previous.ckpt`, in case `last.ckpt` is damaged. A step after
+    which Lightning validates is saved after the validation, because a resumed run would go on with
+    the next step. If a stop is requested in such a step, it is saved before as well, in case the
+    time does not suffice for the validation. Nothing is saved after the last step until it is
+    validated, because a resumed run would treat training as finished. This class is a `Checkpoint`,
+    which Lightning calls after other callbacks, so that the saved weights include this step's
+    averages.
 
     Args:
         path: Checkpoint to write.
@@ -109,13 +112,14 @@ class LastCheckpoint(Checkpoint):
         self.signals = [known[name] for name in signals if name in known]
         self._requested = 0  # number of the signal that requested a stop
         self._agreed = False  # whether all ranks stop now
+        self._waits = False  # whether the running validation is followed by a checkpoint
         self._answer: Reading | None = None  # whether any rank has a request
         self._step = 0
         self._previous: dict[signal.Signals, Any] = {}
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Handle the signals."""
-        self._step, self._answer = trainer.global_step, None
+        self._step, self._answer, self._waits = trainer.global_step, None, False
         if threading.current_thread() is threading.main_thread():
             self._previous = {
                 number: signal.signal(number, self._request) for number in self.signals
@@ -133,9 +137,18 @@ class LastCheckpoint(Checkpoint):
         due = self._agreed or trainer.global_step % self.every_n_steps == 0
         if not stepped or not due or trainer.global_step >= trainer.estimated_stepping_batches:
             return
-        self._save(trainer)
-        if self._agreed:
-            self._stop(f"after step {trainer.global_step}")
+        self._waits = _validates_now(trainer)
+        if not self._waits or self._agreed:
+            self._save(trainer)
+        if not self._waits:
+            self._stop_if_agreed(trainer)
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Save if one has waited for this validation."""
+        if self._waits:
+            self._waits = False
+            self._save(trainer)
+            self._stop_if_agreed(trainer)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Stop after the last validation, if a stop was requested during it."""
@@ -166,6 +179,10 @@ class LastCheckpoint(Checkpoint):
             raise KeyboardInterrupt
         if not self._requested or self._requeues(number):
             self._requested = number
+
+    def _stop_if_agreed(self, trainer: pl.Trainer) -> None:
+        if self._agreed:
+            self._stop(f"after step {trainer.global_step}")
 
     def _stop(self, when: str) -> None:
         """End the run on all ranks, including those that did not receive the signal.
@@ -204,3 +221,15 @@ class LastCheckpoint(Checkpoint):
             if path.is_file():
                 path.replace(path.with_name(PREVIOUS_CHECKPOINT))
             partial.replace(path)
+
+
+def _validates_now(trainer: pl.Trainer) -> bool:
+    """Whether Lightning validates after this batch; it has no public function for this."""
+    every, batches = trainer.check_val_every_n_epoch, trainer.val_check_batch
+    if not trainer.enable_validation or batches is None:
+        return False
+    if every is None:  # the interval counts batches across epochs
+        return (trainer.fit_loop.total_batch_idx + 1) % batches == 0
+    if (trainer.current_epoch + 1) % every:
+        return False
+    return trainer.is_last_batch or (trainer.fit_loop.batch_idx + 1) % batches == 0

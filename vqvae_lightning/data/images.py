@@ -111,7 +111,9 @@ class EpochBatches:
     def __init__(self, total: int, batch_size: int, seed: int | None) -> None:
         self.rank, self.world = get_rank_and_world()
         self.total, self.batch_size, self.seed = total, batch_size, seed
-        self.epoch = self.position = self.resume_at = 0
+        self.epoch = self.position = 0
+        # Epoch, or None for the next one, and how many of its batches are done.
+        self.resume_at: tuple[int | None, int] = (None, 0)
 
     @property
     def sampler(self) -> "EpochBatches":
@@ -137,8 +139,7 @@ class EpochBatches:
         return list(self)
 
     def __iter__(self) -> Iterator[Any]:
-        start, self.resume_at = self.resume_at % max(1, len(self)), 0
-        local = self.local
+        start, local = self.start(), self.local
         if self.seed is None:
             # Empty parts are left out: a split may have fewer rows than there are ranks.
             yield from (part for part in self._own_rows().split(local) if len(part))
@@ -150,6 +151,11 @@ class EpochBatches:
             # All ranks cut the same global batch, so that training does not depend on their number.
             first = number * self.batch_size + self.rank * local
             yield order[first : first + local]
+
+    def start(self) -> int:
+        """Return the number of the first batch of this iteration."""
+        (epoch, done), self.resume_at = self.resume_at, (None, 0)
+        return done if epoch in (None, self.epoch) and done < len(self) else 0
 
     def _own_rows(self) -> Tensor:
         return torch.arange(self.total).tensor_split(self.world)[self.rank]
@@ -196,12 +202,13 @@ class ResumableLoader(DataLoader[Batch]):
         return self.batches.rows()
 
     def state_dict(self) -> dict[str, int]:
-        """The number of batches returned in this epoch."""
-        return {"batches": self.batches.position}
+        """The epoch, and the number of its batches that were returned."""
+        return {"epoch": self.batches.epoch, "batches": self.batches.position}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Start the next iteration after the batches that `state` counts."""
-        self.batches.resume_at = state["batches"]
+        # Earlier versions stored no epoch.
+        self.batches.resume_at = state.get("epoch"), state["batches"]
 
 
 def _keep_batch(batch: Any) -> Any:

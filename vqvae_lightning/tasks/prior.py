@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from vqvae_lightning.data.codes import CodesDataModule
 from vqvae_lightning.data.images import Batch
 from vqvae_lightning.errors import InputError, Key, check_range
-from vqvae_lightning.metrics import look_up_codes, unigram_log_probabilities
+from vqvae_lightning.metrics import EpochMeans, look_up_codes, unigram_log_probabilities
 from vqvae_lightning.networks.pixelcnn import PixelCNN
 from vqvae_lightning.quantizers.protocol import Quantizer
 from vqvae_lightning.tasks.compilation import compile_once
@@ -99,6 +99,7 @@ class PriorTask(WatchedTask):
         self.schedule = schedule
         self.label_smoothing = check_range("label_smoothing", label_smoothing, 0, 1)
         self.codes_per_dim = 0.0
+        self.means = EpochMeans()
         each = net.codes_per_position
         shape = (each, net.num_codes) if each > 1 else (net.num_codes,)
         self.register_buffer("unigram", torch.zeros(shape), persistent=False)
@@ -122,29 +123,40 @@ class PriorTask(WatchedTask):
         self.codes_per_dim = codes / math.prod(data.images.image_shape)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Return the loss of a batch of codes; log every `trainer.log_every_n_steps`."""
+        """Return the loss of a batch of codes; log every `trainer.log_every_n_steps`.
+
+        Logged values are means over all ranks, which have equal parts of the batch.
+        """
         logits, codes = self._compute_logits(batch), batch.data
         loss = compute_loss(logits, codes, self.label_smoothing)
         self.losses.add(self.global_step, loss, {"loss": loss})
-        if (self.global_step + 1) % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+        if self.step_is_logged:
             with torch.no_grad():
                 nats = compute_loss(logits, codes)
                 accuracy = (logits.argmax(1) == codes).float().mean()
-            self.log("train/nats_per_code", nats, prog_bar=True)
-            self.log("train/bits_per_code", nats / math.log(2))
-            self.log("train/accuracy", accuracy)
+            self.log("train/nats_per_code", nats, prog_bar=True, sync_dist=True)
+            self.log("train/bits_per_code", nats / math.log(2), sync_dist=True)
+            self.log("train/accuracy", accuracy, sync_dist=True)
             if self.label_smoothing:
-                self.log("train/loss", loss)
+                self.log("train/loss", loss, sync_dist=True)
             self.log("train/learning_rate", self.optimizers().param_groups[0]["lr"])  # type: ignore[union-attr]
         return loss
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Add a batch to the metrics of the split."""
-        self._evaluate(batch, "val")
+        self._evaluate(batch)
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
         """Add a batch to the metrics of the split."""
-        self._evaluate(batch, "test")
+        self._evaluate(batch)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the metrics of the whole split."""
+        self._log_epoch("val")
+
+    def on_test_epoch_end(self) -> None:
+        """Log the metrics of the whole split."""
+        self._log_epoch("test")
 
     def list_validation_metrics(self, grid: tuple[int, int]) -> set[str]:
         """List the names that each validation logs, the same for every grid of codes."""
@@ -170,24 +182,24 @@ class PriorTask(WatchedTask):
         labels = batch.labels if self.net.num_classes else None
         return self.net(batch.data, labels).float()  # type: ignore[no-any-return]
 
-    def _evaluate(self, batch: Batch, split: str) -> None:
+    def _evaluate(self, batch: Batch) -> None:
         logits, codes = self._compute_logits(batch), batch.data
-        nats = compute_loss(logits, codes)
-        options: dict[str, Any] = {
-            "on_step": False,
-            "on_epoch": True,
-            "sync_dist": True,
-            "batch_size": len(codes),
+        means = {
+            "nats_per_code": compute_loss(logits, codes),
+            "accuracy": (logits.argmax(1) == codes).float().mean(),
+            "unigram_nats_per_code": -look_up_codes(self.unigram, codes).mean(),
         }
+        self.means.add(means, len(codes))
+
+    def _log_epoch(self, split: str) -> None:
+        means = self.means.compute()
+        nats = means.pop("nats_per_code")
         bits = nats / math.log(2)
-        self.log_dict(
-            {
-                f"{split}/bits_per_code": bits,
-                f"{split}/prior_bits_per_dim": bits * self.codes_per_dim,
-                f"{split}/accuracy": (logits.argmax(1) == codes).float().mean(),
-                f"{split}/unigram_nats_per_code": -look_up_codes(self.unigram, codes).mean(),
-                f"{split}/uniform_nats_per_code": math.log(self.net.num_codes),
-            },
-            **options,
-        )
-        self.log(f"{split}/nats_per_code", nats, prog_bar=True, **options)
+        self.log(f"{split}/nats_per_code", nats, prog_bar=True)
+        logged = {
+            **means,
+            "bits_per_code": bits,
+            "prior_bits_per_dim": bits * self.codes_per_dim,
+            "uniform_nats_per_code": math.log(self.net.num_codes),
+        }
+        self.log_dict({f"{split}/{name}": value for name, value in logged.items()})

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from torchmetrics import MeanSquaredError
 
 from vqvae_lightning.data.images import Batch, PixelDataModule
-from vqvae_lightning.distributed import all_reduce
+from vqvae_lightning.distributed import all_reduce, get_rank_and_world
 from vqvae_lightning.likelihoods import Likelihood, PixelDistribution
-from vqvae_lightning.metrics import CodebookUsage, LatentUsage
+from vqvae_lightning.metrics import CodebookUsage, EpochMeans, LatentUsage
 from vqvae_lightning.networks.autoencoder import VQVAE, VQVAEOutput
 from vqvae_lightning.pixels import to_uint8
 from vqvae_lightning.quantizers import GaussianBottleneck, QuantizerOutput
@@ -63,8 +63,9 @@ class VQVAETask(WatchedTask):
         net: Network to train.
         optimizer: Builds the optimizer from the parameters.
         schedule: Factor on the learning rate; None keeps it constant.
-        channels_last: Store images and weights with the channels innermost. Convolutions are faster
-            on CPUs and tensor cores, and the quantizer's rows are contiguous.
+        channels_last: Store weights, and so the outputs of convolutions, with the channels
+            innermost. Convolutions are faster on CPUs and tensor cores, and the quantizer's rows
+            are contiguous.
         compile: Compile encoder and decoder with `torch.compile`. The quantizer communicates with
             other ranks and is not compiled.
     """
@@ -90,10 +91,14 @@ class VQVAETask(WatchedTask):
         self.register_buffer("pixel_variance", torch.ones(()), persistent=False)
         quantizer = net.quantizer
         books = quantizer.num_codes, quantizer.codes_per_position
-        self.codebook_usage = CodebookUsage(*books) if quantizer.num_codes else None
+        # Apart, because a validation may come between two logged steps.
+        self.codebook_usage, self.latent_usage = nn.ModuleDict(), nn.ModuleDict()
+        if quantizer.num_codes:
+            for part in ("fit", "evaluation"):
+                self.codebook_usage[part] = CodebookUsage(*books)
         self.code_counts: Tensor | None = None  # hits of each code, as last logged
-        self.latent_usage: LatentUsage | None = None
         self.squared_error = MeanSquaredError()
+        self.means = EpochMeans()
 
     def keep_codes(self, source: VQVAE) -> None:
         """Copy the weights of `source` and train only the decoder and the likelihood.
@@ -128,42 +133,44 @@ class VQVAETask(WatchedTask):
         compile_once(self.parts_to_compile)
         if isinstance(self.net.quantizer, GaussianBottleneck):
             grid = self.net.compute_grid(*data.image_shape[1:])
-            self.latent_usage = LatentUsage(self.net.quantizer.code_dim, *grid).to(self.device)
+            for part in ("fit", "evaluation"):
+                usage = LatentUsage(self.net.quantizer.code_dim, *grid)
+                self.latent_usage[part] = usage.to(self.device)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Return the loss of images in [-1, 1]; log every `trainer.log_every_n_steps`."""
+        """Return the loss of images in [-1, 1]; log every `trainer.log_every_n_steps`.
+
+        Logged losses are means over the images of all ranks.
+        """
         output = self.net(batch.data)
         loss, terms = compute_loss(batch.data, output, self.pixel_variance, self.net.likelihood)
-        self._count_use(output.quantized)
+        self._count_use(output.quantized, "fit")
+        share = self._compute_share(len(batch.data))
         self.losses.add(self.global_step, loss, terms)
         # Only the last of the accumulated batches is logged.
         accumulated = (batch_idx + 1) % self.trainer.accumulate_grad_batches
         steps = not accumulated or self.trainer.is_last_batch
-        if steps and (self.global_step + 1) % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
-            logged: dict[str, Any] = {f"train/{name}": v for name, v in terms.items()}
+        if steps and self.step_is_logged:
+            logged: dict[str, Any] = {f"train/{name}": share * v for name, v in terms.items()}
             for name, weight in self._list_weights().items():
                 if name in terms:
-                    logged[f"train/{name}_weighted"] = weight * terms[name]
-            self.log("train/loss", loss, prog_bar=True)
-            logged |= {f"train/{name}": value for name, value in self.since_logged.items()}
+                    logged[f"train/{name}_weighted"] = weight * share * terms[name]
+            self.log("train/loss", share * loss, prog_bar=True, sync_dist=True)
+            self.log_dict(logged, sync_dist=True)
+            self.log_dict({f"train/{name}": value for name, value in self.since_logged.items()})
             # Zeros, because Lightning writes the last value of a missing name again.
             self.since_logged = dict.fromkeys(self.since_logged, 0.0)
-            self.log_dict(logged)
             self.log("train/learning_rate", self.optimizers().param_groups[0]["lr"])  # type: ignore[union-attr]
             self._log_use("train")
-        return loss * self._compute_share(len(batch.data))
+        return share * loss
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Add a batch to the metrics of the split."""
-        self._evaluate(batch, "val")
+        self._evaluate(batch)
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
         """Add a batch to the metrics of the split."""
-        self._evaluate(batch, "test")
-
-    def on_validation_epoch_start(self) -> None:
-        """Empty the histogram of codes, which training has filled."""
-        self._reset_use()
+        self._evaluate(batch)
 
     def on_validation_epoch_end(self) -> None:
         """Log the metrics of the whole split."""
@@ -180,6 +187,24 @@ class VQVAETask(WatchedTask):
         for name, value in self.net.quantizer.update(progress).items():
             self.since_logged[name] = self.since_logged.get(name, 0.0) + value
 
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Save what was counted since the last logged step, summed over the ranks."""
+        super().on_save_checkpoint(checkpoint)
+        counted = {
+            name: all_reduce(value.clone()) for name, value in self._list_train_counts().items()
+        }
+        checkpoint["since_logged"] = {"sums": self.since_logged, "counted": counted}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Go on counting on rank 0, which has the counts of all ranks."""
+        stored = checkpoint.get("since_logged")  # none in the checkpoints of earlier versions
+        if stored is None:
+            return
+        self.since_logged = dict(stored["sums"])
+        if get_rank_and_world()[0] == 0:
+            for name, value in self._list_train_counts().items():
+                value.copy_(stored["counted"][name])
+
     @torch.no_grad()
     def list_validation_metrics(self, grid: tuple[int, int]) -> set[str]:
         """List the names that each validation logs, for latents of `grid` rows and columns."""
@@ -193,7 +218,7 @@ class VQVAETask(WatchedTask):
             names |= {"mse", "nmse", "psnr_db"}
         if isinstance(self.net.likelihood, PixelDistribution):
             names.add("nll_nats_per_dim")
-        if self.codebook_usage is not None:
+        if self.codebook_usage:
             names |= {"perplexity", "codebook_use"}
         if isinstance(quantizer, GaussianBottleneck):
             names |= {"active_dims", *(f"kl_nats_dim{i}" for i in range(quantizer.code_dim))}
@@ -225,53 +250,50 @@ class VQVAETask(WatchedTask):
         total = all_reduce(torch.full((), float(images), device=self.device))
         return images * self.trainer.world_size / total
 
-    def _count_use(self, quantized: QuantizerOutput) -> None:
+    def _list_train_counts(self) -> dict[str, Tensor]:
+        """List the states of the metrics that count the use in training, by name."""
+        metrics = [usage["fit"] for usage in (self.codebook_usage, self.latent_usage) if usage]
+        return {name: value for one in metrics for name, value in one.metric_state.items()}  # type: ignore[union-attr, operator]
+
+    def _count_use(self, quantized: QuantizerOutput, part: str) -> None:
         """Add a batch to the use of the codebook or of the latents."""
-        if self.codebook_usage is not None and quantized.codes is not None:
-            self.codebook_usage.update(quantized.codes)
-        if self.latent_usage is not None and quantized.posterior is not None:
-            self.latent_usage.update(*quantized.posterior)
+        if self.codebook_usage and quantized.codes is not None:
+            self.codebook_usage[part].update(quantized.codes)  # type: ignore[operator]
+        if self.latent_usage and quantized.posterior is not None:
+            self.latent_usage[part].update(*quantized.posterior)  # type: ignore[operator]
 
     def _log_use(self, split: str) -> None:
         """Log how the codebook or the latents were used since the last call, and reset."""
+        part = "fit" if split == "train" else "evaluation"
+        codes: Any = self.codebook_usage[part] if self.codebook_usage else None
+        latents: Any = self.latent_usage[part] if self.latent_usage else None
         # All ranks must decide alike, because `compute` waits for all. A warm-up has no codes.
-        if self.codebook_usage is not None and (
-            split != "train" or self.codebook_usage.update_called
-        ):
-            usage = self.codebook_usage.compute()
+        if codes is not None and (split != "train" or codes.update_called):
+            usage = codes.compute()
             self.log(f"{split}/perplexity", usage["perplexity"], prog_bar=split == "train")
             self.log(f"{split}/codebook_use", usage["use"])
             self.code_counts = usage["counts"]
-        if self.latent_usage is not None:
-            kl, active = self.latent_usage.compute().values()
+            codes.reset()
+        if latents is not None:
+            kl, active = latents.compute().values()
             self.log(f"{split}/active_dims", active.sum().float(), prog_bar=split == "train")
             if split != "train":
                 self.log_dict({f"{split}/kl_nats_dim{i}": nats for i, nats in enumerate(kl)})
-        self._reset_use()
+            latents.reset()
 
-    def _reset_use(self) -> None:
-        for metric in (self.codebook_usage, self.latent_usage):
-            if metric is not None:
-                metric.reset()
-
-    def _evaluate(self, batch: Batch, split: str) -> None:
+    def _evaluate(self, batch: Batch) -> None:
         output = self.net(batch.data)
         loss, terms = compute_loss(batch.data, output, self.pixel_variance, self.net.likelihood)
-        self._count_use(output.quantized)
+        self._count_use(output.quantized, "evaluation")
         if output.reconstruction is not None:
             self.squared_error.update(
                 to_uint8(output.reconstruction).float() / 255, to_uint8(batch.data).float() / 255
             )
-        logged = {f"{split}/{name}": value for name, value in terms.items() if name != "nmse"}
-        self.log_dict(
-            {f"{split}/loss": loss, **logged},
-            on_step=False,
-            on_epoch=True,
-            sync_dist=True,
-            batch_size=len(batch.data),
-        )
+        means = {name: value for name, value in terms.items() if name != "nmse"}
+        self.means.add({"loss": loss, **means}, len(batch.data))
 
     def _log_epoch(self, split: str) -> None:
+        self.log_dict({f"{split}/{name}": value for name, value in self.means.compute().items()})
         if not self.net.autoregressive:
             error = self.squared_error.compute()
             self.log_dict({f"{split}/mse": error, f"{split}/psnr_db": -10 * torch.log10(error)})

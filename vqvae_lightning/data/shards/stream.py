@@ -46,8 +46,8 @@ class ShardBatches(EpochBatches):
         self.sizes, self.streams, self.buffer_size = sizes, max(1, workers), buffer_size
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
-        start, self.resume_at = self.resume_at % max(1, len(self)), 0
-        self.position = start  # the loader counts on from here, because workers run ahead
+        # The loader counts on from here, because workers run ahead.
+        self.position = start = self.start()
         yield from ((self.epoch, number) for number in range(start, len(self)))
 
     def rows(self) -> list[Tensor]:
