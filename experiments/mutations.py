@@ -501,6 +501,12 @@ MUTATIONS = (
             "test_use_counts_codes_of_every_batch",
         ),
         (
+            "mean of truncated numbers of images",
+            "images = sum(number for number, _ in parts)",
+            "images = len(parts) * (sum(number for number, _ in parts) // len(parts))",
+            "quantizers/test_ranks.py::test_training_on_two_ranks_equals_training_in_one_process",
+        ),
+        (
             "variance about zero",
             " - (self.means / images).square()",
             "",
@@ -517,7 +523,7 @@ MUTATIONS = (
             VQVAE_STEP,
         ),
         ("psnr of the root", "-10 * torch.log10(error)", "-20 * torch.log10(error)", VQVAE),
-        ("weight forgotten", "= weight * terms[name]", "= terms[name]", VQVAE_STEP),
+        ("weight forgotten", "= weight * share * terms", "= share * terms", VQVAE_STEP),
         (
             "errors of unrounded images",
             "to_uint8(output.reconstruction).float() / 255,",
@@ -530,6 +536,50 @@ MUTATIONS = (
             "return 1.0",
             "quantizers/test_ranks.py::test_training_on_two_ranks_equals_training_in_one_process",
         ),
+        (
+            "terms of one rank",
+            "self.log_dict(logged, sync_dist=True)",
+            "self.log_dict(logged)",
+            "jobs/test_devices.py::test_the_curves_of_two_ranks_are_those_of_one",
+        ),
+        (
+            "revivals logged again",
+            "self.since_logged = dict.fromkeys(self.since_logged, 0.0)",
+            "self.since_logged = {}",
+            "tasks/test_tasks.py::test_each_revived_code_is_logged_once",
+        ),
+        (
+            "a validation empties the counts of training",
+            'part = "fit" if split == "train" else "evaluation"',
+            'part = "fit"',
+            "tasks/test_tasks.py::test_a_validation_does_not_reset_what_training_counts",
+        ),
+        (
+            "counts lost when a run resumes",
+            'value.copy_(stored["counted"][name])',
+            "value.zero_()",
+            "tasks/test_tasks.py::test_a_resumed_run_logs_what_the_interrupted_one_counted",
+        ),
+    ),
+    *mutations_of(
+        "tasks/divergence.py",
+        "tasks/test_tasks.py",
+        (
+            "the last step not logged",
+            "or step >= self.trainer.estimated_stepping_batches",
+            "",
+            "tasks/test_tasks.py::test_the_last_step_is_logged_with_its_own_values",
+        ),
+    ),
+    *mutations_of(
+        "callbacks/checkpoints.py",
+        "tasks/test_tasks.py",
+        (
+            "saved before a due validation",
+            "self._waits = _validates_now(trainer)",
+            "self._waits = False",
+            "tasks/test_tasks.py::test_resume_equals_uninterrupted",
+        ),
     ),
     *mutations_of(
         "tasks/prior.py",
@@ -537,14 +587,14 @@ MUTATIONS = (
         ("validation nats as bits", "bits = nats / math.log(2)", "bits = nats", PRIOR),
         (
             "training nats as bits",
-            'self.log("train/bits_per_code", nats / math.log(2))',
-            'self.log("train/bits_per_code", nats)',
+            'self.log("train/bits_per_code", nats / math.log(2), sync_dist=True)',
+            'self.log("train/bits_per_code", nats, sync_dist=True)',
             PRIOR_STEP,
         ),
         (
             "constant accuracy",
-            'f"{split}/accuracy": (logits.argmax(1) == codes).float().mean()',
-            'f"{split}/accuracy": 0.5',
+            '"accuracy": (logits.argmax(1) == codes).float().mean()',
+            '"accuracy": torch.tensor(0.5)',
             PRIOR,
         ),
         (
@@ -578,6 +628,12 @@ MUTATIONS = (
             "first = number * self.batch_size + self.rank * local",
             "first = number * self.batch_size",
             "test_ranks_share_one_global_batch",
+        ),
+        (
+            "batches skipped after a limited epoch",
+            "epoch in (None, self.epoch) and done",
+            "done",
+            "tasks/test_tasks.py::test_resume_equals_uninterrupted",
         ),
         (
             "one order for all epochs",
