@@ -190,8 +190,10 @@ class VQVAETask(WatchedTask):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Save what was counted since the last logged step, summed over the ranks."""
         super().on_save_checkpoint(checkpoint)
+        device = self.trainer.strategy.root_device  # the module is on the CPU after training
         counted = {
-            name: all_reduce(value.clone()) for name, value in self._list_train_counts().items()
+            name: all_reduce(value.clone().to(device))
+            for name, value in self._list_train_counts().items()
         }
         checkpoint["since_logged"] = {"sums": self.since_logged, "counted": counted}
 
