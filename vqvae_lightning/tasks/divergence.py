@@ -1,4 +1,4 @@
-"""Stop a run whose loss or weights are NaN or infinite."""
+"""What both tasks share: stop a run whose loss or weights are NaN or infinite, and evaluate."""
 
 import math
 from typing import Any
@@ -7,8 +7,10 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor
 
+from vqvae_lightning.data.images import Batch
 from vqvae_lightning.devices import Reading, reads_late
 from vqvae_lightning.errors import DivergenceError, Key
+from vqvae_lightning.metrics import EpochMeans
 
 REMEDY = ("Lower ", Key("model.optimizer.lr"), ", or set ", Key("trainer.gradient_clip_val"), ".")
 
@@ -61,15 +63,19 @@ class LossWatch:
 
 
 class WatchedTask(pl.LightningModule):
-    """A task that stops before it validates or saves NaN or infinite values.
+    """What both tasks share: a stop before NaN or infinite values are validated or saved.
+
+    It also decides which steps are logged, and evaluates both splits alike.
 
     Attributes:
         losses: Checks the loss of each training step.
+        means: Means over the images of the split that is evaluated.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.losses = LossWatch()
+        self.means = EpochMeans()
 
     @property
     def step_is_logged(self) -> bool:
@@ -80,6 +86,30 @@ class WatchedTask(pl.LightningModule):
         step = self.global_step + 1
         every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
         return step % every == 0 or step >= self.trainer.estimated_stepping_batches
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Add a batch to the metrics of the split."""
+        self._evaluate(batch)
+
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
+        """Add a batch to the metrics of the split."""
+        self._evaluate(batch)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the metrics of the whole split."""
+        self._log_epoch("val")
+
+    def on_test_epoch_end(self) -> None:
+        """Log the metrics of the whole split."""
+        self._log_epoch("test")
+
+    def _evaluate(self, batch: Batch) -> None:
+        """Add a batch to the metrics of a split."""
+        raise NotImplementedError
+
+    def _log_epoch(self, split: str) -> None:
+        """Log the metrics of a split, and start anew."""
+        raise NotImplementedError
 
     def on_validation_start(self) -> None:
         """Check the last loss."""

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from vqvae_lightning.data.codes import CodesDataModule
 from vqvae_lightning.data.images import Batch
 from vqvae_lightning.errors import InputError, Key, check_range
-from vqvae_lightning.metrics import EpochMeans, look_up_codes, unigram_log_probabilities
+from vqvae_lightning.metrics import look_up_codes, unigram_log_probabilities
 from vqvae_lightning.networks.pixelcnn import PixelCNN
 from vqvae_lightning.quantizers.protocol import Quantizer
 from vqvae_lightning.tasks.compilation import compile_once
@@ -99,7 +99,6 @@ class PriorTask(WatchedTask):
         self.schedule = schedule
         self.label_smoothing = check_range("label_smoothing", label_smoothing, 0, 1)
         self.codes_per_dim = 0.0
-        self.means = EpochMeans()
         each = net.codes_per_position
         shape = (each, net.num_codes) if each > 1 else (net.num_codes,)
         self.register_buffer("unigram", torch.zeros(shape), persistent=False)
@@ -141,22 +140,6 @@ class PriorTask(WatchedTask):
                 self.log("train/loss", loss, sync_dist=True)
             self.log("train/learning_rate", self.optimizers().param_groups[0]["lr"])  # type: ignore[union-attr]
         return loss
-
-    def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """Add a batch to the metrics of the split."""
-        self._evaluate(batch)
-
-    def test_step(self, batch: Batch, batch_idx: int) -> None:
-        """Add a batch to the metrics of the split."""
-        self._evaluate(batch)
-
-    def on_validation_epoch_end(self) -> None:
-        """Log the metrics of the whole split."""
-        self._log_epoch("val")
-
-    def on_test_epoch_end(self) -> None:
-        """Log the metrics of the whole split."""
-        self._log_epoch("test")
 
     def list_validation_metrics(self, grid: tuple[int, int]) -> set[str]:
         """List the names that each validation logs, the same for every grid of codes."""

@@ -11,7 +11,7 @@ from torchmetrics import MeanSquaredError
 from vqvae_lightning.data.images import Batch, PixelDataModule
 from vqvae_lightning.distributed import all_reduce, get_rank_and_world
 from vqvae_lightning.likelihoods import Likelihood, PixelDistribution
-from vqvae_lightning.metrics import CodebookUsage, EpochMeans, LatentUsage
+from vqvae_lightning.metrics import CodebookUsage, LatentUsage
 from vqvae_lightning.networks.autoencoder import VQVAE, VQVAEOutput
 from vqvae_lightning.pixels import to_uint8
 from vqvae_lightning.quantizers import GaussianBottleneck, QuantizerOutput
@@ -98,7 +98,6 @@ class VQVAETask(WatchedTask):
                 self.codebook_usage[part] = CodebookUsage(*books)
         self.code_counts: Tensor | None = None  # hits of each code, as last logged
         self.squared_error = MeanSquaredError()
-        self.means = EpochMeans()
 
     def keep_codes(self, source: VQVAE) -> None:
         """Copy the weights of `source` and train only the decoder and the likelihood.
@@ -163,22 +162,6 @@ class VQVAETask(WatchedTask):
             self.log("train/learning_rate", self.optimizers().param_groups[0]["lr"])  # type: ignore[union-attr]
             self._log_use("train")
         return share * loss
-
-    def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """Add a batch to the metrics of the split."""
-        self._evaluate(batch)
-
-    def test_step(self, batch: Batch, batch_idx: int) -> None:
-        """Add a batch to the metrics of the split."""
-        self._evaluate(batch)
-
-    def on_validation_epoch_end(self) -> None:
-        """Log the metrics of the whole split."""
-        self._log_epoch("val")
-
-    def on_test_epoch_end(self) -> None:
-        """Log the metrics of the whole split."""
-        self._log_epoch("test")
 
     def optimizer_step(self, *args: Any, **options: Any) -> None:
         """Step the optimizer, then update the quantizer from the batches of this step."""
